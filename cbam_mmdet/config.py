@@ -1,0 +1,217 @@
+"""Loading, checking and re-pointing MMEngine configs, for the tools and for notebooks."""
+
+from __future__ import annotations
+
+import inspect
+import os.path as osp
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+from .errors import UserError, near
+
+SPLITS = ('train', 'val', 'test')
+CONFIG_DIR = Path(__file__).parent / '.mim' / 'configs'
+PREFIX = 'cbam_mmdet::'
+
+
+def config_path(name: str) -> str:
+    """The path of a config that the package ships, e.g. 'faster_rcnn_r50_cbam.py'.
+
+    Raises:
+        UserError: for a name that is not shipped, with near ones.
+    """
+    path = CONFIG_DIR / name
+    if not path.is_file():
+        shipped = [p.relative_to(CONFIG_DIR).as_posix() for p in sorted(CONFIG_DIR.rglob('*.py'))]
+        raise UserError(f'cbam_mmdet ships no config {name!r}{near(name, shipped)} It has: {", ".join(shipped)}')
+    return str(path)
+
+
+def enable_package_configs() -> None:
+    """Make `_base_ = 'cbam_mmdet::NAME.py'` work in configs.
+
+    MMEngine knows the packages that may stand before '::' from a list of its own, and wants a folder in the name.
+    """
+    original = Config._get_cfg_path
+    if getattr(original, 'knows_cbam_mmdet', False):
+        return
+
+    def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        if cfg_path.startswith(PREFIX):
+            return config_path(cfg_path[len(PREFIX) :]), None
+        return original(cfg_path, filename)
+
+    get_cfg_path.knows_cbam_mmdet = True
+    Config._get_cfg_path = staticmethod(get_cfg_path)
+
+
+def load_config(path: str, cfg_options: dict | None = None) -> Config:
+    """Read a config file, or one that the package ships ('cbam_mmdet::NAME.py'), and merge options into it.
+
+    Raises:
+        UserError: if the file is missing, is not a config, or an option does not fit.
+    """
+    if path.startswith(PREFIX):
+        path = config_path(path[len(PREFIX) :])
+    if not osp.isfile(path):
+        folder = Path(path).parent
+        siblings = [str(p) for p in folder.glob('*.py')] if folder.is_dir() else []
+        raise UserError(f'config {path!r} does not exist{near(path, siblings)}')
+    try:
+        cfg = Config.fromfile(path)
+    except (SyntaxError, ValueError, AssertionError, FileNotFoundError, ImportError, NameError, TypeError, OSError) as error:
+        raise UserError(f'config {path!r} cannot be read: {type(error).__name__}: {error}') from error
+    if 'model' not in cfg:
+        raise UserError(f'config {path!r} has no `model`: it is not the config of a detector')
+    try:
+        cfg.merge_from_dict(cfg_options or {})
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f'--cfg-options {cfg_options} does not fit config {path!r}: {error}') from error
+    return cfg
+
+
+def datasets_of(dataset: ConfigDict | list | None) -> Iterator[ConfigDict]:
+    """The data sets that hold data, inside whatever wrappers (RepeatDataset, ConcatDataset, MultiImageMixDataset)."""
+    for candidate in dataset if isinstance(dataset, (list, tuple)) else [dataset]:
+        if not candidate:
+            continue
+        inner = candidate.get('dataset') or candidate.get('datasets')
+        if inner:
+            yield from datasets_of(inner)
+        else:
+            yield candidate
+
+
+def split_datasets(cfg: Config, split: str) -> list[ConfigDict]:
+    """The data sets of one split, 'train', 'val' or 'test'."""
+    loader = cfg.get(f'{split}_dataloader')
+    return list(datasets_of(loader.get('dataset'))) if loader else []
+
+
+def evaluators_of(cfg: Config, split: str) -> list[ConfigDict]:
+    """The metrics of one split, 'val' or 'test'."""
+    evaluator = cfg.get(f'{split}_evaluator')
+    if not evaluator:
+        return []
+    return list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
+
+
+def set_data_root(cfg: Config, data_root: str) -> None:
+    """Re-point every dataloader and every evaluator of a config at another folder of the same layout.
+
+    Raises:
+        UserError: if an evaluator's annotation file is not below the data root that it would have to leave.
+    """
+    new = data_root.rstrip('/') + '/'
+    old_roots = set()
+    for split in SPLITS:
+        for dataset in split_datasets(cfg, split):
+            if dataset.get('data_root'):
+                old_roots.add(dataset.data_root.rstrip('/') + '/')
+            dataset.data_root = new
+            if dataset.get('ann_file'):
+                dataset.ann_file = _move(dataset.ann_file, old_roots, new)
+    for split in SPLITS:
+        for metric in evaluators_of(cfg, split):
+            ann_file = metric.get('ann_file')
+            if not ann_file:
+                continue
+            metric.ann_file = _move(ann_file, old_roots, new)
+            if metric.ann_file == ann_file and not ann_file.startswith(new):
+                raise UserError(
+                    f"--data-root: {split}_evaluator's ann_file {ann_file!r} is not below the config's data_root "
+                    f'{sorted(old_roots)}; give it by --cfg-options {split}_evaluator.ann_file=FILE'
+                )
+    if 'data_root' in cfg:
+        cfg.data_root = new
+
+
+def _move(path: str, old_roots: set[str], new: str) -> str:
+    for root in sorted(old_roots, key=len, reverse=True):
+        if path.startswith(root):
+            return new + path[len(root) :]
+    return path
+
+
+def check_images_when_loading(cfg: Config) -> None:
+    """Let every pipeline name the image that it cannot read, instead of MMCV's loader.
+
+    What happens then is the config's `broken_images`: 'skip' (the default: a training image is named and another takes its
+    place) or 'raise'. In validation and test a broken image always raises: leaving it out would change the score.
+
+    Raises:
+        UserError: if `broken_images` is neither.
+    """
+    policy = cfg.get('broken_images', 'skip')
+    if policy not in ('skip', 'raise'):
+        raise UserError(f"broken_images={policy!r} in the config: expected 'skip' or 'raise'")
+    for split in SPLITS:
+        loader = cfg.get(f'{split}_dataloader') or {}
+        _replace_loaders(loader.get('dataset'), policy if split == 'train' else 'raise')
+    _replace_loaders(cfg.get('tta_pipeline'), 'raise')
+
+
+def _replace_loaders(node: object, policy: str) -> None:
+    if isinstance(node, dict):
+        if node.get('type') in ('LoadImageFromFile', 'mmdet.LoadImageFromFile', 'mmcv.LoadImageFromFile'):
+            node.update(type='LoadCheckedImage', on_error=policy)
+        for value in node.values():
+            _replace_loaders(value, policy)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            _replace_loaders(value, policy)
+
+
+def add_hooks(cfg: Config, *hooks: dict) -> None:
+    """Append hooks to `custom_hooks`, unless the config has hooks of their types already."""
+    present = list(cfg.get('custom_hooks') or [])
+    types = {hook.get('type') for hook in present}
+    cfg.custom_hooks = present + [hook for hook in hooks if hook['type'] not in types]
+
+
+def check_plugins(cfg: Config) -> None:
+    """Check `model.backbone.plugins` before anything is built: position, stages and type.
+
+    MMDetection's ResNets check them by bare asserts, its other backbones refuse or ignore them.
+
+    Raises:
+        UserError: that names the key, what is allowed, and what to do.
+    """
+    backbone = cfg.model.get('backbone') or {}
+    plugins = backbone.get('plugins')
+    if not plugins or backbone.get('type') == 'PluginBackbone':
+        return
+    from mmdet.registry import MODELS
+
+    where = 'model.backbone.plugins'
+    cls = MODELS.get(backbone.get('type'))
+    if cls is None:
+        return  # the registry says so, with near matches, when it is built
+    if not any('plugins' in inspect.signature(base.__init__).parameters for base in cls.__mro__):
+        raise UserError(f'{where}: {backbone.type} takes no plugins; in MMDetection only its Bottleneck ResNets do')
+    block = getattr(cls, 'arch_settings', {}).get(backbone.get('depth'))
+    if isinstance(block, tuple) and getattr(block[0], 'expansion', 0) == 1:
+        deep = [depth for depth, (block, _) in cls.arch_settings.items() if block.expansion > 1]
+        raise UserError(
+            f'{where}: {backbone.type} of depth {backbone.depth} takes no plugins, its blocks are no Bottlenecks; depth {deep} do'
+        )
+    num_stages = backbone.get('num_stages', 4)
+    positions = ('after_conv1', 'after_conv2', 'after_conv3')
+    for i, plugin in enumerate(plugins if isinstance(plugins, (list, tuple)) else [plugins]):
+        key = f'{where}[{i}]'
+        if not isinstance(plugin, dict) or not isinstance(plugin.get('cfg'), dict) or 'type' not in plugin['cfg']:
+            raise UserError(f"{key}: expected dict(cfg=dict(type='CBAM'), position='after_conv3'), got {plugin}")
+        position, stages, name = plugin.get('position'), plugin.get('stages'), plugin['cfg']['type']
+        if position not in positions:
+            raise UserError(f'{key}.position={position!r}: expected one of {list(positions)}{near(str(position), positions)}')
+        if stages is not None and len(stages) != num_stages:
+            raise UserError(
+                f'{key}.stages={tuple(stages)} has {len(stages)} entries: expected {num_stages}, one a stage of the backbone'
+            )
+        if isinstance(name, str) and MODELS.get(name) is None:
+            known = [*MODELS.module_dict, *MODELS.parent.module_dict]
+            raise UserError(f'{key}.cfg.type={name!r} is not a registered model{near(name, known)}')
+
+

@@ -1,0 +1,27 @@
+"""The built-in demo data set; needs neither torch nor mmdet."""
+
+from .shapes import (
+    CLASSES,
+    METAINFO,
+    PALETTE,
+    ShapeObject,
+    count_objects,
+    draw_image,
+    draw_scene,
+    ensure_shapes,
+    write_coco,
+    write_voc,
+)
+
+__all__ = [
+    'CLASSES',
+    'METAINFO',
+    'PALETTE',
+    'ShapeObject',
+    'count_objects',
+    'draw_image',
+    'draw_scene',
+    'ensure_shapes',
+    'write_coco',
+    'write_voc',
+]

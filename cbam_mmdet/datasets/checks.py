@@ -1,0 +1,247 @@
+"""Checks of a config's data before a detector is built: what is missing or wrong is named in one message.
+
+MMDetection meets the same faults with a KeyError, drops boxes without a word, or trains on labels that are shifted by one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import os.path as osp
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+
+from ..config import evaluators_of, split_datasets
+from ..errors import UserError, near
+
+COCO_LAYOUT = """\
+    {root}/
+        train2017/*.jpg   val2017/*.jpg
+        annotations/instances_train2017.json   annotations/instances_val2017.json"""
+VOC_LAYOUT = """\
+    {root}/VOC2007/  (and VOC2012/ where the config names it)
+        JPEGImages/*.jpg   Annotations/*.xml
+        ImageSets/Main/trainval.txt   ImageSets/Main/test.txt"""
+HELP = 'Point at another folder with --data-root DIR. To see everything work without a data set of your own: make demo'
+
+
+@dataclass
+class Report:
+    """What was found in one annotation file."""
+
+    ann_file: str
+    images: int = 0
+    boxes: int = 0
+    degenerate: list = field(default_factory=list)
+    outside: list = field(default_factory=list)
+    classes: Counter = field(default_factory=Counter)
+
+
+def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
+    """Check every data set that the splits of a config read; log a line for each, and a warning for boxes that are dropped.
+
+    Args:
+        cfg: the config, with its data roots as they will be used.
+        splits: of 'train', 'val', 'test'.
+
+    Raises:
+        UserError: for a missing folder or file (with the layout expected), a malformed annotation file, no image, no usable
+            box, or class names that do not fit the config's.
+    """
+    reports: dict[str, Report] = {}
+    for split in splits:
+        for dataset in split_datasets(cfg, split):
+            report = _check_dataset(dataset, split, reports)
+            if report is not None:
+                reports[report.ann_file] = report
+        for metric in evaluators_of(cfg, split):
+            ann_file = metric.get('ann_file')
+            if ann_file and not osp.isfile(ann_file):
+                raise UserError(f"{split}_evaluator's annotation file {ann_file} does not exist. {HELP}")
+    for report in reports.values():
+        _log(report)
+    return list(reports.values())
+
+
+def _check_dataset(dataset: ConfigDict, split: str, done: dict[str, Report]) -> Report | None:
+    root, ann_file = dataset.get('data_root') or '', dataset.get('ann_file') or ''
+    path = ann_file if osp.isabs(ann_file) else osp.join(root, ann_file)
+    is_coco, is_voc = path.endswith('.json'), _is_voc(dataset)
+    if not (is_coco or is_voc) or '://' in path:
+        return None  # a kind of data set that this module does not know
+    layout = (COCO_LAYOUT if is_coco else VOC_LAYOUT).format(root=root.rstrip('/') or '.')
+    if root and not osp.isdir(root):
+        raise UserError(f'the {split} data set is not there: no folder {root} (in {os.getcwd()}). Expected:\n{layout}\n{HELP}')
+    if not osp.isfile(path):
+        raise UserError(f'the {split} data set has no annotation file {path}. Expected:\n{layout}\n{HELP}')
+    if path in done:
+        return None
+    classes = _classes(dataset)
+    report = (_check_coco if is_coco else _check_voc)(path, root, dataset, classes)
+    if not report.images:
+        raise UserError(f'annotation file {path} lists no image.')
+    if not report.boxes:
+        dropped = len(report.degenerate) + len(report.outside)
+        also = f' ({dropped} degenerate or outside their image were left out)' if dropped else ''
+        raise UserError(f'annotation file {path} holds no usable box for {split}{also}: there is nothing to learn or to score.')
+    return report
+
+
+def _classes(dataset: ConfigDict) -> tuple[str, ...]:
+    from mmdet.registry import DATASETS
+
+    meta = dataset.get('metainfo') or {}
+    classes = meta.get('classes')
+    if classes is None:
+        cls = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+        classes = getattr(cls, 'METAINFO', {}).get('classes', ())
+    return (classes,) if isinstance(classes, str) else tuple(classes)
+
+
+def _read_json(path: str) -> dict:
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f'annotation file {path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}). '
+            'It may be cut off: compare its size with the original.'
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f'annotation file {path} is not a text file in UTF-8: {error.reason}.') from error
+    keys = ('images', 'annotations', 'categories')
+    lacking = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    if lacking:
+        raise UserError(f"annotation file {path} is not in COCO's format: it lacks the list(s) {', '.join(lacking)}.")
+    return content
+
+
+def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ...]) -> Report:
+    content, report = _read_json(path), Report(path)
+    try:
+        images = {image['id']: image for image in content['images']}
+        names = {category['id']: category['name'] for category in content['categories']}
+        for image in images.values():
+            image['file_name'], image['width'], image['height']  # noqa: B018 (each must be there)
+    except (KeyError, TypeError) as error:
+        raise UserError(f'annotation file {path}: an image or category lacks the key {error}.') from error
+    _compare_classes(path, list(names.values()), classes)
+
+    report.images = len(images)
+    for annotation in content['annotations']:
+        try:
+            name, image = names[annotation['category_id']], images[annotation['image_id']]
+            x, y, width, height = map(float, annotation['bbox'])
+            area = annotation['area']
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f'annotation file {path}: annotation id={annotation.get("id") if isinstance(annotation, dict) else annotation!r} '
+                f'is malformed ({type(error).__name__}: {error}). Each needs bbox=[x, y, width, height], area, and the ids of an '
+                'image and a category that the file lists.'
+            ) from error
+        if name not in classes:
+            continue
+        _count(report, annotation.get('id'), name, (x, y, x + width, y + height), image['width'], image['height'], area > 0)
+    prefix = osp.join(root, (dataset.get('data_prefix') or {}).get('img', ''))
+    _check_image_files(path, prefix, [image['file_name'] for image in images.values()])
+    return report
+
+
+def _is_voc(dataset: ConfigDict) -> bool:
+    from mmdet.datasets import XMLDataset
+    from mmdet.registry import DATASETS
+
+    cls = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+    return isinstance(cls, type) and issubclass(cls, XMLDataset)
+
+
+def _check_voc(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ...]) -> Report:
+    report = Report(path)
+    folder = osp.join(root, (dataset.get('data_prefix') or {}).get('sub_data_root', ''))
+    with open(path, encoding='utf-8') as file:
+        ids = [line.strip() for line in file if line.strip()]
+    report.images = len(ids)
+    annotations = osp.join(folder, dataset.get('ann_subdir', 'Annotations'))
+    found: dict[str, None] = {}
+    for image_id in ids:
+        xml = osp.join(annotations, f'{image_id}.xml')
+        try:
+            tree = ET.parse(xml).getroot()
+            width, height = (float(tree.findtext(f'size/{key}', 'inf')) for key in ('width', 'height'))
+            for item in tree.findall('object'):
+                name = item.findtext('name')
+                found[name] = None
+                box = [float(item.findtext(f'bndbox/{key}')) for key in ('xmin', 'ymin', 'xmax', 'ymax')]
+                if name in classes:
+                    x1, y1, x2, y2 = box  # 1-based pixels, the last one inside
+                    _count(report, image_id, name, (x1 - 1, y1 - 1, x2 - 1, y2 - 1), width, height, True)
+        except FileNotFoundError as error:
+            raise UserError(f'{path} lists {image_id}, but its annotation {xml} does not exist.') from error
+        except (ET.ParseError, TypeError, ValueError) as error:
+            raise UserError(f"annotation file {xml} is not in Pascal VOC's format: {error}.") from error
+    if ids:
+        _compare_classes(path, list(found), classes, ordered=False)
+    images = osp.join(folder, dataset.get('img_subdir', 'JPEGImages'))
+    _check_image_files(path, images, [f'{image_id}.jpg' for image_id in ids])
+    return report
+
+
+def _count(report: Report, name_of_box: object, label: str, box: tuple, width: float, height: float, has_area: bool) -> None:
+    x1, y1, x2, y2 = box
+    if not has_area or x2 - x1 < 1 or y2 - y1 < 1:
+        report.degenerate.append(name_of_box)
+    elif min(x2, width) <= max(x1, 0) or min(y2, height) <= max(y1, 0):
+        report.outside.append(name_of_box)
+    else:
+        report.boxes += 1
+        report.classes[label] += 1
+
+
+def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], ordered: bool = True) -> None:
+    """MMDetection numbers the classes in the file's order, and names them in the config's: both must be the same."""
+    shared = [name for name in found if name in classes]
+    what = f'annotation file {path} has the classes {_abridge(found)}, the config expects {_abridge(classes)}'
+    fix = "Set metainfo=dict(classes=(...)) in each dataset to the file's names, and num_classes in the model's heads to their number."
+    if not shared:
+        hints = [near(name, found, n=1) for name in classes[:20]]
+        raise UserError(f'{what}: none is the same{next(filter(None, hints), "")}. {fix}')
+    if not ordered:
+        return
+    lacking = [name for name in classes if name not in found]
+    if lacking:
+        raise UserError(f'{what}: {_abridge(lacking)} are not in the file{near(lacking[0], found, n=1)}. {fix}')
+    if shared != list(classes):
+        raise UserError(f"{what}: in another order, and the file's order is the one that numbers them. {fix}")
+
+
+def _abridge(names: Sequence[str], most: int = 8) -> str:
+    head = ', '.join(map(repr, names[:most]))
+    return f'[{head}]' if len(names) <= most else f'[{head}, ... ({len(names)} in all)]'
+
+
+def _check_image_files(path: str, folder: str, names: list[str]) -> None:
+    if not osp.isdir(folder):
+        raise UserError(f'the images of {path} are not there: no folder {folder}. {HELP}')
+    present = set(os.listdir(folder))
+    missing = [name for name in names if name not in present and not osp.isfile(osp.join(folder, name))]
+    if names and len(missing) == len(names):
+        raise UserError(f'none of the {len(names)} images that {path} lists is in {folder} (the first: {names[0]}).')
+    if missing:
+        print_log(
+            f'{len(missing)} of the {len(names)} images that {path} lists are not in {folder}: {_abridge(missing, 3)}',
+            logger='current',
+            level=30,
+        )
+
+
+def _log(report: Report) -> None:
+    print_log(f'{report.ann_file}: {report.images} images, {report.boxes} boxes, {len(report.classes)} classes', logger='current')
+    for kind, boxes in (('degenerate (narrower than 1 pixel)', report.degenerate), ('outside their image', report.outside)):
+        if boxes:
+            ids = ', '.join(map(str, boxes[:5])) + (', ...' if len(boxes) > 5 else '')
+            print_log(f'{report.ann_file}: {len(boxes)} boxes are {kind} and not used: {ids}', logger='current', level=30)

@@ -1,0 +1,129 @@
+"""A user's mistake ends in one message and exit code 2, without a traceback; a bug of ours keeps its traceback."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+
+USER_ERROR = 2
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+class UserError(Exception):
+    """What was given, what was expected and what to do, in words for the person at the keyboard."""
+
+
+def near(name: str, choices: Iterable[str], n: int = 3) -> str:
+    """A hint '; did you mean 'a' or 'b'?' for a misspelt name; empty if nothing is near."""
+    choices = list(choices)
+    folded = {choice.lower(): choice for choice in choices}
+    matches = [folded[m] for m in difflib.get_close_matches(name.lower(), folded, n=n, cutoff=0.6)]
+    return f'; did you mean {" or ".join(map(repr, matches))}?' if matches else ''
+
+
+def run_tool(main: Callable[[], int | None]) -> None:
+    """Run a tool's main function and exit with its code; turn known failures into one message on stderr."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        _leave('interrupted', INTERRUPTED)
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        _leave(f'error: {message}', USER_ERROR)
+    sys.exit(code or 0)
+
+
+def explain(error: BaseException) -> str | None:
+    """The message for a failure that a user can mend; None for what looks like a bug."""
+    if isinstance(error, UserError):
+        return _without_worker_traceback(str(error))
+    for explainer in (_unknown_type, _wrong_argument, _download_failed, _out_of_memory, _no_room):
+        message = explainer(error)
+        if message:
+            return message
+    return None
+
+
+def _leave(message: str, code: int) -> None:
+    sys.stdout.flush()
+    print(f'\n{message}', file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _without_worker_traceback(text: str) -> str:
+    """An exception raised in a DataLoader's worker arrives with that worker's traceback as its text."""
+    _, found, tail = text.rpartition(f'{UserError.__name__}: ')
+    return tail.strip() if found and 'Traceback (most recent call last)' in text else text
+
+
+def _unknown_type(error: BaseException) -> str | None:
+    """MMEngine's registries name what they lack but not what they have."""
+    found = re.search(r"'?\"?([\w.]+) is not in the ([\w-]+)::([\w ]+) registry", str(error))
+    if not isinstance(error, KeyError) or not found:
+        return None
+    name, scope, registry = found.groups()
+    return f'type={name!r} in the config is not a registered {registry}{near(name, _registered(registry, scope))}'
+
+
+@functools.cache
+def _registered(registry: str, scope: str) -> tuple[str, ...]:
+    names = set()
+    for package in {scope, 'mmdet', 'mmengine'}:
+        try:
+            module = importlib.import_module(f'{package}.registry')
+        except ImportError:
+            continue
+        for candidate in vars(module).values():
+            if getattr(candidate, 'name', None) == registry and hasattr(candidate, 'module_dict'):
+                candidate.import_from_location()
+                names.update(candidate.module_dict)
+    return tuple(sorted(names))
+
+
+def _wrong_argument(error: BaseException) -> str | None:
+    """A key of a config that its class does not take."""
+    found = re.search(r"(?:(\w+)\.)?__init__\(\) (got an unexpected keyword argument|missing \d+ required) ?(.*)", str(error))
+    if not isinstance(error, TypeError) or not found:
+        return None
+    owner, _, rest = found.groups()
+    if 'unexpected' in found.group(2):
+        return f'type={owner!r} in the config does not take the key {rest}'
+    return f'type={owner!r} in the config lacks {rest}'
+
+
+def _download_failed(error: BaseException) -> str | None:
+    from urllib.error import URLError
+
+    if not isinstance(error, (URLError, ConnectionError, TimeoutError)) or isinstance(error, BrokenPipeError):
+        return None
+    return (
+        f'a download failed ({error}). Pretrained weights come from the network the first time: connect once, or give a local file '
+        '(--cfg-options model.backbone.init_cfg.checkpoint=FILE), or start from random weights '
+        '(--cfg-options model.backbone.init_cfg=None).'
+    )
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    import torch
+
+    if not isinstance(error, torch.OutOfMemoryError):
+        return None
+    return (
+        f'the GPU has no memory left ({str(error).split(". ")[0]}). Lower train_dataloader.batch_size (and the learning rate with it, '
+        '--auto-scale-lr), use --amp, or set model.backbone.with_cp=True.'
+    )
+
+
+def _no_room(error: BaseException) -> str | None:
+    import errno
+
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        return f'cannot write {error.filename or "a file"}: {os.strerror(error.errno)}'
+    return None

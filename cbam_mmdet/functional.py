@@ -1,0 +1,262 @@
+"""CBAM as functions: the equations in plain PyTorch, and the same with a backward pass that keeps no feature map.
+
+Plain PyTorch keeps ``x * channel_map`` for the backward pass, a second copy of the largest tensors that a detector has.
+:func:`cbam` keeps ``x`` alone (its producer keeps it anyway) and recomputes the rest from the two small maps.
+
+Notation: x is (N, C, H, W) and P = H * W. A *descriptor* is what the pools leave of x: (N, K, C) for K channel pools,
+(N, K, H, W) for the K planes of the spatial branch. A *map* is what multiplies x: (N, C, 1, 1) or (N, 1, H, W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .cbam import ChannelAttention, SpatialAttention
+
+CHANNEL_POOLS = ('avg', 'max', 'lp', 'lse')
+ORDERS = ('channel-spatial', 'spatial-channel', 'parallel')
+
+
+def channel_descriptor(x: Tensor, pools: Sequence[str] = ('avg', 'max')) -> Tensor:
+    """Pool every channel over its pixels (section 3.1 of the paper; 'lp' and 'lse' are in the authors' code).
+
+    Args:
+        x: (N, C, H, W), any floating dtype.
+        pools: any of 'avg', 'max', 'lp' (the L2 norm), 'lse' (log-sum-exp).
+
+    Returns:
+        (N, len(pools), C), float32 for a half-precision x, else x's dtype.
+    """
+    return _pool_pixels(x.flatten(2), pools)[0]
+
+
+def spatial_descriptor(x: Tensor, reduce_weight: Tensor | None = None) -> Tensor:
+    """Pool every pixel over its channels (equation 3: maximum and mean), or reduce it by a 1x1 convolution (table 2).
+
+    Args:
+        x: (N, C, H, W), any floating dtype.
+        reduce_weight: (1, C, 1, 1), the 1x1 convolution; None for the paper's [max; mean].
+
+    Returns:
+        (N, 2, H, W), maximum first, or (N, 1, H, W); float32 for a half-precision x, else x's dtype.
+    """
+    return _pool_channels(x.flatten(2), reduce_weight)[0].unflatten(2, x.shape[2:])
+
+
+def cbam(x: Tensor, channel: ChannelAttention, spatial: SpatialAttention | None, order: str = 'channel-spatial') -> Tensor:
+    """Refine x by both attention maps (equation 1).
+
+    Args:
+        x: (N, C, H, W) with H, W >= 1, fp64, fp32, bf16 or fp16, any memory layout.
+        channel: the channel branch.
+        spatial: the spatial branch; None leaves it out.
+        order: 'channel-spatial' (the paper's), 'spatial-channel', or 'parallel' (both maps computed from x itself).
+
+    Returns:
+        The refined x, of x's shape, dtype and layout.
+    """
+    # A compiler fuses and recomputes by itself, and needs to see the equations for it.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return cbam_reference(x, channel, spatial, order)
+    modules = [channel] if spatial is None else [channel, spatial]
+    parameters = [p for module in modules for p in module.parameters()]
+    pixels = _CBAMFunction.apply(x.flatten(2), x.shape[2:], channel, spatial, order, *parameters)
+    return pixels.unflatten(2, x.shape[2:])
+
+
+def cbam_reference(
+    x: Tensor, channel: ChannelAttention, spatial: SpatialAttention | None, order: str = 'channel-spatial'
+) -> Tensor:
+    """:func:`cbam` as the paper writes it, differentiated by autograd."""
+    if spatial is None:
+        return x * channel(x)
+    if order == 'parallel':
+        return x * channel(x) * spatial(x)
+    first, second = (channel, spatial) if order == 'channel-spatial' else (spatial, channel)
+    x = x * first(x)
+    return x * second(x)
+
+
+class _CBAMFunction(torch.autograd.Function):
+    """y = u * second(u) with u = x * first(x); for 'parallel', u * second(x). x and y are (N, C, P) here.
+
+    Saved for the backward pass: x, both maps, the places of the maxima, and the small autograd graphs that lead from
+    the descriptors to the maps (MLP; convolution and norm, whichever norm it is). u is computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, x, shape, channel, spatial, order, *parameters):
+        branches = [_ChannelBranch(channel)]
+        if spatial is not None:
+            branches.append(_SpatialBranch(spatial))
+        if order == 'spatial-channel':
+            branches.reverse()
+
+        u, maps = x, []
+        for i, branch in enumerate(branches):
+            maps.append(branch.attend(x if order == 'parallel' else u, shape))
+            # From the second branch on, u is ours to overwrite.
+            u = u * maps[i] if i == 0 else u.mul_(maps[i])
+
+        ctx.save_for_backward(x, *maps)
+        ctx.branches, ctx.order, ctx.parameters = branches, order, parameters
+        return u
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, *maps = ctx.saved_tensors
+        first, second = ctx.branches[0], ctx.branches[1] if len(maps) == 2 else None
+        grads = {}
+        late = None  # under 'parallel' the second branch pooled x, not u
+
+        grad_u = grad * maps[1] if second else grad
+        if second:
+            grad_map = _sum_of_products(grad, x, maps[0], like=maps[1])
+            grad_descriptor = second.backward_gate(grad_map, grads)
+            if ctx.order == 'parallel':
+                late = grad_descriptor
+            else:
+                second.backward_pool(grad_descriptor, x, maps[0], grad_u, grads)
+
+        grad_map = _sum_of_products(grad_u, x, like=maps[0])
+        grad_descriptor = first.backward_gate(grad_map, grads)
+        grad_x = grad_u.mul_(maps[0]) if second else grad_u * maps[0]
+        first.backward_pool(grad_descriptor, x, None, grad_x, grads)
+        if late is not None:
+            second.backward_pool(late, x, None, grad_x, grads)
+        return (grad_x, None, None, None, None, *(grads.get(id(p)) for p in ctx.parameters))
+
+
+class _Branch:
+    """One attention branch inside :class:`_CBAMFunction`: pools, then its module's own gate under a graph of its own."""
+
+    def __init__(self, module: ChannelAttention | SpatialAttention) -> None:
+        self.module = module
+        self.parameters = [p for p in module.gate_parameters() if p.requires_grad]
+
+    def attend(self, u: Tensor, shape: torch.Size) -> Tensor:
+        """The map for u, (N, C, P), as (N, C, 1) or (N, 1, P), of u's dtype."""
+        pooled, self.places = self.pool(u)
+        with torch.enable_grad():
+            self.pooled = pooled.detach().requires_grad_()
+            self.map = self.gate(self.pooled, shape)
+        return self.map.detach().to(u.dtype)
+
+    def backward_gate(self, grad_map: Tensor, grads: dict[int, Tensor]) -> Tensor:
+        """From the gradient of the map to that of the descriptor; the parameters' go into grads."""
+        wanted = [self.pooled, *self.parameters]
+        # The graph stays whole for a second backward pass (retain_graph=True); it is freed with this object.
+        grad_pooled, *grad_parameters = torch.autograd.grad(
+            self.map, wanted, grad_map.to(self.map.dtype), retain_graph=True, allow_unused=True
+        )
+        grads.update({id(p): g for p, g in zip(self.parameters, grad_parameters, strict=True)})
+        return grad_pooled
+
+
+class _ChannelBranch(_Branch):
+    def pool(self, u):
+        return _pool_pixels(u, self.module.pools)
+
+    def gate(self, pooled, shape):
+        return self.module.gate(pooled).flatten(2)
+
+    def backward_pool(self, grad, x, scale, grad_u, grads):
+        """Add to grad_u, in place, the gradient of the pools of u = x * scale; grad is (N, K, C)."""
+        pixels = x.shape[2]
+        for kind, g, pooled in zip(self.module.pools, grad.unbind(1), self.pooled.detach().unbind(1), strict=True):
+            g, pooled = g.unsqueeze(2), pooled.unsqueeze(2)
+            if kind == 'avg':
+                grad_u += (g / pixels).to(x.dtype)
+            elif kind == 'max':
+                grad_u.scatter_add_(2, self.places.long(), g.to(x.dtype))
+            else:
+                u = x if scale is None else x * scale
+                if kind == 'lp':  # d norm / du = u / norm, and 0 where the norm is 0, as torch has it
+                    grad_u += u * (g / pooled).masked_fill(pooled == 0, 0).to(x.dtype)
+                else:
+                    grad_u += ((u - pooled).exp_() * g).to(x.dtype)
+
+
+class _SpatialBranch(_Branch):
+    def pool(self, u):
+        return _pool_channels(u, self.module.reduce_weight)
+
+    def gate(self, pooled, shape):
+        return self.module.gate(pooled.unflatten(2, shape)).flatten(2)
+
+    def backward_pool(self, grad, x, scale, grad_u, grads):
+        """Add to grad_u, in place, the gradient of the pools of u = x * scale; grad is (N, K, P)."""
+        weight = self.module.reduce_weight
+        if weight is None:
+            grad_max, grad_mean = grad.to(x.dtype).split(1, dim=1)
+            grad_u += grad_mean / x.shape[1]
+            grad_u.scatter_add_(1, self.places.long(), grad_max)
+            return
+        grad_u += weight.detach().flatten(2).to(x.dtype) * grad.to(x.dtype)
+        if weight.requires_grad:
+            u = x if scale is None else x * scale
+            grads[id(weight)] = (u * grad).sum((0, 2)).to(weight.dtype).view_as(weight)
+
+
+def _pool_pixels(u: Tensor, pools: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    """(N, C, P) -> (N, K, C), and the place of each channel's maximum, (N, C, 1), if 'max' is among the pools."""
+    dtype, places, pooled = _accumulate_dtype(u), None, []
+    for kind in pools:
+        if kind == 'avg':
+            value = _mean(u, 2)
+        elif kind == 'max':  # not amax: of equal maxima the first gets the gradient, as in max pooling
+            value, places = _max_with_places(u)
+        elif kind == 'lp':
+            value = torch.linalg.vector_norm(u, dim=2, dtype=dtype)
+        else:
+            value = u.to(dtype).logsumexp(2)
+        pooled.append(value)
+    return torch.stack(pooled, dim=1), places
+
+
+def _pool_channels(u: Tensor, reduce_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(N, C, P) -> (N, 2, P) or (N, 1, P), and the channel of each pixel's maximum, (N, 1, P), if one is taken."""
+    dtype = _accumulate_dtype(u)
+    if reduce_weight is not None:
+        return (u * reduce_weight.flatten(2).to(dtype)).sum(1, keepdim=True), None
+    value, places = u.max(1, keepdim=True)
+    return torch.cat([value.to(dtype), _mean(u, 1).unsqueeze(1)], dim=1), places.to(torch.int16)
+
+
+def _max_with_places(u: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C, P) -> maxima (N, C) and where they are, (N, C, 1): the first of equals."""
+    if torch.compiler.is_compiling():
+        value, places = u.max(2, keepdim=True)
+    else:  # the same as u.max(2), which is 17 times slower on the CPU in channels-last
+        value, places = F.adaptive_max_pool2d(u.unsqueeze(2), 1, return_indices=True)
+    return value.flatten(1).to(_accumulate_dtype(u)), places.flatten(2).to(torch.int32)
+
+
+def _mean(u: Tensor, dim: int) -> Tensor:
+    """The mean over dim, added up in fp32 for half precision (fp16 overflows in a sum over an image)."""
+    dtype = _accumulate_dtype(u)
+    if u.device.type == 'cpu':  # there, reading bf16 while summing in fp32 is 20 times slower than a copy
+        return u.to(dtype).mean(dim)
+    return u.mean(dim, dtype=dtype)
+
+
+def _sum_of_products(*factors: Tensor, like: Tensor) -> Tensor:
+    """The product of the factors, summed over the dimension in which `like`, (N, C, 1) or (N, 1, P), has size 1."""
+    product = factors[0] * factors[1]
+    for factor in factors[2:]:
+        product *= factor
+    return product.sum(2 if like.shape[2] == 1 else 1, keepdim=True, dtype=_accumulate_dtype(product))
+
+
+def _accumulate_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+

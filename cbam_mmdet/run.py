@@ -1,0 +1,181 @@
+"""Training and testing from a config, with MMEngine's Runner: what tools/train.py and tools/test.py call."""
+
+from __future__ import annotations
+
+import copy
+import os
+import os.path as osp
+from pathlib import Path
+
+import torch
+from mmdet.evaluation import DumpDetResults
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from .checkpoints import check_checkpoint_file
+from .config import add_hooks, check_images_when_loading, check_plugins, set_data_root
+from .datasets.checks import check_data
+from .errors import UserError
+
+
+def train(
+    cfg: Config,
+    *,
+    data_root: str | None = None,
+    work_dir: str | None = None,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    resume: str | bool = False,
+    launcher: str = 'none',
+) -> Runner:
+    """Check a config and its data, then train.
+
+    Args:
+        cfg: the config.
+        data_root: re-points every dataloader and evaluator (see config.set_data_root).
+        work_dir: for logs and checkpoints; by default the config's, else work_dirs/NAME.
+        amp: mixed precision (fp16, on a GPU).
+        auto_scale_lr: scale the learning rate to the batch size.
+        resume: a checkpoint to go on from; True for the newest in work_dir.
+        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Returns:
+        The Runner, after training.
+
+    Raises:
+        UserError: for whatever in config, data or checkpoint would end in a failure later.
+    """
+    _prepare(cfg, data_root, work_dir, launcher)
+    if amp:
+        _use_amp(cfg)
+    if auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise UserError('--auto-scale-lr: the config must say for which batch size its lr is: auto_scale_lr.base_batch_size=16')
+        cfg.auto_scale_lr.enable = True
+    if resume:
+        cfg.resume = True
+        cfg.load_from = None if resume is True else resume
+        if resume is True and not find_latest_checkpoint(cfg.work_dir):
+            raise UserError(f'--resume: no checkpoint in {cfg.work_dir} to go on from; leave --resume out to start anew')
+    if cfg.get('load_from'):
+        check_checkpoint_file(cfg.load_from)
+    if _is_first_process():
+        check_data(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
+    add_hooks(cfg, dict(type='FiniteLossHook'), dict(type='CheckpointFitHook', strict=bool(resume)))
+    runner = _build_runner(cfg)
+    runner.train()
+    return runner
+
+
+def test(
+    cfg: Config,
+    checkpoint: str,
+    *,
+    data_root: str | None = None,
+    work_dir: str | None = None,
+    out: str | None = None,
+    show: bool = False,
+    show_dir: str | None = None,
+    wait_time: float = 2,
+    tta: bool = False,
+    launcher: str = 'none',
+) -> dict[str, float]:
+    """Check a config, its data and a checkpoint, then evaluate.
+
+    Args:
+        cfg: the config.
+        checkpoint: the weights.
+        data_root: re-points every dataloader and evaluator (see config.set_data_root).
+        work_dir: for the log; by default the config's, else work_dirs/NAME.
+        out: a .pkl file for the detections of all images.
+        show: show each picture in a window.
+        show_dir: a folder, below work_dir, for the pictures.
+        wait_time: seconds that a window stays.
+        tta: test-time augmentation (horizontal flip where the config has no `tta_pipeline`).
+        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Returns:
+        The metrics, e.g. {'coco/bbox_mAP': 0.37, ...}.
+
+    Raises:
+        UserError: for whatever in config, data or checkpoint would end in a failure later.
+    """
+    if out and not out.endswith(('.pkl', '.pickle')):
+        raise UserError(f'--out {out}: the detections are written as a pickle, the name must end with .pkl')
+    check_checkpoint_file(checkpoint)
+    _prepare(cfg, data_root, work_dir, launcher)
+    cfg.load_from, cfg.resume = checkpoint, False
+    if show or show_dir:
+        _draw(cfg, show, show_dir, wait_time)
+    if tta:
+        _use_tta(cfg)
+        check_images_when_loading(cfg)
+    if _is_first_process():
+        check_data(cfg, ['test'])
+    add_hooks(cfg, dict(type='CheckpointFitHook'))
+    # The checkpoint holds every weight: a pretrained backbone would be fetched for nothing.
+    model = cfg.model.module if tta else cfg.model
+    if model.get('backbone'):
+        model.backbone.init_cfg = None
+    runner = _build_runner(cfg)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=out))
+    return runner.test()
+
+
+def _prepare(cfg: Config, data_root: str | None, work_dir: str | None, launcher: str) -> None:
+    setup_cache_size_limit_of_dynamo()
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    cfg.launcher = launcher
+    if work_dir:
+        cfg.work_dir = work_dir
+    elif not cfg.get('work_dir'):
+        cfg.work_dir = osp.join('work_dirs', Path(cfg.filename).stem)
+    if data_root:
+        set_data_root(cfg, data_root)
+    check_plugins(cfg)
+    check_images_when_loading(cfg)
+
+
+def _build_runner(cfg: Config) -> Runner:
+    try:
+        Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--work-dir {cfg.work_dir}: cannot be made ({error.strerror})') from error
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
+
+
+def _use_amp(cfg: Config) -> None:
+    if not torch.cuda.is_available():
+        raise UserError('--amp: fp16 training needs a GPU, and torch sees none here')
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def _draw(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:
+    hook = cfg.default_hooks.setdefault('visualization', ConfigDict(type='DetVisualizationHook'))
+    hook.update(draw=True, show=show, wait_time=wait_time, test_out_dir=show_dir)
+
+
+def _use_tta(cfg: Config) -> None:
+    """As MMDetection's tools/test.py: flip horizontally, merge by NMS, unless the config says otherwise."""
+    cfg.setdefault('tta_model', dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if 'tta_pipeline' not in cfg:
+        pack = dict(
+            type='PackDetInputs',
+            meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction'),
+        )
+        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+        cfg.tta_pipeline = [*copy.deepcopy(dataset.pipeline[:-1]), dict(type='TestTimeAug', transforms=[flips, [pack]])]
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)

@@ -1,0 +1,7 @@
+"""The plain twin of faster_rcnn_r50_cbam.py: the same but for CBAM."""
+
+_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+
+custom_imports = dict(imports=['cbam_mmdet'])
+
+model = dict(backbone=dict(frozen_stages=0))  # as with CBAM, so that the two train the same layers

@@ -1,0 +1,48 @@
+"""Packaging of cbam-mmdet.
+
+The plugin itself needs no dependency that an OpenMMLab user does not already have, so a plain
+``pip install .`` installs this package alone into an existing environment. ``pip install '.[mmdet]'``
+brings the stack that we test as well; ``-c constraints.txt`` pins it.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r"__version__ = '(.+?)'", (ROOT / 'cbam_mmdet/version.py').read_text()).group(1)
+
+setup(
+    name='cbam-mmdet',
+    version=VERSION,
+    description='CBAM (Woo et al., ECCV 2018) as a backbone plugin of MMDetection',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.10',
+    packages=find_packages(include=['cbam_mmdet', 'cbam_mmdet.*']),
+    # .mim/configs and .mim/tools are links to the folders of the repository: the wheel gets copies, as
+    # OpenMMLab's packages have, so `_base_ = 'cbam_mmdet::faster_rcnn_r50_cbam.py'` works after an install.
+    package_data={'cbam_mmdet': ['.mim/*.yml', '.mim/configs/**/*', '.mim/tools/*']},
+    extras_require={
+        # The maintained forks; import names mmcv, mmdet, mmengine. No compiler: see cbam_mmdet/mmcv_ops.py.
+        'mmdet': [
+            'torch>=2.4',
+            'torchvision',
+            'onedl-mmengine>=0.10.12',
+            'onedl-mmcv>=2.3.6',
+            'onedl-mmdetection>=3.5.1',
+            'pycocotools',
+            'tqdm',
+        ],
+        'dev': ['pytest', 'ruff'],
+    },
+    classifiers=[
+        'License :: OSI Approved :: Apache Software License',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+)
