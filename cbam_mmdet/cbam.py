@@ -49,7 +49,9 @@ class ChannelAttention(nn.Module):
         gate: 'sigmoid' or 'unit'.
     """
 
-    def __init__(self, in_channels: int, reduction: int = 16, pools: Sequence[str] = ('avg', 'max'), gate: str = 'sigmoid'):
+    def __init__(
+        self, in_channels: int, reduction: int = 16, pools: Sequence[str] = ('avg', 'max'), gate: str = 'sigmoid'
+    ):
         super().__init__()
         hidden = max(in_channels // reduction, 1)
         self.pools = tuple(pools)
@@ -163,7 +165,7 @@ class CBAM(BaseModule):
         kernel_size: int = 7,
         order: str = 'channel-spatial',
         gate: str = 'sigmoid',
-        norm_cfg: dict | None = dict(type='BN', momentum=0.01),  # noqa: B006, C408 (MMEngine's idiom; never written to)
+        norm_cfg: dict | None = dict(type='BN', momentum=0.01),  # noqa: B006 (MMEngine's idiom; never written to)
         init_cfg: dict | None = None,
     ):
         super().__init__(init_cfg)

@@ -7,22 +7,34 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from mmengine.runner import find_latest_checkpoint
 from torch import nn
 
 from .errors import UserError, near
 
 
-def check_checkpoint_file(path: str) -> None:
-    """Look at a local checkpoint's first and last bytes, before minutes are spent on data and models.
+def find_checkpoint(path: str) -> str:
+    """Find a checkpoint, and look at its first and last bytes before minutes are spent on data and models.
 
     Args:
-        path: a file; URLs and 'torchvision://' names are left to MMEngine.
+        path: a file, or a work dir, which stands for the newest checkpoint in it; URLs and 'torchvision://' names are left to
+            MMEngine.
+
+    Returns:
+        The file's path, or the name as it was.
 
     Raises:
         UserError: if it does not exist, is cut off, or is no checkpoint.
     """
     if '://' in path:
-        return
+        return path
+    if os.path.isdir(path):
+        newest = find_latest_checkpoint(path)
+        if newest is None:
+            raise UserError(
+                f'{path} is a folder without a last_checkpoint: give a .pth file or the work dir of a training run'
+            )
+        path = newest
     if not os.path.isfile(path):
         folder = Path(path).parent
         siblings = [str(p) for p in folder.glob('*.pth')] if folder.is_dir() else []
@@ -34,6 +46,7 @@ def check_checkpoint_file(path: str) -> None:
         raise UserError(f'checkpoint {path} is cut off (a killed job or a full disk?): use an earlier one.')
     if head != b'PK' and not head.startswith(b'\x80'):  # zip, and the pickle of torch before 1.6
         raise UserError(f'{path} is not a checkpoint of PyTorch.')
+    return path
 
 
 def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, name: str) -> None:

@@ -61,7 +61,16 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
         raise UserError(f'config {path!r} does not exist{near(path, siblings)}')
     try:
         cfg = Config.fromfile(path)
-    except (SyntaxError, ValueError, AssertionError, FileNotFoundError, ImportError, NameError, TypeError, OSError) as error:
+    except (
+        SyntaxError,
+        ValueError,
+        AssertionError,
+        FileNotFoundError,
+        ImportError,
+        NameError,
+        TypeError,
+        OSError,
+    ) as error:
         raise UserError(f'config {path!r} cannot be read: {type(error).__name__}: {error}') from error
     if 'model' not in cfg:
         raise UserError(f'config {path!r} has no `model`: it is not the config of a detector')
@@ -135,42 +144,6 @@ def _move(path: str, old_roots: set[str], new: str) -> str:
     return path
 
 
-def check_images_when_loading(cfg: Config) -> None:
-    """Let every pipeline name the image that it cannot read, instead of MMCV's loader.
-
-    What happens then is the config's `broken_images`: 'skip' (the default: a training image is named and another takes its
-    place) or 'raise'. In validation and test a broken image always raises: leaving it out would change the score.
-
-    Raises:
-        UserError: if `broken_images` is neither.
-    """
-    policy = cfg.get('broken_images', 'skip')
-    if policy not in ('skip', 'raise'):
-        raise UserError(f"broken_images={policy!r} in the config: expected 'skip' or 'raise'")
-    for split in SPLITS:
-        loader = cfg.get(f'{split}_dataloader') or {}
-        _replace_loaders(loader.get('dataset'), policy if split == 'train' else 'raise')
-    _replace_loaders(cfg.get('tta_pipeline'), 'raise')
-
-
-def _replace_loaders(node: object, policy: str) -> None:
-    if isinstance(node, dict):
-        if node.get('type') in ('LoadImageFromFile', 'mmdet.LoadImageFromFile', 'mmcv.LoadImageFromFile'):
-            node.update(type='LoadCheckedImage', on_error=policy)
-        for value in node.values():
-            _replace_loaders(value, policy)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            _replace_loaders(value, policy)
-
-
-def add_hooks(cfg: Config, *hooks: dict) -> None:
-    """Append hooks to `custom_hooks`, unless the config has hooks of their types already."""
-    present = list(cfg.get('custom_hooks') or [])
-    types = {hook.get('type') for hook in present}
-    cfg.custom_hooks = present + [hook for hook in hooks if hook['type'] not in types]
-
-
 def check_plugins(cfg: Config) -> None:
     """Check `model.backbone.plugins` before anything is built: position, stages and type.
 
@@ -205,7 +178,9 @@ def check_plugins(cfg: Config) -> None:
             raise UserError(f"{key}: expected dict(cfg=dict(type='CBAM'), position='after_conv3'), got {plugin}")
         position, stages, name = plugin.get('position'), plugin.get('stages'), plugin['cfg']['type']
         if position not in positions:
-            raise UserError(f'{key}.position={position!r}: expected one of {list(positions)}{near(str(position), positions)}')
+            raise UserError(
+                f'{key}.position={position!r}: expected one of {list(positions)}{near(str(position), positions)}'
+            )
         if stages is not None and len(stages) != num_stages:
             raise UserError(
                 f'{key}.stages={tuple(stages)} has {len(stages)} entries: expected {num_stages}, one a stage of the backbone'
@@ -213,5 +188,3 @@ def check_plugins(cfg: Config) -> None:
         if isinstance(name, str) and MODELS.get(name) is None:
             known = [*MODELS.module_dict, *MODELS.parent.module_dict]
             raise UserError(f'{key}.cfg.type={name!r} is not a registered model{near(name, known)}')
-
-

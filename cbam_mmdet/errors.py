@@ -89,7 +89,9 @@ def _registered(registry: str, scope: str) -> tuple[str, ...]:
 
 def _wrong_argument(error: BaseException) -> str | None:
     """A key of a config that its class does not take."""
-    found = re.search(r"(?:(\w+)\.)?__init__\(\) (got an unexpected keyword argument|missing \d+ required) ?(.*)", str(error))
+    found = re.search(
+        r'(?:(\w+)\.)?__init__\(\) (got an unexpected keyword argument|missing \d+ required) ?(.*)', str(error)
+    )
     if not isinstance(error, TypeError) or not found:
         return None
     owner, _, rest = found.groups()

@@ -50,7 +50,9 @@ def spatial_descriptor(x: Tensor, reduce_weight: Tensor | None = None) -> Tensor
     return _pool_channels(x.flatten(2), reduce_weight)[0].unflatten(2, x.shape[2:])
 
 
-def cbam(x: Tensor, channel: ChannelAttention, spatial: SpatialAttention | None, order: str = 'channel-spatial') -> Tensor:
+def cbam(
+    x: Tensor, channel: ChannelAttention, spatial: SpatialAttention | None, order: str = 'channel-spatial'
+) -> Tensor:
     """Refine x by both attention maps (equation 1).
 
     Args:
@@ -258,5 +260,3 @@ def _sum_of_products(*factors: Tensor, like: Tensor) -> Tensor:
 
 def _accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-
-

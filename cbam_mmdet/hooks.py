@@ -1,14 +1,19 @@
-"""Training hooks: they stop a run that has gone wrong, with a message, before it costs days."""
+"""Hooks that stop a run which has gone wrong, with a message, before it costs days.
+
+The tools put them on the Runner, not into the config: the copy that a work dir keeps works without them too.
+"""
 
 from __future__ import annotations
 
 import torch
+from mmcv.transforms import LoadImageFromFile
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from .checkpoints import compare_state_dicts
+from .datasets.loading import LoadCheckedImage
 from .errors import UserError
 
 
@@ -74,3 +79,41 @@ class CheckpointFitHook(Hook):
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         compare_state_dicts(checkpoint, model, self.strict, name=str(runner._load_from or runner.work_dir))
+
+
+@HOOKS.register_module()
+class CheckImagesHook(Hook):
+    """Let every pipeline name the image that it cannot read, in place of MMCV's loader, which fails inside OpenCV.
+
+    In validation and test a broken image always raises: leaving it out would change the score.
+
+    Args:
+        broken_images: for training images: 'skip' (name it, and take another) or 'raise'.
+
+    Raises:
+        UserError: if broken_images is neither; in the run, for a broken image.
+    """
+
+    def __init__(self, broken_images: str = 'skip') -> None:
+        if broken_images not in ('skip', 'raise'):
+            raise UserError(f"broken_images={broken_images!r} in the config: expected 'skip' or 'raise'")
+        self.broken_images = broken_images
+
+    def before_train(self, runner: Runner) -> None:
+        _check_images(runner.train_dataloader.dataset, self.broken_images)
+
+    def before_val(self, runner: Runner) -> None:
+        _check_images(runner.val_dataloader.dataset, 'raise')
+
+    def before_test(self, runner: Runner) -> None:
+        _check_images(runner.test_dataloader.dataset, 'raise')
+
+
+def _check_images(dataset: object, on_error: str) -> None:
+    for inner in [getattr(dataset, 'dataset', None), *getattr(dataset, 'datasets', [])]:
+        if inner is not None:
+            _check_images(inner, on_error)
+    transforms = getattr(getattr(dataset, 'pipeline', None), 'transforms', [])
+    for i, transform in enumerate(transforms):
+        if type(transform) is LoadImageFromFile:
+            transforms[i] = LoadCheckedImage.like(transform, on_error)

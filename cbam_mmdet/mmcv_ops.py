@@ -22,6 +22,7 @@ Where the served operators differ from mmcv's own, on purpose:
   RoIAlign and RoIPool are deterministic, and those of deformable convolution raise torch's error on CUDA, where mmcv
   goes on with sums in random order.
 """
+
 import ctypes
 import functools
 import importlib
@@ -37,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['install_ops', 'OPERATORS']
+__all__ = ['OPERATORS', 'install_ops']
 
 EXTENSION = 'mmcv._ext'
 
@@ -66,8 +67,11 @@ def install_ops() -> bool:
     except Exception as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name == EXTENSION
         if not absent:
-            warnings.warn(f'{EXTENSION} is installed but cannot be imported ({type(error).__name__}: {error}); '
-                          f'{__name__} serves its operators instead.', stacklevel=2)
+            warnings.warn(
+                f'{EXTENSION} is installed but cannot be imported ({type(error).__name__}: {error}); '
+                f'{__name__} serves its operators instead.',
+                stacklevel=2,
+            )
         module = importlib.util.module_from_spec(ModuleSpec(EXTENSION, _Loader(), origin=__name__))
         module.__spec__.loader.exec_module(module)
         sys.modules[EXTENSION] = module
@@ -79,9 +83,13 @@ class _Loader(importlib.abc.Loader):
     """Fills the module; being in its ``__spec__`` it also lets ``pkgutil.find_loader`` find something."""
 
     def exec_module(self, module) -> None:
-        vars(module).update(OPERATORS, __getattr__=_unserved, __doc__=__doc__,
-                            get_compiler_version=get_compiler_version,
-                            get_compiling_cuda_version=get_compiling_cuda_version)
+        vars(module).update(
+            OPERATORS,
+            __getattr__=_unserved,
+            __doc__=__doc__,
+            get_compiler_version=get_compiler_version,
+            get_compiling_cuda_version=get_compiling_cuda_version,
+        )
 
 
 def get_compiler_version() -> str:
@@ -107,7 +115,8 @@ def _unserved(name: str) -> Callable:
             '(`pip install -U openmim && mim install mmcv`; of the fork, `pip install onedl-mmcv -f '
             'https://mmwheels.onedl.ai/simple/cuXXX-torchX.Y.Z/index.html`), or your own build (needs a C++ compiler '
             'and, for CUDA, nvcc; takes a while): `MMCV_WITH_OPS=1 pip install --force-reinstall --no-cache-dir '
-            '--no-deps --no-build-isolation --no-binary :all: onedl-mmcv` (or mmcv).')
+            '--no-deps --no-build-isolation --no-binary :all: onedl-mmcv` (or mmcv).'
+        )
 
     operator.__name__ = operator.__qualname__ = name
     return operator
@@ -139,9 +148,6 @@ def _torchvision():
     return torch.ops.torchvision
 
 
-# Suppression
-
-
 @_operator
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
     """Greedy non-maximum suppression.
@@ -165,8 +171,16 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
 
 
 @_operator
-def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, sigma: float, min_score: float,
-            method: int, offset: int) -> Tensor:
+def softnms(
+    boxes: Tensor,
+    scores: Tensor,
+    dets: Tensor,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: int,
+    offset: int,
+) -> Tensor:
     """Soft-NMS (Bodla et al., ICCV 2017): lower the scores of overlapping boxes instead of dropping them.
 
     Args:
@@ -199,7 +213,7 @@ def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, s
         best = picked + _first_highest(table[4, picked:count])
         table[:, [picked, best]] = table[:, [best, picked]]
         index[[picked, best]] = index[[best, picked]]
-        box, rest = table[:4, picked:picked + 1], table[:, picked + 1:count]
+        box, rest = table[:4, picked : picked + 1], table[:, picked + 1 : count]
         iou = _iou(box, rest[:4], offset)
         if method == 0:
             rest[4, iou >= iou_threshold] = 0
@@ -232,7 +246,7 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
     Returns:
         list[list[int]]: For each kept box its index and then those it suppressed, all by descending score.
     """
-    dets, = _widen(dets.cpu())
+    (dets,) = _widen(dets.cpu())
     boxes = dets[:, :4].T.numpy()
     iou_threshold = boxes.dtype.type(iou_threshold)
     order = dets[:, 4].sort(descending=True, stable=True).indices.numpy()
@@ -248,7 +262,7 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
 def _iou(box: np.ndarray, others: np.ndarray, offset: int) -> np.ndarray:
     """IoU, shape (N,), of one box, shape (4, 1), with N others, shape (4, N); NaN for two boxes without area."""
     width, height = (np.minimum(box[2:], others[2:]) - np.maximum(box[:2], others[:2]) + offset).clip(min=0)
-    area, = np.prod(box[2:] - box[:2] + offset, axis=0)
+    (area,) = np.prod(box[2:] - box[:2] + offset, axis=0)
     areas = np.prod(others[2:] - others[:2] + offset, axis=0)
     overlap = width * height
     with np.errstate(divide='ignore', invalid='ignore'):
@@ -260,13 +274,20 @@ def _first_highest(scores: np.ndarray) -> int:
     return 0 if np.isnan(scores[0]) else int(np.where(np.isnan(scores), -np.inf, scores).argmax())
 
 
-# RoI pooling
-
-
 @_operator
-def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor, argmax_x: Tensor,
-                      aligned_height: int, aligned_width: int, spatial_scale: float, sampling_ratio: int,
-                      pool_mode: int, aligned: bool) -> None:
+def roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
     """RoIAlign (He et al., ICCV 2017), averaging.
 
     Args:
@@ -287,14 +308,24 @@ def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Ten
     """
     _check_averaging(pool_mode)
     features, boxes = _widen(input, rois)
-    output.copy_(_torchvision().roi_align(features, boxes, spatial_scale, aligned_height, aligned_width,
-                                          sampling_ratio, bool(aligned)))
+    bins = aligned_height, aligned_width
+    output.copy_(_torchvision().roi_align(features, boxes, spatial_scale, *bins, sampling_ratio, bool(aligned)))
 
 
 @_operator
-def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor,
-                       aligned_height: int, aligned_width: int, spatial_scale: float, sampling_ratio: int,
-                       pool_mode: int, aligned: bool) -> None:
+def roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
     """Add RoIAlign's gradient to ``grad_input``, shape (B, C, H, W); the rest as in :func:`roi_align_forward`."""
     _check_averaging(pool_mode)
     grad, boxes = _widen(grad_output, rois)
@@ -302,8 +333,9 @@ def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argm
         # torchvision's kernel, which adds up atomically, refuses to run.
         grad = _roi_align_backward_by_products(grad, boxes, grad_input.shape, spatial_scale, sampling_ratio, aligned)
     else:
-        grad = _torchvision()._roi_align_backward(grad, boxes, spatial_scale, aligned_height, aligned_width,
-                                                  *grad_input.shape, sampling_ratio, bool(aligned))
+        grad = _torchvision()._roi_align_backward(
+            grad, boxes, spatial_scale, aligned_height, aligned_width, *grad_input.shape, sampling_ratio, bool(aligned)
+        )
     grad_input.add_(grad)
 
 
@@ -311,11 +343,13 @@ def _check_averaging(pool_mode: int) -> None:
     if pool_mode != 1:
         raise NotImplementedError(
             "RoIAlign with pool_mode='max' needs a compiled mmcv: torchvision, whose operators serve here, only "
-            "averages. Set pool_mode='avg', or install an mmcv compiled for this torch.")
+            "averages. Set pool_mode='avg', or install an mmcv compiled for this torch."
+        )
 
 
-def _roi_align_backward_by_products(grad: Tensor, rois: Tensor, shape: torch.Size, spatial_scale: float,
-                                    sampling_ratio: int, aligned: bool) -> Tensor:
+def _roi_align_backward_by_products(
+    grad: Tensor, rois: Tensor, shape: torch.Size, spatial_scale: float, sampling_ratio: int, aligned: bool
+) -> Tensor:
     """RoIAlign's gradient by matrix products, which unlike atomic sums give the same result every time.
 
     The average of bilinear samples on a grid is separable: ``output = rows @ input @ columns.T`` for each RoI, with one
@@ -353,8 +387,15 @@ def _average_weights(start: Tensor, size: Tensor, bins: int, sampling_ratio: int
 
 
 @_operator
-def roi_pool_forward(input: Tensor, rois: Tensor, output: Tensor, argmax: Tensor, pooled_height: int,
-                     pooled_width: int, spatial_scale: float) -> None:
+def roi_pool_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+) -> None:
     """RoIPool (Girshick, ICCV 2015), with mmcv's bins: RoIs are not rounded, their bins are, outwards.
 
     Args:
@@ -374,11 +415,16 @@ def roi_pool_forward(input: Tensor, rois: Tensor, output: Tensor, argmax: Tensor
     top, bottom = _bin_edges(start[:, 1], size[:, 1], pooled_height, height)
 
     # torchvision rounds RoIs to pixels before it divides them, so each bin goes to it as a RoI with a single bin.
-    bins = torch.stack(torch.broadcast_tensors(
-        boxes[:, None, None, 0], left[:, None], top[:, :, None], right[:, None] - 1, bottom[:, :, None] - 1), dim=-1)
+    bins = torch.stack(
+        torch.broadcast_tensors(
+            boxes[:, None, None, 0], left[:, None], top[:, :, None], right[:, None] - 1, bottom[:, :, None] - 1
+        ),
+        dim=-1,
+    )
     maxima, places = (
         tensor.view(count, pooled_height, pooled_width, channels).permute(0, 3, 1, 2)
-        for tensor in _torchvision().roi_pool(features, bins.flatten(0, 2), 1.0, 1, 1))
+        for tensor in _torchvision().roi_pool(features, bins.flatten(0, 2), 1.0, 1, 1)
+    )
     filled = (right > left)[:, None] & (bottom > top)[:, :, None] & (size > 0).all(dim=1)[:, None, None]
     output.copy_(maxima.where(filled[:, None], maxima.new_zeros(())))
     argmax.copy_(places.where(filled[:, None], places.new_full((), -1)))
@@ -391,10 +437,17 @@ def _bin_edges(start: Tensor, size: Tensor, bins: int, pixels: int) -> tuple[Ten
 
 
 @_operator
-def roi_pool_backward(grad_output: Tensor, rois: Tensor, argmax: Tensor, grad_input: Tensor, pooled_height: int,
-                      pooled_width: int, spatial_scale: float) -> None:
+def roi_pool_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax: Tensor,
+    grad_input: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+) -> None:
     """Add RoIPool's gradient to ``grad_input``, shape (B, C, H, W); the rest as in :func:`roi_pool_forward`."""
-    grad, = _widen(grad_output)
+    (grad,) = _widen(grad_output)
     channels, height, width = grad_input.shape[1:]
     plane = rois[:, :1].long() * channels + torch.arange(channels, device=rois.device)
     place = plane[:, :, None, None] * (height * width) + argmax.clamp(min=0)
@@ -403,12 +456,10 @@ def roi_pool_backward(grad_output: Tensor, rois: Tensor, argmax: Tensor, grad_in
     grad_input.add_(total.view(grad_input.shape))
 
 
-# Focal loss
-
-
 @_operator
-def sigmoid_focal_loss_forward(input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float,
-                               alpha: float) -> None:
+def sigmoid_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
     """Focal loss (Lin et al., ICCV 2017, equation 5) of independent classes.
 
     Args:
@@ -424,13 +475,14 @@ def sigmoid_focal_loss_forward(input: Tensor, target: Tensor, weight: Tensor, ou
     """
     _check_labels(target, num_classes=input.size(1))
     _, z, alpha_t = _signed_logits(input, target, alpha)
-    loss = -alpha_t * torch.sigmoid(-z)**gamma * F.logsigmoid(z)
+    loss = -alpha_t * torch.sigmoid(-z) ** gamma * F.logsigmoid(z)
     output.copy_(loss * _row_weight(weight, target)[:, None])
 
 
 @_operator
-def sigmoid_focal_loss_backward(input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float,
-                                alpha: float) -> None:
+def sigmoid_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
+) -> None:
     """Write the losses' derivatives into ``grad_input``, shape (N, C); see :func:`sigmoid_focal_loss_forward`."""
     sign, z, alpha_t = _signed_logits(input, target, alpha)
     p_t, miss = torch.sigmoid(z), torch.sigmoid(-z)
@@ -440,15 +492,16 @@ def sigmoid_focal_loss_backward(input: Tensor, target: Tensor, weight: Tensor, g
 
 def _signed_logits(input: Tensor, target: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """The sign s = 1 for the labelled class, else -1; z = s * logit, so p_t = sigmoid(z); and alpha_t: all (N, C)."""
-    logits, = _widen(input)
+    (logits,) = _widen(input)
     labelled = target[:, None] == torch.arange(input.size(1), device=input.device)
     sign = labelled.to(logits.dtype) * 2 - 1
     return sign, sign * logits, 0.5 + sign * (alpha - 0.5)
 
 
 @_operator
-def softmax_focal_loss_forward(input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float,
-                               alpha: float) -> None:
+def softmax_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
     """Focal loss of exclusive classes.
 
     Args:
@@ -464,12 +517,13 @@ def softmax_focal_loss_forward(input: Tensor, target: Tensor, weight: Tensor, ou
     """
     _check_labels(target, num_classes=input.size(1))
     p, log_p, factor = _labelled_probability(input, target, weight, alpha)
-    output.copy_(-factor * (1 - p)**gamma * log_p)
+    output.copy_(-factor * (1 - p) ** gamma * log_p)
 
 
 @_operator
-def softmax_focal_loss_backward(input: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor,
-                                gamma: float, alpha: float) -> None:
+def softmax_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
+) -> None:
     """Write the losses' derivatives by the logits into ``grad_input``, shape (N, C).
 
     ``buff``, shape (N,), gets p * dloss/dp, p being the labelled class's probability; the rest is as in
@@ -477,10 +531,10 @@ def softmax_focal_loss_backward(input: Tensor, target: Tensor, weight: Tensor, b
     """
     p, log_p, factor = _labelled_probability(input, target, weight, alpha)
     # At p = 1 the second term is 0, but its power is infinite if gamma < 1.
-    steep = torch.where(p < 1, gamma * (1 - p)**(gamma - 1) * p * log_p, torch.zeros_like(p))
-    slope = factor * (steep - (1 - p)**gamma)
+    steep = torch.where(p < 1, gamma * (1 - p) ** (gamma - 1) * p * log_p, torch.zeros_like(p))
+    slope = factor * (steep - (1 - p) ** gamma)
     buff.copy_(slope)
-    probabilities, = _widen(input)
+    (probabilities,) = _widen(input)
     labelled = target[:, None] == torch.arange(input.size(1), device=input.device)
     grad_input.copy_(slope[:, None] * (labelled.to(slope.dtype) - probabilities))
 
@@ -489,7 +543,7 @@ def _labelled_probability(input: Tensor, target: Tensor, weight: Tensor, alpha: 
     """Probability p of each row's label, log(p), and the loss's factor, which is 0 for background: all (N,)."""
     num_classes = input.size(1)
     foreground = (target >= 0) & (target < num_classes)
-    probabilities, = _widen(input)
+    (probabilities,) = _widen(input)
     p = probabilities.gather(1, target.clamp(0, num_classes - 1)[:, None])[:, 0]
     log_p = p.clamp(min=torch.finfo(torch.float32).tiny).log()
     return p, log_p, alpha * foreground.to(p.dtype) * _row_weight(weight, target)
@@ -497,7 +551,7 @@ def _labelled_probability(input: Tensor, target: Tensor, weight: Tensor, alpha: 
 
 def _row_weight(weight: Tensor, target: Tensor) -> Tensor:
     """The class weight of each label, shape (N,): 1 for background, and for all if there are no weights."""
-    weight, = _widen(weight)
+    (weight,) = _widen(weight)
     table = torch.cat((weight, weight.new_ones(1)))
     background = weight.numel()
     return table[target.clamp(max=background).where(target >= 0, target.new_tensor(background))]
@@ -508,13 +562,26 @@ def _check_labels(target: Tensor, num_classes: int) -> None:
         raise ValueError(f'labels must be at most num_classes = {num_classes} (background), but got {target.max()}')
 
 
-# Deformable convolution
-
-
 @_operator
-def deform_conv_forward(input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, columns: Tensor, ones: Tensor,
-                        kW: int, kH: int, dW: int, dH: int, padW: int, padH: int, dilationW: int, dilationH: int,
-                        group: int, deformable_group: int, im2col_step: int) -> None:
+def deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
     """Deformable convolution (Dai et al., ICCV 2017).
 
     Args:
@@ -537,10 +604,26 @@ def deform_conv_forward(input: Tensor, weight: Tensor, offset: Tensor, output: T
 
 
 @_operator
-def deform_conv_backward_input(input: Tensor, offset: Tensor, gradOutput: Tensor, gradInput: Tensor,
-                               gradOffset: Tensor, weight: Tensor, columns: Tensor, kW: int, kH: int, dW: int,
-                               dH: int, padW: int, padH: int, dilationW: int, dilationH: int, group: int,
-                               deformable_group: int, im2col_step: int) -> None:
+def deform_conv_backward_input(
+    input: Tensor,
+    offset: Tensor,
+    gradOutput: Tensor,
+    gradInput: Tensor,
+    gradOffset: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
     """Add to ``gradInput`` and overwrite ``gradOffset``; the arguments are those of :func:`deform_conv_forward`."""
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
     grad_input, _, grad_offset, _, _ = _deform_conv_backward(gradOutput, geometry, input, weight, offset)
@@ -549,10 +632,26 @@ def deform_conv_backward_input(input: Tensor, offset: Tensor, gradOutput: Tensor
 
 
 @_operator
-def deform_conv_backward_parameters(input: Tensor, offset: Tensor, gradOutput: Tensor, gradWeight: Tensor,
-                                    columns: Tensor, ones: Tensor, kW: int, kH: int, dW: int, dH: int, padW: int,
-                                    padH: int, dilationW: int, dilationH: int, group: int, deformable_group: int,
-                                    scale: float, im2col_step: int) -> None:
+def deform_conv_backward_parameters(
+    input: Tensor,
+    offset: Tensor,
+    gradOutput: Tensor,
+    gradWeight: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    scale: float,
+    im2col_step: int,
+) -> None:
     """Add ``scale`` times the weight's gradient to ``gradWeight``; otherwise as :func:`deform_conv_backward_input`."""
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
     # The weight's gradient does not depend on the weight, which mmcv does not pass: anything of its shape will do.
@@ -561,10 +660,27 @@ def deform_conv_backward_parameters(input: Tensor, offset: Tensor, gradOutput: T
 
 
 @_operator
-def modulated_deform_conv_forward(input: Tensor, weight: Tensor, bias: Tensor, ones: Tensor, offset: Tensor,
-                                  mask: Tensor, output: Tensor, columns: Tensor, kernel_h: int, kernel_w: int,
-                                  stride_h: int, stride_w: int, pad_h: int, pad_w: int, dilation_h: int,
-                                  dilation_w: int, group: int, deformable_group: int, with_bias: bool) -> None:
+def modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
     """Modulated deformable convolution (Zhu et al., CVPR 2019): :func:`deform_conv_forward` with a mask and a bias.
 
     ``mask``, shape (N, deformable_group * kernel_h * kernel_w, H', W'), scales what each place of the kernel sees;
@@ -575,16 +691,36 @@ def modulated_deform_conv_forward(input: Tensor, weight: Tensor, bias: Tensor, o
 
 
 @_operator
-def modulated_deform_conv_backward(input: Tensor, weight: Tensor, bias: Tensor, ones: Tensor, offset: Tensor,
-                                   mask: Tensor, columns: Tensor, grad_input: Tensor, grad_weight: Tensor,
-                                   grad_bias: Tensor, grad_offset: Tensor, grad_mask: Tensor, grad_output: Tensor,
-                                   kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
-                                   dilation_h: int, dilation_w: int, group: int, deformable_group: int,
-                                   with_bias: bool) -> None:
+def modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
     """Add to the gradients of input, weight and (``with_bias``) bias; overwrite those of offset and mask."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
-    by_input, by_weight, by_offset, by_mask, by_bias = _deform_conv_backward(
-        grad_output, geometry, input, weight, offset, mask)
+    gradients = _deform_conv_backward(grad_output, geometry, input, weight, offset, mask)
+    by_input, by_weight, by_offset, by_mask, by_bias = gradients
     grad_input.add_(by_input)
     grad_weight.add_(by_weight)
     grad_offset.copy_(by_offset)
@@ -593,21 +729,54 @@ def modulated_deform_conv_backward(input: Tensor, weight: Tensor, bias: Tensor, 
         grad_bias.add_(by_bias)
 
 
-def _deform_conv(geometry: tuple[int, ...], input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None = None,
-                 bias: Tensor | None = None) -> Tensor:
+def _deform_conv(
+    geometry: tuple[int, ...],
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     tensors = _deform_conv_tensors(input, weight, offset, mask, bias)
     return _torchvision().deform_conv2d(*tensors, *geometry, mask is not None)
 
 
-def _deform_conv_backward(grad_output: Tensor, geometry: tuple[int, ...], input: Tensor, weight: Tensor,
-                          offset: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+def _deform_conv_backward(
+    grad_output: Tensor,
+    geometry: tuple[int, ...],
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """The gradients of input, weight, offset, mask and bias; the bias itself matters to none of them."""
     grad_output, *tensors = _widen(grad_output, *_deform_conv_tensors(input, weight, offset, mask, None))
-    return _torchvision()._deform_conv2d_backward(grad_output, *tensors, *geometry, mask is not None)
+    gradients = _torchvision()._deform_conv2d_backward(grad_output, *tensors, *geometry, mask is not None)
+    _flatten_outer_edge(gradients[2], tensors[2], weight.shape[2:], geometry)
+    return gradients
 
 
-def _deform_conv_tensors(input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None,
-                         bias: Tensor | None) -> list[Tensor]:
+def _flatten_outer_edge(grad_offset: Tensor, offset: Tensor, kernel: torch.Size, geometry: tuple[int, ...]) -> None:
+    """Set the gradient of dy to 0 where the kernel looks at exactly y = -1, and that of dx at x = -1, in place.
+
+    There the padded image begins to rise. torchvision takes the slope on the inner side, mmcv that on the outer, 0. It
+    matters: with offsets of 0, as the layers start, a padding of 1 puts whole borders there.
+    """
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, _, groups = geometry
+    (kernel_h, kernel_w), (height, width) = kernel, offset.shape[2:]
+    arange = functools.partial(torch.arange, device=offset.device)
+    rows = arange(height) * stride_h - pad_h + arange(kernel_h)[:, None] * dilation_h  # (kernel_h, height)
+    columns = arange(width) * stride_w - pad_w + arange(kernel_w)[:, None] * dilation_w  # (kernel_w, width)
+    shape = (len(offset), groups, kernel_h, kernel_w, 2, height, width)
+    dy, dx = offset.reshape(shape).unbind(4)
+    by_dy, by_dx = grad_offset.view(shape).unbind(4)
+    by_dy.masked_fill_(dy + rows[:, None, :, None] == -1, 0)
+    by_dx.masked_fill_(dx + columns[:, None] == -1, 0)
+
+
+def _deform_conv_tensors(
+    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None
+) -> list[Tensor]:
     """The tensors that torchvision's operators begin with; they want something in place of an absent mask and bias."""
     if mask is None:
         mask = input.new_zeros(len(input), 1)

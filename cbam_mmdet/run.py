@@ -11,13 +11,15 @@ import torch
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from .checkpoints import check_checkpoint_file
-from .config import add_hooks, check_images_when_loading, check_plugins, set_data_root
+from .checkpoints import find_checkpoint
+from .config import check_plugins, set_data_root
 from .datasets.checks import check_data
 from .errors import UserError
+from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook
 
 
 def train(
@@ -52,19 +54,27 @@ def train(
         _use_amp(cfg)
     if auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise UserError('--auto-scale-lr: the config must say for which batch size its lr is: auto_scale_lr.base_batch_size=16')
+            raise UserError(
+                '--auto-scale-lr: the config must say for which batch size its lr is: auto_scale_lr.base_batch_size=16'
+            )
         cfg.auto_scale_lr.enable = True
     if resume:
         cfg.resume = True
         cfg.load_from = None if resume is True else resume
         if resume is True and not find_latest_checkpoint(cfg.work_dir):
-            raise UserError(f'--resume: no checkpoint in {cfg.work_dir} to go on from; leave --resume out to start anew')
+            raise UserError(
+                f'--resume: no checkpoint in {cfg.work_dir} to go on from; leave --resume out to start anew'
+            )
     if cfg.get('load_from'):
-        check_checkpoint_file(cfg.load_from)
+        cfg.load_from = find_checkpoint(cfg.load_from)
     if _is_first_process():
         check_data(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
-    add_hooks(cfg, dict(type='FiniteLossHook'), dict(type='CheckpointFitHook', strict=bool(resume)))
-    runner = _build_runner(cfg)
+    hooks = [
+        FiniteLossHook(),
+        CheckpointFitHook(strict=bool(resume)),
+        CheckImagesHook(cfg.get('broken_images', 'skip')),
+    ]
+    runner = _build_runner(cfg, hooks)
     runner.train()
     return runner
 
@@ -86,7 +96,7 @@ def test(
 
     Args:
         cfg: the config.
-        checkpoint: the weights.
+        checkpoint: the weights: a file, or a work dir for its newest.
         data_root: re-points every dataloader and evaluator (see config.set_data_root).
         work_dir: for the log; by default the config's, else work_dirs/NAME.
         out: a .pkl file for the detections of all images.
@@ -104,22 +114,19 @@ def test(
     """
     if out and not out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out {out}: the detections are written as a pickle, the name must end with .pkl')
-    check_checkpoint_file(checkpoint)
+    cfg.load_from, cfg.resume = find_checkpoint(checkpoint), False
     _prepare(cfg, data_root, work_dir, launcher)
-    cfg.load_from, cfg.resume = checkpoint, False
     if show or show_dir:
         _draw(cfg, show, show_dir, wait_time)
     if tta:
         _use_tta(cfg)
-        check_images_when_loading(cfg)
     if _is_first_process():
         check_data(cfg, ['test'])
-    add_hooks(cfg, dict(type='CheckpointFitHook'))
     # The checkpoint holds every weight: a pretrained backbone would be fetched for nothing.
     model = cfg.model.module if tta else cfg.model
     if model.get('backbone'):
         model.backbone.init_cfg = None
-    runner = _build_runner(cfg)
+    runner = _build_runner(cfg, [CheckpointFitHook(strict=True), CheckImagesHook()])
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=out))
@@ -137,15 +144,17 @@ def _prepare(cfg: Config, data_root: str | None, work_dir: str | None, launcher:
     if data_root:
         set_data_root(cfg, data_root)
     check_plugins(cfg)
-    check_images_when_loading(cfg)
 
 
-def _build_runner(cfg: Config) -> Runner:
+def _build_runner(cfg: Config, hooks: list[Hook]) -> Runner:
     try:
         Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--work-dir {cfg.work_dir}: cannot be made ({error.strerror})') from error
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    for hook in hooks:
+        runner.register_hook(hook)
+    return runner
 
 
 def _is_first_process() -> bool:
@@ -166,7 +175,9 @@ def _draw(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> No
 
 def _use_tta(cfg: Config) -> None:
     """As MMDetection's tools/test.py: flip horizontally, merge by NMS, unless the config says otherwise."""
-    cfg.setdefault('tta_model', dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
+    cfg.setdefault(
+        'tta_model', dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+    )
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset

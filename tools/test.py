@@ -12,7 +12,7 @@ from cbam_mmdet.errors import run_tool
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Evaluate a detector')
     parser.add_argument('config', help="config file, or 'cbam_mmdet::NAME.py' for one that the package ships")
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('checkpoint', help='checkpoint file, or a work dir for its newest')
     parser.add_argument('--work-dir', metavar='DIR', help='folder for the log (default: work_dirs/CONFIG)')
     parser.add_argument('--data-root', metavar='DIR', help="folder of the data set, in place of the config's")
     parser.add_argument('--out', metavar='FILE.pkl', help='write the detections of all images')

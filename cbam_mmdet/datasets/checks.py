@@ -76,23 +76,28 @@ def _check_dataset(dataset: ConfigDict, split: str, done: dict[str, Report]) -> 
         return None  # a kind of data set that this module does not know
     layout = (COCO_LAYOUT if is_coco else VOC_LAYOUT).format(root=root.rstrip('/') or '.')
     if root and not osp.isdir(root):
-        raise UserError(f'the {split} data set is not there: no folder {root} (in {os.getcwd()}). Expected:\n{layout}\n{HELP}')
+        raise UserError(
+            f'the {split} data set is not there: no folder {root} (in {os.getcwd()}). Expected:\n{layout}\n{HELP}'
+        )
     if not osp.isfile(path):
         raise UserError(f'the {split} data set has no annotation file {path}. Expected:\n{layout}\n{HELP}')
     if path in done:
         return None
-    classes = _classes(dataset)
+    classes = dataset_classes(dataset)
     report = (_check_coco if is_coco else _check_voc)(path, root, dataset, classes)
     if not report.images:
         raise UserError(f'annotation file {path} lists no image.')
     if not report.boxes:
         dropped = len(report.degenerate) + len(report.outside)
         also = f' ({dropped} degenerate or outside their image were left out)' if dropped else ''
-        raise UserError(f'annotation file {path} holds no usable box for {split}{also}: there is nothing to learn or to score.')
+        raise UserError(
+            f'annotation file {path} holds no usable box for {split}{also}: there is nothing to learn or to score.'
+        )
     return report
 
 
-def _classes(dataset: ConfigDict) -> tuple[str, ...]:
+def dataset_classes(dataset: ConfigDict) -> tuple[str, ...]:
+    """The class names of a data set's config: its metainfo's, else those of its type."""
     from mmdet.registry import DATASETS
 
     meta = dataset.get('metainfo') or {}
@@ -127,7 +132,7 @@ def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, .
         images = {image['id']: image for image in content['images']}
         names = {category['id']: category['name'] for category in content['categories']}
         for image in images.values():
-            image['file_name'], image['width'], image['height']  # noqa: B018 (each must be there)
+            image['file_name'], image['width'], image['height']
     except (KeyError, TypeError) as error:
         raise UserError(f'annotation file {path}: an image or category lacks the key {error}.') from error
     _compare_classes(path, list(names.values()), classes)
@@ -146,7 +151,9 @@ def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, .
             ) from error
         if name not in classes:
             continue
-        _count(report, annotation.get('id'), name, (x, y, x + width, y + height), image['width'], image['height'], area > 0)
+        _count(
+            report, annotation.get('id'), name, (x, y, x + width, y + height), image['width'], image['height'], area > 0
+        )
     prefix = osp.join(root, (dataset.get('data_prefix') or {}).get('img', ''))
     _check_image_files(path, prefix, [image['file_name'] for image in images.values()])
     return report
@@ -191,7 +198,9 @@ def _check_voc(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ..
     return report
 
 
-def _count(report: Report, name_of_box: object, label: str, box: tuple, width: float, height: float, has_area: bool) -> None:
+def _count(
+    report: Report, name_of_box: object, label: str, box: tuple, width: float, height: float, has_area: bool
+) -> None:
     x1, y1, x2, y2 = box
     if not has_area or x2 - x1 < 1 or y2 - y1 < 1:
         report.degenerate.append(name_of_box)
@@ -240,8 +249,16 @@ def _check_image_files(path: str, folder: str, names: list[str]) -> None:
 
 
 def _log(report: Report) -> None:
-    print_log(f'{report.ann_file}: {report.images} images, {report.boxes} boxes, {len(report.classes)} classes', logger='current')
-    for kind, boxes in (('degenerate (narrower than 1 pixel)', report.degenerate), ('outside their image', report.outside)):
+    print_log(
+        f'{report.ann_file}: {report.images} images, {report.boxes} boxes, {len(report.classes)} classes',
+        logger='current',
+    )
+    for kind, boxes in (
+        ('degenerate (narrower than 1 pixel)', report.degenerate),
+        ('outside their image', report.outside),
+    ):
         if boxes:
             ids = ', '.join(map(str, boxes[:5])) + (', ...' if len(boxes) > 5 else '')
-            print_log(f'{report.ann_file}: {len(boxes)} boxes are {kind} and not used: {ids}', logger='current', level=30)
+            print_log(
+                f'{report.ann_file}: {len(boxes)} boxes are {kind} and not used: {ids}', logger='current', level=30
+            )

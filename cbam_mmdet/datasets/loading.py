@@ -39,6 +39,12 @@ class LoadCheckedImage(LoadImageFromFile):
         self.on_error = on_error
         self.reported: set[str] = set()
 
+    @classmethod
+    def like(cls, loader: LoadImageFromFile, on_error: str) -> LoadCheckedImage:
+        """One that reads as another loader does."""
+        keys = ('to_float32', 'color_type', 'imdecode_backend', 'backend_args')
+        return cls(on_error, **{key: getattr(loader, key) for key in keys})
+
     def transform(self, results: dict) -> dict | None:
         path = results['img_path']
         try:
@@ -55,7 +61,9 @@ class LoadCheckedImage(LoadImageFromFile):
         return results
 
 
-def read_image(path: str, color_type: str = 'color', backend: str = 'cv2', backend_args: dict | None = None) -> np.ndarray:
+def read_image(
+    path: str, color_type: str = 'color', backend: str = 'cv2', backend_args: dict | None = None
+) -> np.ndarray:
     """The image at path: (H, W, 3) uint8, BGR.
 
     Raises:

@@ -86,7 +86,7 @@ class ShapeObject:
         column_wise = self.mask.ravel(order='F')
         changes = np.flatnonzero(column_wise[1:] != column_wise[:-1]) + 1
         runs = np.diff(np.concatenate([[0], changes, [column_wise.size]])).tolist()
-        return dict(size=list(self.mask.shape), counts=[0] + runs if column_wise[0] else runs)
+        return dict(size=list(self.mask.shape), counts=[0, *runs] if column_wise[0] else runs)
 
 
 def ensure_shapes(

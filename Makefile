@@ -1,0 +1,46 @@
+# `make demo` and `make test` do everything, the installation included. `make help` lists the rest.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+DEMO := work_dirs/demo
+DEMO_CONFIG := configs/demo/faster_rcnn_cbam.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint lock clean
+
+help:
+	@echo 'make demo      install what is missing, train a small Faster R-CNN with CBAM on built-in data, evaluate, draw'
+	@echo 'make test      install what is missing, run the tests (make test-all: the slow ones too)'
+	@echo 'make setup     install only, into $(VENV)'
+	@echo 'make lint      check the style, with ruff'
+	@echo 'make lock      write constraints.txt anew, with the newest versions that fit'
+	@echo 'make clean     remove $(VENV) and what demo and tests wrote'
+
+setup: $(READY)
+
+$(READY): setup.py constraints.txt overrides.txt tools/setup_env.sh
+	@bash tools/setup_env.sh $(VENV)
+	@touch $@
+
+demo: $(READY)
+	$(PY) tools/make_shapes.py data/shapes
+	$(PY) tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO)
+	$(PY) tools/test.py $(DEMO_CONFIG) $(DEMO) --work-dir $(DEMO) --out $(DEMO)/results.pkl
+	$(PY) tools/draw_run.py $(DEMO)
+
+test: $(READY)
+	$(PY) -m pytest
+
+test-all: $(READY)
+	$(PY) -m pytest -m ''
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+lock: $(READY)
+	@bash tools/setup_env.sh $(VENV) --lock
+
+clean:
+	rm -rf $(VENV) data/shapes $(DEMO) .pytest_cache .ruff_cache

@@ -1,0 +1,224 @@
+"""Detection on a user's own images, folders and videos: pictures, and one JSON file in COCO's result format."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import mmcv
+import numpy as np
+import torch
+from mmcv.transforms import Compose
+from mmdet.apis import inference_detector, init_detector
+from mmdet.registry import VISUALIZERS
+from mmdet.structures import DetDataSample
+from mmdet.utils import get_test_pipeline_cfg
+from mmengine.config import Config
+from mmengine.runner import CheckpointLoader
+from torch import nn
+from tqdm import tqdm
+
+from .checkpoints import compare_state_dicts, find_checkpoint
+from .config import check_plugins, split_datasets
+from .datasets.checks import dataset_classes
+from .datasets.loading import read_image
+from .errors import UserError
+
+IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
+VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.mpg', '.mpeg')
+
+
+@dataclass
+class Summary:
+    """What :func:`infer` did: how many pictures, how many detections, where, and which inputs could not be read."""
+
+    images: int
+    detections: int
+    out_dir: Path
+    broken: list[str]
+
+
+def load_detector(cfg: Config, checkpoint: str, device: str | None = None) -> nn.Module:
+    """A detector ready for `mmdet.apis.inference_detector`.
+
+    Args:
+        cfg: the config.
+        checkpoint: the weights, a file or a work dir; every key must fit.
+        device: 'cpu', 'cuda:0', ...; by default the GPU if there is one.
+
+    Raises:
+        UserError: if the checkpoint is missing, cut off, or of another architecture.
+    """
+    checkpoint = find_checkpoint(checkpoint)
+    check_plugins(cfg)
+    if device is None:
+        device = 'cuda:0' if torch.cuda.is_available() else 'cpu'
+    elif device.startswith('cuda') and not torch.cuda.is_available():
+        raise UserError(f'--device {device}: torch sees no GPU here; use --device cpu')
+    weights = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # "checkpoint is None": it follows
+        model = init_detector(cfg, checkpoint=None, device=device)
+    compare_state_dicts(weights, model, strict=True, name=checkpoint)
+    model.load_state_dict(
+        {key.removeprefix('module.'): value for key, value in weights.get('state_dict', weights).items()}
+    )
+    meta = {key.lower(): value for key, value in weights.get('meta', {}).get('dataset_meta', {}).items()}
+    model.dataset_meta.update(classes=_config_classes(cfg) or model.dataset_meta['classes'])
+    model.dataset_meta.update(meta)
+    return model
+
+
+def infer(
+    model: nn.Module,
+    inputs: Iterable[str],
+    out_dir: str | Path,
+    *,
+    score_thr: float = 0.3,
+    draw: bool = True,
+    warn: Callable[[str], None] = print,
+) -> Summary:
+    """Detect in images, in folders of images and in videos.
+
+    Writes `out_dir/vis/NAME.jpg` for each image, `out_dir/vis/NAME.mp4` for each video, and `out_dir/predictions.json`: for each
+    detection above the threshold {'image_id', 'file_name', 'category_id', 'category', 'bbox': [x, y, width, height] in
+    pixels, 'score'}, and 'frame' (from 0) in a video. Images and categories are numbered from 1, in the order of the inputs
+    and of the model's classes.
+
+    Args:
+        model: from :func:`load_detector`.
+        inputs: image files, folders, video files.
+        out_dir: where to write.
+        score_thr: leave out detections with a lower score.
+        draw: write pictures too.
+        warn: is told of each image that cannot be read; the others go on.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UserError: if an input does not exist, or holds no image.
+    """
+    files = [file for source in inputs for file in _expand(Path(source))]
+    out_dir = Path(out_dir)
+    (out_dir / 'vis').mkdir(parents=True, exist_ok=True)
+    painter = _Painter(model, score_thr) if draw else None
+    pipeline = _array_pipeline(model.cfg)
+    records: list[dict] = []
+    broken: list[str] = []
+    images = 0
+    names = _unique_names(files)
+    for file in tqdm(files, desc='detecting', unit='file', disable=len(files) < 2):
+        target = out_dir / 'vis' / names[file]
+        try:
+            if file.suffix.lower() in VIDEOS:
+                images += _infer_video(
+                    model, pipeline, file, target.with_suffix('.mp4'), painter, records, images, score_thr
+                )
+            else:
+                images += 1
+                image = read_image(str(file))
+                sample = inference_detector(model, image, pipeline)
+                records += _records(model, sample, score_thr, image_id=images, file_name=str(file))
+                if painter:
+                    mmcv.imwrite(painter(image, sample), str(target.with_suffix('.jpg')))
+        except UserError as error:
+            warn(str(error))
+            broken.append(str(file))
+    with open(out_dir / 'predictions.json', 'w', encoding='utf-8') as out:
+        json.dump(records, out)
+    return Summary(images, len(records), out_dir, broken)
+
+
+class _Painter:
+    """MMDetection's own visualizer, on arrays."""
+
+    def __init__(self, model: nn.Module, score_thr: float) -> None:
+        self.visualizer = VISUALIZERS.build(dict(type='DetLocalVisualizer', name='infer'))
+        self.visualizer.dataset_meta = model.dataset_meta
+        self.score_thr = score_thr
+
+    def __call__(self, image: np.ndarray, sample: DetDataSample) -> np.ndarray:
+        """(H, W, 3) BGR in and out."""
+        rgb = mmcv.bgr2rgb(image)
+        self.visualizer.add_datasample('infer', rgb, sample, draw_gt=False, pred_score_thr=self.score_thr)
+        return mmcv.rgb2bgr(self.visualizer.get_image())
+
+
+def _infer_video(model, pipeline, file, target, painter, records, before, score_thr) -> int:
+    video = mmcv.VideoReader(str(file))
+    if not video.opened or not len(video):
+        raise UserError(f'video {file} is not one that OpenCV can read.')
+    writer, count = None, 0
+    for frame in tqdm(video, total=len(video), desc=file.name, unit='frame'):
+        if frame is None:
+            break
+        count += 1
+        sample = inference_detector(model, frame, pipeline)
+        records += _records(model, sample, score_thr, image_id=before + count, file_name=str(file), frame=count - 1)
+        if painter:
+            if writer is None:
+                height, width = frame.shape[:2]
+                writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), video.fps or 25, (width, height))
+            writer.write(painter(frame, sample))
+    if writer is not None:
+        writer.release()
+    return count
+
+
+def _array_pipeline(cfg: Config) -> Compose:
+    """The test pipeline, for images that are read already."""
+    pipeline = get_test_pipeline_cfg(cfg.copy())
+    return Compose([dict(type='mmdet.LoadImageFromNDArray'), *pipeline[1:]])
+
+
+def _records(model: nn.Module, sample: DetDataSample, score_thr: float, **where) -> list[dict]:
+    found = sample.pred_instances.cpu()
+    found = found[found.scores >= score_thr]
+    classes = model.dataset_meta['classes']
+    return [
+        dict(
+            **where,
+            category_id=label + 1,
+            category=classes[label],
+            bbox=[round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
+            score=round(score, 5),
+        )
+        for (x1, y1, x2, y2), label, score in zip(
+            found.bboxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
+        )
+    ]
+
+
+def _expand(source: Path) -> list[Path]:
+    if source.is_dir():
+        files = sorted(p for p in source.rglob('*') if p.suffix.lower() in IMAGES + VIDEOS)
+        if not files:
+            raise UserError(f'folder {source} holds no image and no video ({", ".join(IMAGES + VIDEOS)})')
+        return files
+    if not source.exists():
+        raise UserError(f'input {source} does not exist: give image files, folders or videos')
+    return [source]
+
+
+def _unique_names(files: list[Path]) -> dict[Path, str]:
+    """A name for each file's picture: its stem, or, where two share it, with a number behind it."""
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for file in files:
+        name, i = file.stem, 1
+        while name in taken:
+            i += 1
+            name = f'{file.stem}_{i}'
+        taken.add(name)
+        names[file] = name
+    return names
+
+
+def _config_classes(cfg: Config) -> tuple[str, ...]:
+    datasets = split_datasets(cfg, 'test')
+    return dataset_classes(datasets[0]) if datasets else ()

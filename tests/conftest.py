@@ -1,0 +1,91 @@
+"""Shared by all tests. Importing the package first switches mmcv's operators on."""
+
+import runpy
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.logging import MMLogger
+from mmengine.visualization import Visualizer
+
+import cbam_mmdet  # noqa: F401
+from cbam_mmdet.datasets import ensure_shapes
+
+ROOT = Path(__file__).parent.parent
+DEMO = str(ROOT / 'configs/demo/faster_rcnn_cbam.py')
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if 'gpu' in item.keywords:
+                item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+
+@dataclass
+class Result:
+    """How a tool ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capfd):
+    """Run tools/NAME.py in this process, as its command line would."""
+
+    def run(name, *args):
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
+        capfd.readouterr()
+        for manager in (MMLogger, Visualizer):  # of earlier runs; they write to streams that are closed
+            manager._instance_dict.clear()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
+        except SystemExit as stop:
+            code = stop.code or 0
+        return Result(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory):
+    """A tiny data set in COCO's layout: 8 + 4 images of 64x64. Not to be written to."""
+    return ensure_shapes(tmp_path_factory.mktemp('shapes'), num_train=8, num_val=4, image_size=64, progress=False)
+
+
+@pytest.fixture
+def own_shapes(shapes, tmp_path):
+    """A copy of the tiny data set, to break."""
+    return Path(shutil.copytree(shapes, tmp_path / 'data'))
+
+
+def tiny(work_dir, data_root, *options):
+    """Arguments that make the demo config train one epoch on the tiny data set in a few seconds."""
+    return [
+        '--work-dir', work_dir, '--data-root', data_root, '--cfg-options',
+        'train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=4',
+        'train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
+        'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False',
+        'test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False',
+        'model.backbone.base_channels=4', 'model.neck.in_channels=[16,32,64,128]', *options,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope='session')
+def trained(shapes, tmp_path_factory):
+    """A work dir in which the demo's detector was trained for one epoch on the tiny data set."""
+    work_dir = tmp_path_factory.mktemp('work') / 'demo'
+    argv, sys.argv = sys.argv, ['train.py', DEMO, *map(str, tiny(work_dir, shapes))]
+    try:
+        runpy.run_path(str(ROOT / 'tools/train.py'), run_name='__main__')
+    except SystemExit as stop:
+        assert not stop.code
+    finally:
+        sys.argv = argv
+    return work_dir

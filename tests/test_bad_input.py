@@ -1,0 +1,482 @@
+"""A user's mistakes: each ends in one message that names the file or key, exit code 2, and no traceback."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO, ROOT, tiny
+
+BCCD = ROOT.parent / 'shared/data/bccd'
+
+
+@pytest.fixture
+def train(run_tool, tmp_path, shapes):
+    def run(*options, config=DEMO, data_root=shapes):
+        return run_tool('train.py', config, *tiny(tmp_path / 'work', data_root, *options))
+
+    return run
+
+
+def assert_refused(result, *patterns):
+    assert result.code == 2, result.err[-2000:]
+    message = result.err.rpartition('\nerror: ')[2].strip()
+    assert 'Traceback' not in result.err
+    for pattern in patterns:
+        assert re.search(pattern, message), f'{pattern!r} is not in: {message}'
+
+
+def annotations(root, split='train2017'):
+    path = Path(root) / f'annotations/instances_{split}.json'
+    return path, json.loads(path.read_text())
+
+
+def config_with(tmp_path, text):
+    path = tmp_path / 'own.py'
+    path.write_text(f"_base_ = '{DEMO}'\n{text}\n")
+    return path
+
+
+# The config
+
+
+def test_config_that_does_not_exist(run_tool):
+    assert_refused(
+        run_tool('train.py', DEMO.replace('cbam.py', 'cban.py')), 'does not exist', 'did you mean .*faster_rcnn_cbam.py'
+    )
+
+
+def test_package_config_that_does_not_exist(run_tool):
+    result = run_tool('train.py', 'cbam_mmdet::faster_rcnn_r50_cbm.py')
+    assert_refused(result, "no config 'faster_rcnn_r50_cbm.py'", "did you mean 'faster_rcnn_r50_cbam.py'")
+
+
+def test_config_with_a_syntax_error(run_tool, tmp_path):
+    (tmp_path / 'own.py').write_text('model = dict(\n')
+    assert_refused(run_tool('train.py', tmp_path / 'own.py'), 'own.py.* cannot be read: SyntaxError')
+
+
+def test_config_without_model(run_tool, tmp_path):
+    (tmp_path / 'own.py').write_text('x = 1\n')
+    assert_refused(run_tool('train.py', tmp_path / 'own.py'), 'has no `model`')
+
+
+@pytest.mark.parametrize(
+    ('text', 'patterns'),
+    [
+        ("model = dict(type='FasterRCN')", ["type='FasterRCN'", "did you mean 'FasterRCNN'"]),
+        ("model = dict(backbone=dict(type='ResNett'))", ["type='ResNett'", "'ResNet'"]),
+        ("model = dict(backbone=dict(plugins=[dict(cfg=dict(type='CBAMM'), position='after_conv3')]))",
+         [r"model.backbone.plugins\[0\].cfg.type='CBAMM'", "did you mean 'CBAM'"]),
+        ("train_dataloader = dict(dataset=dict(type='CocoDataSet'))", ["type='CocoDataSet'", "'CocoDataset'"]),
+        ("optim_wrapper = dict(optimizer=dict(type='AdamWW'))", ["type='AdamWW'", "'AdamW'"]),
+        ("val_evaluator = dict(type='CocoMetrics')", ["type='CocoMetrics'", "'CocoMetric'"]),
+        ("train_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFiles')]))",
+         ["type='LoadImageFromFiles'", "'LoadImageFromFile'"]),
+    ],
+)  # fmt: skip
+def test_unknown_type(train, tmp_path, text, patterns):
+    assert_refused(train(config=config_with(tmp_path, text)), *patterns)
+
+
+def test_key_that_a_type_does_not_take(train, tmp_path):
+    text = "model = dict(backbone=dict(plugins=[dict(cfg=dict(type='CBAM', ratio=8), position='after_conv3')]))"
+    assert_refused(train(config=config_with(tmp_path, text)), "type='CBAM'.*does not take the key 'ratio'")
+
+
+def test_value_that_cbam_does_not_take(train, tmp_path):
+    text = "model = dict(backbone=dict(plugins=[dict(cfg=dict(type='CBAM', gate='units'), position='after_conv3')]))"
+    assert_refused(train(config=config_with(tmp_path, text)), "gate='units' is unknown", "did you mean 'unit'")
+
+
+def test_plugin_at_a_position_that_does_not_exist(train, tmp_path):
+    text = "model = dict(backbone=dict(plugins=[dict(cfg=dict(type='CBAM'), position='after_conv4')]))"
+    assert_refused(train(config=config_with(tmp_path, text)), r"plugins\[0\].position='after_conv4'", 'after_conv3')
+
+
+def test_stages_of_the_wrong_length(train, tmp_path):
+    text = "model = dict(backbone=dict(plugins=[dict(cfg=dict(type='CBAM'), stages=(True, True, True), position='after_conv3')]))"
+    assert_refused(train(config=config_with(tmp_path, text)), r'plugins\[0\].stages=.* has 3 entries: expected 4')
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'pattern'),
+    [("dict(depth=18)", 'depth 18 takes no plugins'), ("dict(_delete_=True, type='SSDVGG', depth=16, input_size=300, "
+      "plugins=[dict(cfg=dict(type='CBAM'), position='after_conv3')])", 'SSDVGG takes no plugins')],
+)  # fmt: skip
+def test_backbone_that_takes_no_plugins(train, tmp_path, backbone, pattern):
+    assert_refused(train(config=config_with(tmp_path, f'model = dict(backbone={backbone})')), pattern)
+
+
+def test_broken_images_setting(train):
+    assert_refused(train('broken_images=ignore'), "broken_images='ignore'.*'skip' or 'raise'")
+
+
+# The data
+
+
+def test_missing_data_set(train, tmp_path):
+    result = train(data_root=tmp_path / 'nowhere')
+    assert_refused(result, 'no folder .*nowhere', 'instances_train2017.json', 'make demo', '--data-root')
+
+
+def test_missing_annotation_file(train, own_shapes):
+    annotations(own_shapes, 'val2017')[0].unlink()
+    assert_refused(train(data_root=own_shapes), r'the val data set has no annotation file .*instances_val2017.json')
+
+
+def test_missing_image_folder(train, own_shapes):
+    shutil.rmtree(own_shapes / 'train2017')
+    assert_refused(train(data_root=own_shapes), 'no folder .*train2017')
+
+
+def test_empty_image_folder(train, own_shapes):
+    for image in (own_shapes / 'train2017').iterdir():
+        image.unlink()
+    assert_refused(train(data_root=own_shapes), 'none of the 8 images .* is in .*train2017')
+
+
+def test_annotation_file_cut_off(train, own_shapes):
+    path, _ = annotations(own_shapes)
+    path.write_text(path.read_text()[:500])
+    assert_refused(train(data_root=own_shapes), r'instances_train2017.json is not valid JSON \(line 1, column \d+')
+
+
+def test_annotation_file_in_another_format(train, own_shapes):
+    annotations(own_shapes)[0].write_text('[]')
+    assert_refused(
+        train(data_root=own_shapes), "not in COCO's format: it lacks the list.s. images, annotations, categories"
+    )
+
+
+@pytest.mark.parametrize(
+    ('change', 'pattern'),
+    [
+        (dict(bbox=[1, 2, 3]), 'annotation id=5 is malformed'),
+        (dict(bbox=[1, 2, 'x', 4]), 'annotation id=5 is malformed'),
+        (dict(image_id=10**6), 'annotation id=5 is malformed.*1000000'),
+        (dict(category_id=99), 'annotation id=5 is malformed.*99'),
+    ],
+)
+def test_malformed_annotation(train, own_shapes, change, pattern):
+    path, content = annotations(own_shapes)
+    next(a for a in content['annotations'] if a['id'] == 5).update(change)
+    path.write_text(json.dumps(content))
+    assert_refused(train(data_root=own_shapes), pattern)
+
+
+def test_no_image(train, own_shapes):
+    path, content = annotations(own_shapes)
+    path.write_text(json.dumps(content | dict(images=[], annotations=[])))
+    assert_refused(train(data_root=own_shapes), 'instances_train2017.json lists no image')
+
+
+def test_no_box(train, own_shapes):
+    path, content = annotations(own_shapes)
+    path.write_text(json.dumps(content | dict(annotations=[])))
+    assert_refused(train(data_root=own_shapes), 'instances_train2017.json holds no usable box for train')
+
+
+def test_only_degenerate_boxes(train, own_shapes):
+    path, content = annotations(own_shapes)
+    for i, annotation in enumerate(content['annotations']):
+        annotation['bbox'] = [5, 5, 0, 10] if i % 2 else [500, 500, 10, 10]
+    path.write_text(json.dumps(content))
+    count = len(content['annotations'])
+    assert_refused(train(data_root=own_shapes), f'no usable box for train .{count} degenerate or outside')
+
+
+def test_some_degenerate_boxes_are_counted_and_left_out(train, own_shapes):
+    path, content = annotations(own_shapes)
+    content['annotations'][0]['bbox'][2] = 0
+    content['annotations'][1]['bbox'][:2] = [1000, 1000]
+    path.write_text(json.dumps(content))
+    result = train(data_root=own_shapes)
+    assert result.code == 0
+    log = result.out + result.err
+    ids = [a['id'] for a in content['annotations'][:2]]
+    assert f'1 boxes are degenerate (narrower than 1 pixel) and not used: {ids[0]}' in log
+    assert f'1 boxes are outside their image and not used: {ids[1]}' in log
+
+
+def test_an_image_without_boxes_is_fine(train, own_shapes):
+    path, content = annotations(own_shapes)
+    first = content['images'][0]['id']
+    content['annotations'] = [a for a in content['annotations'] if a['image_id'] != first]
+    path.write_text(json.dumps(content))
+    assert train(data_root=own_shapes).code == 0
+
+
+def test_class_names_that_match_nothing(train, own_shapes):
+    for split in ('train2017', 'val2017'):
+        path, content = annotations(own_shapes, split)
+        for category in content['categories']:
+            category['name'] = category['name'].title() + 's'
+        path.write_text(json.dumps(content))
+    assert_refused(
+        train(data_root=own_shapes),
+        "classes \\['Circles', .* expects \\['circle'",
+        'none is the same',
+        "did you mean 'Circles'",
+    )
+
+
+def test_class_that_the_file_lacks(train, own_shapes):
+    path, content = annotations(own_shapes)
+    content['categories'][1]['name'] = 'squares'
+    path.write_text(json.dumps(content))
+    assert_refused(train(data_root=own_shapes), "\\['square'\\] are not in the file; did you mean 'squares'")
+
+
+def test_classes_in_another_order(train, own_shapes):
+    """MMDetection would train, and swap the names."""
+    path, content = annotations(own_shapes)
+    content['categories'].reverse()
+    path.write_text(json.dumps(content))
+    assert_refused(train(data_root=own_shapes), 'in another order')
+
+
+def break_image(path, how):
+    if how == 'truncated':
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+    elif how == 'text':
+        path.write_text('not an image')
+    elif how == 'empty':
+        path.write_bytes(b'')
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize('how', ['truncated', 'text', 'empty', 'missing'])
+def test_broken_training_image_is_named_and_skipped(train, own_shapes, how):
+    image = sorted((own_shapes / 'train2017').iterdir())[2]
+    break_image(image, how)
+    result = train(data_root=own_shapes)
+    assert result.code == 0
+    assert re.search(rf"image {image} .*Skipped \(broken_images='skip'\)", result.out + result.err)
+
+
+@pytest.mark.parametrize('how', ['truncated', 'text'])
+def test_broken_training_image_fails_by_a_setting(train, own_shapes, how):
+    image = sorted((own_shapes / 'train2017').iterdir())[2]
+    break_image(image, how)
+    assert_refused(train('broken_images=raise', data_root=own_shapes), str(image))
+
+
+def test_broken_image_in_a_worker_process(train, own_shapes):
+    image = sorted((own_shapes / 'train2017').iterdir())[2]
+    break_image(image, 'text')
+    result = train('broken_images=raise', 'train_dataloader.num_workers=1', data_root=own_shapes)
+    assert_refused(result, f'^image {image} is not an image')
+
+
+def test_broken_validation_image_fails(train, own_shapes):
+    image = sorted((own_shapes / 'val2017').iterdir())[1]
+    break_image(image, 'truncated')
+    assert_refused(train(data_root=own_shapes), f'image {image} is truncated')
+
+
+def test_truncated_jpeg_is_found_where_opencv_is_silent(tmp_path):
+    from cbam_mmdet.datasets.loading import read_image
+    from cbam_mmdet.errors import UserError
+
+    rng = np.random.default_rng(0)
+    whole = cv2.imencode('.jpg', rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))[1].tobytes()
+    path = tmp_path / 'image.jpg'
+    path.write_bytes(whole + b'\0\0trailing bytes of a camera')
+    assert read_image(str(path)).shape == (64, 64, 3)
+    path.write_bytes(whole[:1500])
+    assert cv2.imread(str(path)) is not None, 'OpenCV fills it with grey'
+    with pytest.raises(UserError, match=r'image\.jpg is truncated'):
+        read_image(str(path))
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason='the BCCD images are not there')
+def test_degenerate_boxes_of_a_voc_data_set_are_counted():
+    from mmengine.config import Config
+
+    from cbam_mmdet.datasets.checks import check_data
+
+    cfg = Config.fromfile(ROOT / 'configs/demo/faster_rcnn_cbam.py')
+    for part in ('trainval', 'test'):
+        names = (BCCD / f'VOC2007/ImageSets/Main/{part}.txt').read_text().split()
+        cfg.train_dataloader.dataset = dict(
+            type='VOCDataset', data_root=f'{BCCD}/', ann_file=f'VOC2007/ImageSets/Main/{part}.txt',
+            data_prefix=dict(sub_data_root='VOC2007/'), metainfo=dict(classes=('RBC', 'WBC', 'Platelets')),
+        )  # fmt: skip
+        (report,) = check_data(cfg, ['train'])
+        boxes, degenerate = count_xml(names)
+        assert (report.images, report.boxes, len(report.degenerate)) == (len(names), boxes, degenerate)
+
+
+def count_xml(names):
+    """Boxes of at least a pixel, and others, by regular expressions instead of an XML parser."""
+    good = bad = 0
+    for name in names:
+        text = (BCCD / f'VOC2007/Annotations/{name}.xml').read_text()
+        corners = [
+            [int(v) for v in re.findall(rf'<{key}>(\d+)</{key}>', text)] for key in ('xmin', 'ymin', 'xmax', 'ymax')
+        ]
+        for x1, y1, x2, y2 in zip(*corners, strict=True):
+            good, bad = (good + 1, bad) if x2 - x1 >= 1 and y2 - y1 >= 1 else (good, bad + 1)
+    return good, bad
+
+
+@pytest.mark.skipif(not BCCD.is_dir(), reason='the BCCD images are not there')
+def test_voc_faults(run_tool, tmp_path):
+    root = tmp_path / 'bccd'
+    shutil.copytree(BCCD / 'VOC2007/Annotations', root / 'VOC2007/Annotations')
+    shutil.copytree(BCCD / 'VOC2007/ImageSets', root / 'VOC2007/ImageSets')
+    os.symlink(BCCD / 'VOC2007/JPEGImages', root / 'VOC2007/JPEGImages')
+    split = (
+        "dict(_delete_=True, type='VOCDataset', data_root='{root}', ann_file='VOC2007/ImageSets/Main/trainval.txt', "
+        "data_prefix=dict(sub_data_root='VOC2007/'), metainfo=dict(classes={classes}))"
+    )
+    config = config_with(
+        tmp_path, f'train_dataloader = dict(dataset={split.format(root=f"{root}/", classes=("red", "white"))})'
+    )
+    assert_refused(run_tool('train.py', config), 'none is the same', "'RBC'")
+    config = config_with(
+        tmp_path, f'train_dataloader = dict(dataset={split.format(root=f"{root}/", classes=("RBC", "WBC"))})'
+    )
+    first = sorted((root / 'VOC2007/Annotations').iterdir())[0]
+    first.write_text(first.read_text()[:200])
+    assert_refused(run_tool('train.py', config), rf"annotation file {first} is not in Pascal VOC's format")
+    first.unlink()
+    assert_refused(run_tool('train.py', config), rf'its annotation {first} does not exist')
+
+
+# Training
+
+
+def test_loss_that_is_not_finite(train, tmp_path):
+    result = train('optim_wrapper.optimizer.lr=1e20', 'optim_wrapper.clip_grad=None', 'param_scheduler=[]',
+                   'train_cfg.max_epochs=3')  # fmt: skip
+    assert_refused(result, r'the loss is not finite \(.*loss.*\) in the iterations up to \d', 'learning rate')
+    for saved in (tmp_path / 'work').glob('*.pth'):
+        weights = torch.load(saved, weights_only=False)['state_dict']
+        assert all(torch.isfinite(value).all() for value in weights.values()), f'{saved} holds spoilt weights'
+
+
+def test_amp_without_a_gpu(train, monkeypatch, run_tool, tmp_path, shapes):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert_refused(run_tool('train.py', DEMO, '--amp', *tiny(tmp_path, shapes)), '--amp: .*needs a GPU')
+
+
+def test_interrupt_ends_without_a_traceback(train, monkeypatch):
+    from mmengine.runner import EpochBasedTrainLoop
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EpochBasedTrainLoop, 'run_epoch', interrupted)
+    result = train()
+    assert result.code == 130
+    assert result.err.endswith('interrupted\n')
+    assert 'Traceback' not in result.err
+
+
+def test_work_dir_that_cannot_be_made(run_tool, shapes, tmp_path):
+    (tmp_path / 'file').write_text('')
+    assert_refused(
+        run_tool('train.py', DEMO, *tiny(tmp_path / 'file/work', shapes)), '--work-dir .*file/work: cannot be made'
+    )
+
+
+def test_pretrained_weights_without_a_network(train, tmp_path, monkeypatch):
+    from urllib.error import URLError
+
+    def offline(*args, **kwargs):
+        raise URLError('Name or service not known')
+
+    monkeypatch.setattr('urllib.request.urlopen', offline)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    text = "model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50')))"
+    assert_refused(train(config=config_with(tmp_path, text)), 'a download failed', 'model.backbone.init_cfg=None')
+
+
+# Checkpoints
+
+
+def test_missing_checkpoint(run_tool, trained, shapes):
+    result = run_tool('test.py', DEMO, trained / 'epoch_2.pth', *tiny(trained, shapes))
+    assert_refused(result, 'epoch_2.pth does not exist', 'epoch_1.pth')
+
+
+def test_truncated_checkpoint(run_tool, trained, shapes, tmp_path):
+    whole = (trained / 'epoch_1.pth').read_bytes()
+    (tmp_path / 'cut.pth').write_bytes(whole[: len(whole) // 2])
+    assert_refused(run_tool('test.py', DEMO, tmp_path / 'cut.pth', *tiny(tmp_path, shapes)), 'cut.pth is cut off')
+
+
+def test_file_that_is_no_checkpoint(run_tool, shapes, tmp_path):
+    (tmp_path / 'note.pth').write_text('hello')
+    assert_refused(run_tool('test.py', DEMO, tmp_path / 'note.pth', *tiny(tmp_path, shapes)), 'not a checkpoint')
+
+
+@pytest.mark.parametrize('tool', ['test.py', 'infer.py'])
+def test_checkpoint_of_another_architecture(run_tool, trained, shapes, tmp_path, tool):
+    options = tiny(tmp_path, shapes, 'model.backbone.plugins=None')
+    arguments = [shapes / 'val2017', '--out-dir', tmp_path, *options[4:]] if tool == 'infer.py' else options
+    result = run_tool(tool, DEMO, trained / 'epoch_1.pth', *arguments)
+    assert_refused(result, 'epoch_1.pth is of another architecture', 'keys are not in the model .*cbam')
+
+
+def test_checkpoint_of_other_shapes(run_tool, trained, shapes, tmp_path):
+    options = tiny(tmp_path, shapes, 'model.roi_head.bbox_head.fc_out_channels=32')
+    result = run_tool('test.py', DEMO, trained / 'epoch_1.pth', *options)
+    assert_refused(result, r'keys have another shape \(roi_head.bbox_head')
+
+
+def test_fine_tuning_may_change_the_head_but_not_everything(train, trained, tmp_path):
+    assert train(f'load_from={trained}/epoch_1.pth', 'model.roi_head.bbox_head.fc_out_channels=32').code == 0
+    torch.save(dict(state_dict=dict(weight=torch.zeros(3))), tmp_path / 'other.pth')
+    assert_refused(train(f'load_from={tmp_path}/other.pth'), 'other.pth is of another architecture', '0 of')
+
+
+def test_resume_with_nothing_to_resume(run_tool, shapes, tmp_path):
+    result = run_tool('train.py', DEMO, '--resume', *tiny(tmp_path / 'empty', shapes))
+    assert_refused(result, '--resume: no checkpoint in .*empty')
+
+
+def test_out_that_is_no_pickle(run_tool, trained, shapes):
+    result = run_tool('test.py', DEMO, trained / 'epoch_1.pth', '--out', 'results.json', *tiny(trained, shapes))
+    assert_refused(result, '--out results.json.*must end with .pkl')
+
+
+# Other tools
+
+
+def test_infer_inputs(run_tool, trained, tmp_path):
+    config = next(trained.glob('*.py'))
+    checkpoint = trained / 'epoch_1.pth'
+    assert_refused(run_tool('infer.py', config, checkpoint, tmp_path / 'no.jpg'), 'input .*no.jpg does not exist')
+    (tmp_path / 'empty').mkdir()
+    assert_refused(run_tool('infer.py', config, checkpoint, tmp_path / 'empty'), 'empty holds no image and no video')
+
+
+def test_infer_names_a_broken_image_and_goes_on(run_tool, trained, own_shapes, tmp_path):
+    images = sorted((own_shapes / 'val2017').iterdir())
+    break_image(images[0], 'truncated')
+    result = run_tool(
+        'infer.py',
+        next(trained.glob('*.py')),
+        trained / 'epoch_1.pth',
+        own_shapes / 'val2017',
+        '--out-dir',
+        tmp_path / 'out',
+    )
+    assert result.code == 2
+    assert f'error: 1 inputs could not be read: {images[0]}' in result.err
+    assert 'Traceback' not in result.err
+    assert len(list((tmp_path / 'out/vis').iterdir())) == len(images) - 1
+
+
+def test_draw_run_of_a_folder_without_a_run(run_tool, tmp_path):
+    assert_refused(run_tool('draw_run.py', tmp_path), 'holds no config')

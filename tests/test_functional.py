@@ -1,0 +1,278 @@
+"""The backward pass of our own: gradients, memory, and the ways in which a training uses a module."""
+
+import copy
+import itertools
+
+import pytest
+import textbook
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from cbam_mmdet import CBAM
+
+VARIANTS = list(
+    itertools.product(
+        [('avg', 'max'), ('lp',), ('lse',), ('avg', 'max', 'lp', 'lse')],
+        ['pool', 'conv', None],
+        ['channel-spatial', 'spatial-channel', 'parallel'],
+    )
+)
+STAGES = [(256, 50, 84), (512, 25, 42), (1024, 25, 42), (2048, 13, 21)]  # R-50's stages, at half of 800x1333 and below
+
+
+def gradients(module, x, grad):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(module(x), [x, *module.parameters()], grad)
+
+
+@pytest.mark.parametrize(('pools', 'spatial', 'order'), VARIANTS)
+@pytest.mark.parametrize('gate', ['sigmoid', 'unit'])
+def test_gradients_by_finite_differences(pools, spatial, order, gate):
+    torch.manual_seed(0)
+    module = CBAM(4, 2, pools, spatial, 3, order, gate).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+
+    def run(x, *values):
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), x)
+
+    assert torch.autograd.gradcheck(run, (x, *parameters))
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('channels_last', [True, False])
+def test_gradients_equal_those_of_plain_pytorch(training, channels_last):
+    torch.manual_seed(0)
+    module = CBAM(32).double().train(training)
+    plain = textbook.PlainCBAM(32).double().train(training)
+    plain.load_state_dict(dict(zip(plain.state_dict(), module.state_dict().values(), strict=True)))
+    x, grad = torch.randn(2, 3, 32, 9, 7, dtype=torch.float64).unbind(0)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    for ours, theirs in zip(gradients(module, x, grad), gradients(plain, x, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_of_equal_maxima_the_first_gets_the_gradient():
+    """As in max pooling, which the authors use; amax would share it out."""
+    module, plain = CBAM(8).double(), textbook.PlainCBAM(8).double()
+    plain.load_state_dict(dict(zip(plain.state_dict(), module.state_dict().values(), strict=True)))
+    x = torch.randint(0, 3, (2, 8, 4, 4)).double()
+    grad = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for ours, theirs in zip(
+            gradients(module, x.to(memory_format=layout), grad), gradients(plain, x, grad), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+def saved_share(module, x):
+    """Bytes saved for the backward pass beyond x itself, as a share of x's; a storage counts once."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)
+    own = {p.untyped_storage().data_ptr() for p in itertools.chain(module.parameters(), module.buffers())}
+    storages = {k: v for k, v in storages.items() if k not in own and k != x.untyped_storage().data_ptr()}
+    del y
+    return sum(storages.values()) / (x.numel() * x.element_size())
+
+
+@pytest.mark.parametrize('gate', ['sigmoid', 'unit'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('shape', STAGES)
+def test_saves_less_than_5_percent_of_the_input(shape, dtype, gate):
+    x = torch.randn(2, *shape).to(dtype).requires_grad_()
+    assert saved_share(CBAM(shape[0], gate=gate), x) < 0.05
+
+
+def test_plain_pytorch_saves_more_than_the_input():
+    """What the line above is worth; and that the counting counts."""
+    x = torch.randn(2, 256, 50, 84, requires_grad=True)
+    assert saved_share(textbook.PlainCBAM(256), x) > 1
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_exact_as_plain_pytorch(dtype):
+    torch.manual_seed(0)
+    module = CBAM(64)
+    plain = textbook.PlainCBAM(64)
+    plain.load_state_dict(dict(zip(plain.state_dict(), module.state_dict().values(), strict=True)))
+    x, grad = torch.randn(2, 2, 64, 20, 30).to(dtype).unbind(0)
+    exact = gradients(copy.deepcopy(module).double(), x.double(), grad.double())
+    ours = gradients(module, x, grad)
+    with torch.autocast('cpu', dtype=dtype):
+        theirs = gradients(plain, x, grad)
+    for truth, mine, other in zip(exact, ours, theirs, strict=True):
+        assert mine.dtype == (dtype if truth.shape == x.shape else torch.float32)
+        floor = torch.finfo(dtype).eps * truth.abs().max()
+        assert (mine.double() - truth).abs().max() <= (other.double() - truth).abs().max() * 1.1 + floor
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing_of_the_small_parts(dtype):
+    module = CBAM(32)
+    x = torch.randn(2, 32, 6, 6).to(dtype)
+    expected = module(x)
+    with torch.autocast('cpu', dtype=dtype):
+        y = module(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
+def test_a_module_in_half_precision(half):
+    module = CBAM(32).eval()
+    x = torch.randn(2, 32, 6, 6)
+    torch.testing.assert_close(copy.deepcopy(module).to(half)(x.to(half)).float(), module(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize('channels_last', [True, False])
+def test_layout_is_kept(channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 32, 5, 6).to(memory_format=layout).requires_grad_()
+    y = CBAM(32)(x)
+    assert y.is_contiguous(memory_format=layout)
+    assert torch.autograd.grad(y.sum(), x)[0].is_contiguous(memory_format=layout)
+
+
+def test_strided_input():
+    module = CBAM(8).double()
+    x = torch.randn(6, 2, 8, 5, dtype=torch.float64).permute(1, 2, 3, 0)
+    grad = torch.randn(2, 8, 5, 6, dtype=torch.float64)
+    for ours, theirs in zip(gradients(module, x, grad), gradients(module, x.contiguous(), grad), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_output_may_be_written_to():
+    """A block adds its identity in place."""
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64, requires_grad=True)
+    module = CBAM(8).double()
+    added = module(x)
+    added += x
+    torch.testing.assert_close(torch.autograd.grad(added.sum(), x)[0], torch.autograd.grad((module(x) + x).sum(), x)[0])
+
+
+def test_backward_twice():
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    y = CBAM(8)(x)
+    first = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y.sum(), x)[0])
+
+
+def test_frozen_parameters_get_no_gradient():
+    module = CBAM(8)
+    module.channel.requires_grad_(False)
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    module(x).sum().backward()
+    assert module.channel.fc1.weight.grad is None
+    assert module.spatial.conv.weight.grad is not None
+
+
+@pytest.mark.parametrize('spatial', ['pool', 'conv'])
+def test_input_without_gradient_still_trains_the_parameters(spatial):
+    """After frozen stages."""
+    module = CBAM(8, spatial=spatial)
+    x, grad = torch.randn(2, 2, 8, 4, 4).unbind(0)
+    module(x).backward(grad)
+    expected = gradients(module, x, grad)[1:]
+    for parameter, gradient in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_activation_checkpointing(use_reentrant):
+    module = (
+        CBAM(8).double().eval()
+    )  # in training, recomputation updates the running statistics twice, as for any BatchNorm
+    x, grad = torch.randn(2, 2, 8, 4, 4, dtype=torch.float64).unbind(0)
+    expected = gradients(module, x, grad)
+    x.requires_grad_()
+    checkpoint(module, x, use_reentrant=use_reentrant).backward(grad)
+    for actual, wanted in zip([x.grad, *(p.grad for p in module.parameters())], expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_deepcopy_is_independent():
+    module = CBAM(8)
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    module(x).sum().backward()
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        twin.channel.fc2.weight.add_(1)
+    assert not torch.equal(twin(x), module(x))
+
+
+@pytest.mark.parametrize('order', ['channel-spatial', 'spatial-channel', 'parallel'])
+def test_compile_without_graph_break(order):
+    torch._dynamo.reset()
+    module = CBAM(8, pools=('avg', 'max', 'lp', 'lse'), order=order).double()
+    x, grad = torch.randn(2, 2, 8, 5, 6, dtype=torch.float64).unbind(0)
+    compiled = torch.compile(module, fullgraph=True, backend='aot_eager')  # fullgraph raises at a graph break
+    running = copy.deepcopy(module.state_dict())
+    expected = gradients(module, x, grad)
+    module.load_state_dict(running)
+    for actual, wanted in zip(gradients(compiled, x, grad), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize('spatial', ['pool', 'conv', None])
+def test_export(spatial):
+    module = CBAM(8, spatial=spatial).eval()
+    x = torch.randn(2, 8, 5, 6)
+    dynamic = {2: torch.export.Dim('height', min=2, max=64), 3: torch.export.Dim('width', min=2, max=64)}
+    program = torch.export.export(module, (x,), dynamic_shapes=(dynamic,))
+    for shape in ((2, 8, 5, 6), (2, 8, 9, 11)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program.module()(x), module(x))
+
+
+def test_trace():
+    module = CBAM(8).eval()
+    traced = torch.jit.trace(module, torch.randn(2, 8, 5, 6))
+    x = torch.randn(2, 8, 5, 6)
+    torch.testing.assert_close(traced(x), module(x))
+
+
+def test_nan_and_infinity_propagate():
+    module = CBAM(8).eval()
+    for bad in (float('nan'), float('inf')):
+        x = torch.randn(2, 8, 4, 4)
+        x[1, 3, 2, 2] = bad
+        y = module(x)
+        assert torch.isfinite(y[0]).all()
+        assert not torch.isfinite(y[1, 3, 2, 2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('channels_last', [True, False])
+def test_cuda_equals_cpu(dtype, channels_last):
+    torch.manual_seed(0)
+    module = CBAM(64)
+    x, grad = torch.randn(2, 2, 64, 20, 30).to(dtype).unbind(0)
+    exact = gradients(copy.deepcopy(module).double(), x.double(), grad.double())
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    for actual, wanted in zip(gradients(module.cuda(), x.cuda(), grad.cuda()), exact, strict=True):
+        scale = wanted.abs().max()
+        limit = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+        assert (actual.cpu().double() - wanted).abs().max() <= limit * scale
+
+
+@pytest.mark.gpu
+def test_cuda_peak_memory_of_forward_and_backward_stays_below_plain_pytorch():
+    def peak(module):
+        x = torch.randn(2, 256, 100, 168, device='cuda', requires_grad=True)
+        torch.cuda.reset_peak_memory_stats()
+        module.cuda()(x).sum().backward()
+        return torch.cuda.max_memory_allocated()
+
+    assert peak(CBAM(256)) < peak(textbook.PlainCBAM(256))

@@ -1,0 +1,137 @@
+"""The tools do what their help says, on a tiny data set."""
+
+import json
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+from conftest import DEMO, ROOT, tiny
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+
+def test_train_writes_a_checkpoint_and_a_log(trained):
+    assert (trained / 'epoch_1.pth').is_file()
+    scalars = next(trained.glob('*/vis_data/scalars.json')).read_text()
+    assert 'loss_bbox' in scalars
+    assert 'coco/bbox_mAP' in scalars
+
+
+def test_test_scores_as_pycocotools_does(run_tool, trained, shapes, tmp_path):
+    out = tmp_path / 'results.pkl'
+    result = run_tool('test.py', DEMO, trained, '--out', out, *tiny(tmp_path, shapes))
+    assert result.code == 0
+    scored = json.loads(next(tmp_path.glob('*/*.json')).read_text())
+    truth = COCO(str(shapes / 'annotations/instances_val2017.json'))
+    records = []
+    for sample in pickle.loads(out.read_bytes()):
+        found = sample['pred_instances']
+        for (x1, y1, x2, y2), score, label in zip(found['bboxes'], found['scores'], found['labels'], strict=True):
+            box = [float(v) for v in (x1, y1, x2 - x1, y2 - y1)]
+            records.append(dict(image_id=sample['img_id'], category_id=int(label) + 1, bbox=box, score=float(score)))
+    evaluation = COCOeval(truth, truth.loadRes(records), 'bbox')
+    evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
+    for key, value in zip(('', '_50', '_75', '_s', '_m', '_l'), evaluation.stats[:6], strict=True):
+        assert scored[f'coco/bbox_mAP{key}'] == pytest.approx(value, abs=5e-4)
+
+
+def test_resume_goes_on_where_it_stopped(run_tool, shapes, tmp_path):
+    assert run_tool('train.py', DEMO, *tiny(tmp_path, shapes)).code == 0
+    options = [o if o != 'train_cfg.max_epochs=1' else 'train_cfg.max_epochs=2' for o in tiny(tmp_path, shapes)]
+    result = run_tool('train.py', DEMO, '--resume', *options)
+    assert result.code == 0
+    assert 'resumed epoch: 1' in result.out + result.err
+    assert (tmp_path / 'epoch_2.pth').is_file()
+
+
+def test_auto_scale_lr(run_tool, shapes, tmp_path):
+    result = run_tool('train.py', DEMO, '--auto-scale-lr', *tiny(tmp_path, shapes))
+    assert result.code == 0
+    assert (
+        'LR has been automatically scaled from 0.001 to 0.0005' in result.out + result.err
+    )  # batch 4 for a config of 8
+
+
+def test_tta_and_show_dir(run_tool, trained, shapes, tmp_path):
+    result = run_tool('test.py', DEMO, trained / 'epoch_1.pth', '--tta', *tiny(tmp_path / 'tta', shapes))
+    assert result.code == 0
+    assert 'bbox_mAP' in result.out + result.err
+    result = run_tool('test.py', DEMO, trained / 'epoch_1.pth', '--show-dir', 'vis', *tiny(tmp_path, shapes))
+    assert result.code == 0
+    assert len(list(tmp_path.glob('*/vis/*'))) == 4
+
+
+def test_infer_on_images_a_folder_and_a_video(run_tool, trained, shapes, tmp_path):
+    folder = shapes / 'val2017'
+    image = sorted(folder.iterdir())[0]
+    video = str(tmp_path / 'film.avi')
+    writer = cv2.VideoWriter(video, cv2.VideoWriter_fourcc(*'MJPG'), 5, (64, 64))
+    for _ in range(3):
+        writer.write(cv2.imread(str(image)))
+    writer.release()
+    out = tmp_path / 'out'
+    config = next(trained.glob('*.py'))
+    arguments = [
+        config,
+        trained / 'epoch_1.pth',
+        image,
+        folder,
+        video,
+        '--out-dir',
+        out,
+        '--score-thr',
+        0,
+        '--device',
+        'cpu',
+    ]
+    result = run_tool('infer.py', *arguments)
+    assert result.code == 0, result.err
+    assert '8 images' in result.out  # one, four of the folder, three frames
+    pictures = sorted(p.name for p in (out / 'vis').iterdir())
+    assert len(pictures) == 6 and 'film.mp4' in pictures, 'the image given twice keeps two names'
+    records = json.loads((out / 'predictions.json').read_text())
+    assert {r['image_id'] for r in records} <= set(range(1, 9))
+    frames = [r for r in records if r['file_name'] == video]
+    assert {r['frame'] for r in frames} == {0, 1, 2}
+    assert all(0 <= r['score'] <= 1 and len(r['bbox']) == 4 and 1 <= r['category_id'] <= 6 for r in records)
+    assert {r['category'] for r in records} <= {'circle', 'square', 'triangle', 'star', 'ring', 'cross'}
+    same = [[r['bbox'] for r in records if r['image_id'] == i] for i in (1, 2)]
+    assert same[0] == same[1], 'the same image gives the same boxes'
+    assert np.array(cv2.imread(str(out / 'vis' / pictures[0]))).shape == (64, 64, 3)
+
+
+def test_draw_run(run_tool, trained, shapes, tmp_path):
+    result = run_tool(
+        'test.py', DEMO, trained / 'epoch_1.pth', '--out', trained / 'results.pkl', *tiny(tmp_path, shapes)
+    )
+    assert result.code == 0
+    result = run_tool('draw_run.py', trained, '--num-images', 4)
+    assert result.code == 0, result.err
+    for name in ('curve.png', 'detections.png'):
+        assert str(trained / name) in result.out
+        assert cv2.imread(str(trained / name)).std() > 10, 'something is drawn'
+
+
+@pytest.mark.parametrize('name', ['train.py', 'test.py', 'infer.py', 'draw_run.py', 'make_shapes.py'])
+def test_help(run_tool, name):
+    result = run_tool(name, '--help')
+    assert result.code == 0
+    assert 'usage' in result.out
+
+
+def test_data_root_reaches_every_loader_and_evaluator(tmp_path):
+    from mmengine.config import Config
+
+    from cbam_mmdet.config import set_data_root, split_datasets
+
+    cfg = Config.fromfile(ROOT / 'configs/faster_rcnn_r50_cbam.py')
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=dict(
+        type='ConcatDataset', datasets=[cfg.train_dataloader.dataset, cfg.val_dataloader.dataset]))  # fmt: skip
+    set_data_root(cfg, str(tmp_path / 'coco'))
+    for split, count in (('train', 2), ('val', 1), ('test', 1)):
+        datasets = split_datasets(cfg, split)
+        assert [d.data_root for d in datasets] == [f'{tmp_path}/coco/'] * count
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        assert evaluator.ann_file == f'{tmp_path}/coco/annotations/instances_val2017.json'
+    assert 'data/coco' not in str(cfg.train_dataloader)

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Make the virtual environment with the pinned stack and this package, editable. What can go wrong gets one line.
+#   setup_env.sh VENV          install
+#   setup_env.sh VENV --lock   write constraints.txt anew from setup.py
+set -u
+venv=${1:?usage: setup_env.sh VENV [--lock]}
+
+die() { echo "error: $*" >&2; exit 2; }
+
+supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+
+# PYTHON=... chooses; otherwise the first one of these that is in 3.10-3.12.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python python3.12 python3.11 python3.10}; do
+        if supported "$candidate"; then echo "$candidate"; return 0; fi
+    done
+    return 1
+}
+
+if ! [ -x "$venv/bin/python" ] || ! supported "$venv/bin/python"; then
+    python=$(find_python) || die "Python 3.10, 3.11 or 3.12 is needed, found $(${PYTHON:-python3} --version 2>&1 | head -n 1)." \
+        "Install one and say which: make PYTHON=/path/to/python3.11 ..."
+    rm -rf "$venv"
+    log=$("$python" -m venv "$venv" 2>&1) ||
+        die "$python cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv). It said: $(tail -n 1 <<<"$log")"
+fi
+
+log=$("$venv/bin/python" -m pip install -q --disable-pip-version-check 'uv>=0.5,<1' 2>&1) ||
+    die "cannot reach the package index: no network, or a proxy or mirror is needed (pip's own settings are used)." \
+        "pip said: $(grep -i error <<<"$log" | tail -n 1)"
+
+# uv does not read pip's settings; a mirror that is set there serves here too.
+mirror=${PIP_INDEX_URL:-$("$venv/bin/python" -m pip config get global.index-url 2>/dev/null)}
+if [ -n "$mirror" ] && [ -z "${UV_DEFAULT_INDEX:-}" ]; then export UV_DEFAULT_INDEX=$mirror; fi
+
+uv=$venv/bin/uv
+if [ "${2:-}" = --lock ]; then
+    set -e
+    { head -n 1 constraints.txt
+      "$uv" pip compile -q --universal --python-version 3.10 --all-extras setup.py --override overrides.txt \
+          --constraint pins.txt --no-annotate --no-header; } > constraints.new
+    mv constraints.new constraints.txt
+    exit
+fi
+
+echo "Installing the pinned stack into $venv (about 1.5 GB to fetch with PyTorch's CUDA libraries; no compiler is needed) ..."
+"$uv" pip install --python "$venv/bin/python" --constraint constraints.txt --override overrides.txt --editable '.[mmdet,dev]' ||
+    die "the installation failed; the lines above say why. Check the network and the free disk space (7 GB), then run make again."
