@@ -12,7 +12,6 @@ paper's tables 1 to 3 are arguments; and `gate='unit'` is ours: an attention tha
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Sequence
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .errors import UserError, near
 from .functional import CHANNEL_POOLS, ORDERS, cbam, channel_descriptor, spatial_descriptor
 
 SPATIAL = ('pool', 'conv', None)
@@ -153,7 +153,7 @@ class CBAM(BaseModule):
         init_cfg: MMEngine's initialization config.
 
     Raises:
-        ValueError: for an argument that is none of these.
+        UserError: (a ValueError) for an argument that is none of these.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class CBAM(BaseModule):
         _check_positive('in_channels', in_channels)
         _check_positive('reduction', reduction)
         if not pools or len(set(pools)) < len(pools):
-            raise ValueError(f'CBAM: pools={pools} must name at least one pool, and none twice')
+            raise UserError(f'CBAM: pools={pools} must name at least one pool, and none twice')
         for pool in pools:
             _check_choice('pools', pool, CHANNEL_POOLS)
         _check_choice('spatial', spatial, SPATIAL)
@@ -181,7 +181,7 @@ class CBAM(BaseModule):
         _check_choice('gate', gate, tuple(GATES))
         _check_positive('kernel_size', kernel_size)
         if kernel_size % 2 == 0:
-            raise ValueError(f'CBAM: kernel_size={kernel_size} must be odd, to keep the size of the feature map')
+            raise UserError(f'CBAM: kernel_size={kernel_size} must be odd, to keep the size of the feature map')
 
         self.order = order
         self.unit = gate == 'unit'
@@ -226,11 +226,10 @@ class CBAM(BaseModule):
 
 def _check_positive(name: str, value: int) -> None:
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f'CBAM: {name}={value!r} must be a whole number of at least 1')
+        raise UserError(f'CBAM: {name}={value!r} must be a whole number of at least 1')
 
 
 def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(str(value), [c for c in choices if c], n=1)
-        hint = f'; did you mean {near[0]!r}?' if near else ''
-        raise ValueError(f'CBAM: {name}={value!r} is unknown, choose from {list(choices)}{hint}')
+        hint = near(str(value), filter(None, choices), n=1)
+        raise UserError(f'CBAM: {name}={value!r} is unknown, choose from {list(choices)}{hint}')

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import OPTIMIZERS
 
 from .errors import UserError, near
 
@@ -188,3 +189,15 @@ def check_plugins(cfg: Config) -> None:
         if isinstance(name, str) and MODELS.get(name) is None:
             known = [*MODELS.module_dict, *MODELS.parent.module_dict]
             raise UserError(f'{key}.cfg.type={name!r} is not a registered model{near(name, known)}')
+
+
+def check_optimizer(cfg: Config) -> None:
+    """Check `optim_wrapper.optimizer.type`, of which MMEngine says only that None is not callable.
+
+    Raises:
+        UserError: that names near ones.
+    """
+    name = (cfg.get('optim_wrapper') or {}).get('optimizer', {}).get('type')
+    if isinstance(name, str) and OPTIMIZERS.get(name) is None:
+        known = list(OPTIMIZERS.module_dict)
+        raise UserError(f'optim_wrapper.optimizer.type={name!r} is not a registered optimizer{near(name, known)}')

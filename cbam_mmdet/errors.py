@@ -14,7 +14,7 @@ USER_ERROR = 2
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """What was given, what was expected and what to do, in words for the person at the keyboard."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +112,8 @@ def infer(
     records: list[dict] = []
     broken: list[str] = []
     images = 0
-    names = _unique_names(files)
-    for file in tqdm(files, desc='detecting', unit='file', disable=len(files) < 2):
-        target = out_dir / 'vis' / names[file]
+    targets = [out_dir / 'vis' / name for name in _unique_names(files)]
+    for file, target in zip(tqdm(files, desc='detecting', unit='file', disable=len(files) < 2), targets, strict=True):
         try:
             if file.suffix.lower() in VIDEOS:
                 images += _infer_video(
@@ -205,17 +205,13 @@ def _expand(source: Path) -> list[Path]:
     return [source]
 
 
-def _unique_names(files: list[Path]) -> dict[Path, str]:
-    """A name for each file's picture: its stem, or, where two share it, with a number behind it."""
-    names: dict[Path, str] = {}
-    taken: set[str] = set()
+def _unique_names(files: list[Path]) -> list[str]:
+    """A name for each file's picture: its stem, or, where several share it, with a number behind it."""
+    seen: Counter = Counter()
+    names = []
     for file in files:
-        name, i = file.stem, 1
-        while name in taken:
-            i += 1
-            name = f'{file.stem}_{i}'
-        taken.add(name)
-        names[file] = name
+        seen[file.stem] += 1
+        names.append(file.stem if seen[file.stem] == 1 else f'{file.stem}_{seen[file.stem]}')
     return names
 
 

@@ -13,7 +13,8 @@ v1 and v2. Any other operator raises when it is called, not when ``mmcv.ops`` is
 Where the served operators differ from mmcv's own, on purpose:
 
 - 16-bit floats are computed in float32, which is also what torchvision does under autocast: in 16 bits the kernels
-  would round the sampling coordinates, too. mmcv's soft-NMS and NMS matching take float32 only, these take any float.
+  would round the sampling coordinates, too. mmcv's suppressions take float32 only, these take any float.
+- NMS and NMS matching take boxes of equal score in their order; mmcv's sort leaves that open.
 - The focal losses work on the CPU, too; the sigmoid one stays exact for large logits, where mmcv's float32 kernel
   rounds the probability to 1 and then takes the logarithm of FLT_MIN. Background (the label ``num_classes``) has class
   weight 1, and loss 0 in the softmax form, where mmcv reads beyond the end of its tensors.

@@ -16,7 +16,7 @@ from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from .checkpoints import find_checkpoint
-from .config import check_plugins, set_data_root
+from .config import check_optimizer, check_plugins, set_data_root
 from .datasets.checks import check_data
 from .errors import UserError
 from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook
@@ -144,6 +144,7 @@ def _prepare(cfg: Config, data_root: str | None, work_dir: str | None, launcher:
     if data_root:
         set_data_root(cfg, data_root)
     check_plugins(cfg)
+    check_optimizer(cfg)
 
 
 def _build_runner(cfg: Config, hooks: list[Hook]) -> Runner:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.logging import MMLogger
-from mmengine.visualization import Visualizer
 
 import cbam_mmdet  # noqa: F401
 from cbam_mmdet.datasets import ensure_shapes
@@ -41,7 +41,7 @@ def run_tool(monkeypatch, capfd):
     def run(name, *args):
         monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
         capfd.readouterr()
-        for manager in (MMLogger, Visualizer):  # of earlier runs; they write to streams that are closed
+        for manager in (MMLogger, DetLocalVisualizer):  # of earlier runs; they write to streams that are closed
             manager._instance_dict.clear()
         code = 0
         try:

@@ -74,7 +74,7 @@ def test_config_without_model(run_tool, tmp_path):
         ("model = dict(backbone=dict(plugins=[dict(cfg=dict(type='CBAMM'), position='after_conv3')]))",
          [r"model.backbone.plugins\[0\].cfg.type='CBAMM'", "did you mean 'CBAM'"]),
         ("train_dataloader = dict(dataset=dict(type='CocoDataSet'))", ["type='CocoDataSet'", "'CocoDataset'"]),
-        ("optim_wrapper = dict(optimizer=dict(type='AdamWW'))", ["type='AdamWW'", "'AdamW'"]),
+        ("optim_wrapper = dict(optimizer=dict(type='AdamWW'))", ["optim_wrapper.optimizer.type='AdamWW'", "'AdamW'"]),
         ("val_evaluator = dict(type='CocoMetrics')", ["type='CocoMetrics'", "'CocoMetric'"]),
         ("train_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFiles')]))",
          ["type='LoadImageFromFiles'", "'LoadImageFromFile'"]),
@@ -397,7 +397,7 @@ def test_pretrained_weights_without_a_network(train, tmp_path, monkeypatch):
 
     monkeypatch.setattr('urllib.request.urlopen', offline)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    text = "model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50')))"
+    text = "model = dict(backbone=dict(init_cfg=dict(_delete_=True, type='Pretrained', checkpoint='torchvision://resnet50')))"
     assert_refused(train(config=config_with(tmp_path, text)), 'a download failed', 'model.backbone.init_cfg=None')
 
 

@@ -137,7 +137,7 @@ def test_cuda_is_near_cpu(case, dtype):
     expected = forward_backward(function, *(tensor.to(dtype) for tensor in inputs))
     actual = forward_backward(function, *(tensor.to('cuda', dtype) for tensor in inputs))
     assert all(tensor.is_cuda and tensor.dtype == dtype for tensor in actual)
-    assert_near(actual, expected, tolerance=8 * torch.finfo(dtype).eps)
+    assert_near(actual, expected, tolerance=(8 if dtype in HALVES else 64) * torch.finfo(dtype).eps)
 
 
 PUBLISHED_BOXES = torch.tensor([[6.0, 3, 8, 7], [3, 6, 9, 11], [3, 7, 10, 12], [1, 4, 13, 7]])
@@ -488,6 +488,13 @@ def test_soft_nms_of_16_bit_floats():
         assert torch.equal(dets, expected.to(dtype))
 
 
+@pytest.mark.parametrize('function', [ops.nms, ops.soft_nms])
+def test_boxes_that_require_gradients_may_be_suppressed(function):
+    dets, indices = function(PUBLISHED_BOXES.clone().requires_grad_(), PUBLISHED_SCORES.clone().requires_grad_(), 0.3)
+    expected = function(PUBLISHED_BOXES, PUBLISHED_SCORES, 0.3)
+    assert torch.equal(dets, expected[0]) and torch.equal(indices, expected[1])
+
+
 @pytest.mark.parametrize('count', [1, 2, 120])
 def test_nms_match_equals_the_loop(count):
     boxes, scores = random_boxes(count)
@@ -592,7 +599,8 @@ def test_roi_gradients_under_deterministic_algorithms_on_cuda():
                 first, second = grad(function, 'cuda'), grad(function, 'cuda')
             torch.use_deterministic_algorithms(False)
             assert torch.equal(first, second)
-            torch.testing.assert_close(first, expected, rtol=1e-3, atol=1e-3)
+            # Closer than float16 sums, which autocast would make of the products, can be.
+            assert (first - expected).abs().max() <= 2e-5 * expected.abs().max()
     """,
         CUBLAS_WORKSPACE_CONFIG=':4096:8',
     )

@@ -1,6 +1,6 @@
 """Draw the demo data set: coloured shapes over clutter, in COCO's or Pascal VOC's layout.
 
-    python tools/make_shapes.py data/shapes --num-train 400 --num-val 100
+    python tools/make_shapes.py data/shapes --num-train 320 --num-val 100
 
 A complete set of the same settings is left as it is.
 """
@@ -17,7 +17,7 @@ def main() -> None:
     )
     parser.add_argument('out', metavar='OUT', type=Path, help='folder of the data set')
     parser.add_argument('--style', choices=(*STYLES, 'both'), default='coco', help='layout (default: %(default)s)')
-    parser.add_argument('--num-train', type=int, default=400, metavar='N', help='training pictures (%(default)s)')
+    parser.add_argument('--num-train', type=int, default=320, metavar='N', help='training pictures (%(default)s)')
     parser.add_argument('--num-val', type=int, default=100, metavar='N', help='validation pictures (%(default)s)')
     parser.add_argument('--image-size', type=int, default=128, metavar='S', help='side in pixels (%(default)s)')
     parser.add_argument('--seed', type=int, default=0, metavar='K', help='same seed, same pictures (%(default)s)')

@@ -91,7 +91,7 @@ class ShapeObject:
 
 def ensure_shapes(
     root: str | os.PathLike,
-    num_train: int = 400,
+    num_train: int = 320,
     num_val: int = 100,
     image_size: int = 128,
     seed: int = 0,
@@ -134,7 +134,7 @@ def ensure_shapes(
 
 def write_coco(
     root: str | os.PathLike,
-    num_train: int = 400,
+    num_train: int = 320,
     num_val: int = 100,
     image_size: int = 128,
     seed: int = 0,
@@ -179,7 +179,7 @@ def write_coco(
 
 def write_voc(
     root: str | os.PathLike,
-    num_train: int = 400,
+    num_train: int = 320,
     num_val: int = 100,
     image_size: int = 128,
     seed: int = 0,

@@ -11,7 +11,7 @@ custom_imports = dict(imports=['cbam_mmdet'])
 classes = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
 data_root = 'data/shapes/'
 image_size = (128, 128)
-max_epochs = 12
+max_epochs = 24
 
 model = dict(
     backbone=dict(
