@@ -10,6 +10,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 
+from .mmcv_ops import OperatorError
+
 USER_ERROR = 2
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -44,6 +46,8 @@ def explain(error: BaseException) -> str | None:
     """The message for a failure that a user can mend; None for what looks like a bug."""
     if isinstance(error, UserError):
         return _without_worker_traceback(str(error))
+    if isinstance(error, OperatorError):
+        return str(error)
     for explainer in (_unknown_type, _wrong_argument, _download_failed, _out_of_memory, _no_room):
         message = explainer(error)
         if message:

@@ -119,18 +119,19 @@ class _CBAMFunction(torch.autograd.Function):
         grads = {}
         late = None  # under 'parallel' the second branch pooled x, not u
 
-        grad_u = grad * maps[1] if second else grad
+        grad_u = grad
         if second:
-            grad_map = _sum_of_products(grad, x, maps[0], like=maps[1])
+            grad_u = torch.mul(grad, maps[1], out=torch.empty_like(x))  # in x's layout, whatever grad's is
+            grad_map = _sum_of_products(grad, x, maps[0], dim=second.sum_dim)
             grad_descriptor = second.backward_gate(grad_map, grads)
             if ctx.order == 'parallel':
                 late = grad_descriptor
             else:
                 second.backward_pool(grad_descriptor, x, maps[0], grad_u, grads)
 
-        grad_map = _sum_of_products(grad_u, x, like=maps[0])
+        grad_map = _sum_of_products(grad_u, x, dim=first.sum_dim)
         grad_descriptor = first.backward_gate(grad_map, grads)
-        grad_x = grad_u.mul_(maps[0]) if second else grad_u * maps[0]
+        grad_x = torch.mul(grad_u, maps[0], out=grad_u if second else torch.empty_like(x))
         first.backward_pool(grad_descriptor, x, None, grad_x, grads)
         if late is not None:
             second.backward_pool(late, x, None, grad_x, grads)
@@ -164,6 +165,8 @@ class _Branch:
 
 
 class _ChannelBranch(_Branch):
+    sum_dim = 2  # a channel's value multiplies all its pixels
+
     def pool(self, u):
         return _pool_pixels(u, self.module.pools)
 
@@ -188,6 +191,8 @@ class _ChannelBranch(_Branch):
 
 
 class _SpatialBranch(_Branch):
+    sum_dim = 1  # a pixel's value multiplies all its channels
+
     def pool(self, u):
         return _pool_channels(u, self.module.reduce_weight)
 
@@ -250,12 +255,12 @@ def _mean(u: Tensor, dim: int) -> Tensor:
     return u.mean(dim, dtype=dtype)
 
 
-def _sum_of_products(*factors: Tensor, like: Tensor) -> Tensor:
-    """The product of the factors, summed over the dimension in which `like`, (N, C, 1) or (N, 1, P), has size 1."""
+def _sum_of_products(*factors: Tensor, dim: int) -> Tensor:
+    """The product of the factors, summed over dim, which stays with size 1."""
     product = factors[0] * factors[1]
     for factor in factors[2:]:
         product *= factor
-    return product.sum(2 if like.shape[2] == 1 else 1, keepdim=True, dtype=_accumulate_dtype(product))
+    return product.sum(dim, keepdim=True, dtype=_accumulate_dtype(product))
 
 
 def _accumulate_dtype(x: Tensor) -> torch.dtype:

@@ -39,12 +39,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['OPERATORS', 'install_ops']
+__all__ = ['OPERATORS', 'OperatorError', 'install_ops']
 
 EXTENSION = 'mmcv._ext'
 
 #: The served operators by name.
 OPERATORS: dict[str, Callable] = {}
+
+
+class OperatorError(RuntimeError):
+    """An operator, or a mode of one, that only a compiled mmcv has."""
 
 
 def install_ops() -> bool:
@@ -109,12 +113,11 @@ def _unserved(name: str) -> Callable:
         raise AttributeError(f'module {EXTENSION!r} has no attribute {name!r}')
 
     def operator(*args, **kwargs):
-        raise NotImplementedError(
+        raise OperatorError(
             f'The mmcv operator {name!r} needs a compiled mmcv, and this installation has none that fits '
             f'torch {torch.__version__}. Without compiling, cbam_mmdet serves only {", ".join(OPERATORS)}. '
             'Install an mmcv compiled for this very torch: a prebuilt wheel, if there is one '
-            '(`pip install -U openmim && mim install mmcv`; of the fork, `pip install onedl-mmcv -f '
-            'https://mmwheels.onedl.ai/simple/cuXXX-torchX.Y.Z/index.html`), or your own build (needs a C++ compiler '
+            '(`pip install -U openmim && mim install mmcv`), or your own build (needs a C++ compiler '
             'and, for CUDA, nvcc; takes a while): `MMCV_WITH_OPS=1 pip install --force-reinstall --no-cache-dir '
             '--no-deps --no-build-isolation --no-binary :all: onedl-mmcv` (or mmcv).'
         )
@@ -305,7 +308,7 @@ def roi_align_forward(
         aligned (bool): Whether pixel centres lie at half coordinates.
 
     Raises:
-        NotImplementedError: If ``pool_mode`` is 0, max pooling.
+        OperatorError: If ``pool_mode`` is 0, max pooling.
     """
     _check_averaging(pool_mode)
     features, boxes = _widen(input, rois)
@@ -342,7 +345,7 @@ def roi_align_backward(
 
 def _check_averaging(pool_mode: int) -> None:
     if pool_mode != 1:
-        raise NotImplementedError(
+        raise OperatorError(
             "RoIAlign with pool_mode='max' needs a compiled mmcv: torchvision, whose operators serve here, only "
             "averages. Set pool_mode='avg', or install an mmcv compiled for this torch."
         )

@@ -25,6 +25,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
 
 
+def forget_earlier_runs():
+    """MMEngine's loggers and visualizers live as long as the process, and write to streams that are closed by now."""
+    for manager in (MMLogger, DetLocalVisualizer):
+        manager._instance_dict.clear()
+
+
 @dataclass
 class Result:
     """How a tool ended: its exit code and what it printed."""
@@ -41,8 +47,7 @@ def run_tool(monkeypatch, capfd):
     def run(name, *args):
         monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
         capfd.readouterr()
-        for manager in (MMLogger, DetLocalVisualizer):  # of earlier runs; they write to streams that are closed
-            manager._instance_dict.clear()
+        forget_earlier_runs()
         code = 0
         try:
             runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
@@ -81,6 +86,7 @@ def tiny(work_dir, data_root, *options):
 def trained(shapes, tmp_path_factory):
     """A work dir in which the demo's detector was trained for one epoch on the tiny data set."""
     work_dir = tmp_path_factory.mktemp('work') / 'demo'
+    forget_earlier_runs()
     argv, sys.argv = sys.argv, ['train.py', DEMO, *map(str, tiny(work_dir, shapes))]
     try:
         runpy.run_path(str(ROOT / 'tools/train.py'), run_name='__main__')

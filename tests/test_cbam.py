@@ -108,7 +108,8 @@ def test_unit_gate_survives_the_backbones_initialization():
     assert all('.cbam.' in key for key in missing)
     x = torch.randn(2, 3, 64, 64)
     for training in (True, False):
-        for ours, theirs in zip(with_cbam.train(training)(x), plain.train(training)(x), strict=True):
+        with_cbam.train(training), plain.train(training)  # mmdet's train() returns nothing
+        for ours, theirs in zip(with_cbam(x), plain(x), strict=True):
             assert torch.equal(ours, theirs)
 
 

