@@ -1,0 +1,157 @@
+"""The shipped configs: they build, differ from their twins in CBAM alone, and work from anywhere and with MMDetection's own tools."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+from conftest import DEMO, ROOT, tiny
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from cbam_mmdet import CBAM
+
+CONFIGS = sorted(str(p.relative_to(ROOT / 'configs')) for p in (ROOT / 'configs').rglob('*.py'))
+TWINS = [(name, name.replace('_cbam', '')) for name in CONFIGS if '_cbam' in name]
+MMDET_TOOLS = Path(mmdet.__file__).parent / '.mim/tools'
+
+
+def build(name):
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    cfg.model.backbone.init_cfg = None
+    init_default_scope('mmdet')
+    return MODELS.build(cfg.model)
+
+
+def test_there_are_configs():
+    assert len(CONFIGS) >= 8
+    assert len(TWINS) >= 4
+
+
+@pytest.mark.parametrize(('name', 'twin'), TWINS)
+def test_differs_from_its_twin_in_cbam_alone(name, twin):
+    ours, plain = (Config.fromfile(ROOT / 'configs' / n).to_dict() for n in (name, twin))
+    plugins = [c['model']['backbone'].pop('plugins', None) for c in (ours, plain)]
+    assert [p['cfg']['type'] for p in plugins[0]] == ['CBAM']
+    assert plugins[1] is None
+    assert ours == plain
+
+
+@pytest.mark.parametrize('name', [name for name, _ in TWINS if not name.startswith('demo')])
+def test_cbam_is_in_all_four_stages_and_trains(name):
+    """Also in the stages that MMDetection's configs freeze."""
+    model = build(name)
+    model.train()
+    for stage, blocks in enumerate(
+        (model.backbone.layer1, model.backbone.layer2, model.backbone.layer3, model.backbone.layer4)
+    ):
+        for block in blocks:
+            assert isinstance(block.cbam, CBAM), f'stage {stage + 1}'
+            assert all(p.requires_grad for p in block.cbam.parameters())
+    assert not any(p.requires_grad for p in model.backbone.conv1.parameters()), 'the stem stays frozen'
+
+
+def test_cbam_sits_after_the_last_norm_before_the_addition():
+    block = build('faster_rcnn_r50_cbam.py').backbone.layer1[1].eval()
+    for parameter in block.cbam.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 256, 8, 8)
+    branch = x
+    for conv, norm in ((block.conv1, block.norm1), (block.conv2, block.norm2)):
+        branch = norm(conv(branch)).relu()
+    expected = (block.cbam(block.norm3(block.conv3(branch))) + x).relu()
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_freshly_built_detector_equals_the_plain_one(tmp_path):
+    """With gate='unit' the same weights give the same features, bit for bit."""
+    ours, plain = build('faster_rcnn_r50_cbam.py').eval(), build('faster_rcnn_r50.py').eval()
+    missing, unexpected = ours.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert missing and all('.cbam.' in key for key in missing)
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for mine, theirs in zip(ours.extract_feat(x), plain.extract_feat(x), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_base_by_package_name_from_an_unrelated_folder(tmp_path):
+    (tmp_path / 'own.py').write_text(
+        "_base_ = 'cbam_mmdet::faster_rcnn_r50_cbam.py'\nmodel = dict(backbone=dict(depth=101))\n"
+    )
+    (tmp_path / 'demo.py').write_text("_base_ = ['cbam_mmdet::demo/faster_rcnn_cbam.py']\n")
+    code = (
+        'import cbam_mmdet; from mmengine.config import Config; '
+        'c = Config.fromfile("own.py"); print(c.model.backbone.depth, c.model.backbone.plugins[0].cfg.type, '
+        'Config.fromfile("demo.py").image_size)'
+    )
+    result = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == '101 CBAM (128, 128)', result.stderr
+
+
+def test_base_by_path_for_programs_that_do_not_import_the_package(tmp_path):
+    """MMEngine evaluates the expression before anything of ours is imported."""
+    (tmp_path / 'own.py').write_text("_base_ = __import__('cbam_mmdet').config_path('faster_rcnn_r50_cbam.py')\n")
+    code = 'from mmengine.config import Config; print(Config.fromfile("own.py").model.backbone.plugins[0].cfg.type)'
+    result = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == 'CBAM', result.stderr
+
+
+def test_the_wheel_holds_configs_and_tools(tmp_path):
+    command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', tmp_path, '.']
+    copy = tmp_path / 'source'
+    files = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip('not a git checkout')
+    for name in files.stdout.split():
+        target = copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source = ROOT / name
+        if source.is_symlink():
+            target.symlink_to(os.readlink(source))
+        elif source.is_file():
+            target.write_bytes(source.read_bytes())
+    subprocess.run(command, cwd=copy, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob('*.whl')
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f'cbam_mmdet/.mim/configs/{name}' for name in CONFIGS} <= names
+    assert {
+        'cbam_mmdet/.mim/tools/train.py',
+        'cbam_mmdet/.mim/model-index.yml',
+        'cbam_mmdet/datasets/shapes.py',
+    } <= names
+    assert not any(name.startswith(('tests/', 'tools/')) for name in names)
+
+
+def options_for_mmdet(work_dir, shapes):
+    """MMDetection's train.py has no --data-root."""
+    options = [str(o) for o in tiny(work_dir, shapes) if o not in ('--data-root', shapes)]
+    loaders = [f'{s}_dataloader.dataset.data_root={shapes}/' for s in ('train', 'val', 'test')]
+    files = [f'{s}_evaluator.ann_file={shapes}/annotations/instances_val2017.json' for s in ('val', 'test')]
+    return [*options, *loaders, *files]
+
+
+def test_mmdetections_own_train_and_test_run_our_config(shapes, tmp_path):
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    options = options_for_mmdet(tmp_path / 'work', shapes)
+    for tool in (['train.py', DEMO], ['test.py', DEMO, tmp_path / 'work/epoch_1.pth']):
+        command = [sys.executable, MMDET_TOOLS / tool[0], *tool[1:], *options]
+        result = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert re.search(r'coco/bbox_mAP: 0\.\d+', result.stdout)
+
+
+def test_det_inferencer_takes_the_config_that_the_work_dir_keeps(trained, shapes):
+    from mmdet.apis import DetInferencer
+
+    (config,) = trained.glob('*.py')
+    inferencer = DetInferencer(str(config), str(trained / 'epoch_1.pth'), device='cpu', show_progress=False)
+    image = str(next((shapes / 'val2017').iterdir()))
+    (prediction,) = inferencer(image, no_save_vis=True)['predictions']
+    assert len(prediction['scores']) == len(prediction['bboxes']) > 0
