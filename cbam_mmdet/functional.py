@@ -64,8 +64,8 @@ def cbam(
     Returns:
         The refined x, of x's shape, dtype and layout.
     """
-    # A compiler fuses and recomputes by itself, and needs to see the equations for it.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    # A compiler fuses and recomputes by itself, and needs to see the equations for it; without gradients nothing is kept.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
         return cbam_reference(x, channel, spatial, order)
     modules = [channel] if spatial is None else [channel, spatial]
     parameters = [p for module in modules for p in module.parameters()]

@@ -241,6 +241,11 @@ def test_classes_in_another_order(train, own_shapes):
     assert_refused(train(data_root=own_shapes), 'in another order')
 
 
+def test_number_of_classes_that_differs_from_the_data(train):
+    result = train('model.roi_head.bbox_head.num_classes=5')
+    assert_refused(result, r'model.roi_head.bbox_head.num_classes=5, but the data set .* has 6 classes')
+
+
 def break_image(path, how):
     if how == 'truncated':
         data = path.read_bytes()

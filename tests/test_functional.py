@@ -178,6 +178,17 @@ def test_backward_twice():
     assert torch.equal(first, torch.autograd.grad(y.sum(), x)[0])
 
 
+@pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize('order', ['channel-spatial', 'spatial-channel', 'parallel'])
+def test_without_gradients_the_output_is_the_same(context, order):
+    module = CBAM(8, order=order).eval()
+    x = torch.randn(2, 8, 4, 4)
+    with context():
+        y = module(x)
+    assert not y.requires_grad
+    assert torch.equal(y, module(x).detach())
+
+
 def test_frozen_parameters_get_no_gradient():
     module = CBAM(8)
     module.channel.requires_grad_(False)

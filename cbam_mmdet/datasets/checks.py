@@ -59,6 +59,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
             report = _check_dataset(dataset, split, reports)
             if report is not None:
                 reports[report.ann_file] = report
+            _check_num_classes(cfg.model, dataset, where='model')
         for metric in evaluators_of(cfg, split):
             ann_file = metric.get('ann_file')
             if ann_file and not osp.isfile(ann_file):
@@ -66,6 +67,23 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
     for report in reports.values():
         _log(report)
     return list(reports.values())
+
+
+def _check_num_classes(node: object, dataset: ConfigDict, where: str, inside_head: bool = False) -> None:
+    """Every box head of the model must have as many classes as the data set; a head with fewer fails inside its loss."""
+    if isinstance(node, (list, tuple)):
+        for i, item in enumerate(node):
+            _check_num_classes(item, dataset, f'{where}[{i}]', inside_head)
+    elif isinstance(node, dict):
+        classes = dataset_classes(dataset)
+        count = node.get('num_classes')
+        if inside_head and classes and isinstance(count, int) and count != len(classes):
+            raise UserError(
+                f'{where}.num_classes={count}, but the data set ({dataset.get("ann_file")}) has {len(classes)} classes: '
+                f'{_abridge(classes)}. Set {where}.num_classes={len(classes)}, or metainfo=dict(classes=(...)) in each data set.'
+            )
+        for key, value in node.items():
+            _check_num_classes(value, dataset, f'{where}.{key}', inside_head=key == 'bbox_head')
 
 
 def _check_dataset(dataset: ConfigDict, split: str, done: dict[str, Report]) -> Report | None:

@@ -8,7 +8,7 @@ The mAP says nothing of a detector's worth: all that counts is that it nears 1.
 _base_ = './faster_rcnn_cbam.py'
 
 data_root = 'data/coco/'
-max_epochs = 150
+max_epochs = 250
 images = dict(
     data_root=data_root,
     ann_file='annotations/instances_train2017.json',
@@ -20,7 +20,7 @@ images = dict(
 model = dict(
     backbone=dict(base_channels=32),
     neck=dict(in_channels=[128, 256, 512, 1024], num_outs=5),
-    rpn_head=dict(anchor_generator=dict(scales=[4, 8], strides=[4, 8, 16, 32, 64])),
+    rpn_head=dict(anchor_generator=dict(scales=[2, 4, 8], strides=[4, 8, 16, 32, 64])),
     roi_head=dict(
         bbox_roi_extractor=dict(featmap_strides=[4, 8, 16, 32], finest_scale=28),
         bbox_head=dict(num_classes=80),
@@ -41,15 +41,15 @@ test_pipeline = [
     # Without an annotation file of its own the metric takes the truth from the data set: these 8 images, not all.
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'instances')),
 ]
-train_dataloader = dict(batch_size=4, dataset=dict(pipeline=train_pipeline, **images))
+train_dataloader = dict(batch_size=8, dataset=dict(pipeline=train_pipeline, **images))
 val_dataloader = dict(batch_size=4, dataset=dict(pipeline=test_pipeline, **images))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=None)
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=max_epochs, val_interval=25)
+train_cfg = dict(max_epochs=max_epochs, val_interval=50)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
     dict(type='CosineAnnealingLR', eta_min=1e-5, begin=0, end=max_epochs, T_max=max_epochs, by_epoch=True, convert_to_iter_based=True),
 ]
-default_hooks = dict(logger=dict(interval=2), checkpoint=dict(interval=25, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=50, max_keep_ckpts=1))
