@@ -309,6 +309,7 @@ def test_degenerate_boxes_of_a_voc_data_set_are_counted():
     from cbam_mmdet.datasets.checks import check_data
 
     cfg = Config.fromfile(ROOT / 'configs/demo/faster_rcnn_cbam.py')
+    cfg.model.roi_head.bbox_head.num_classes = 3
     for part in ('trainval', 'test'):
         names = (BCCD / f'VOC2007/ImageSets/Main/{part}.txt').read_text().split()
         cfg.train_dataloader.dataset = dict(

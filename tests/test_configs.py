@@ -16,6 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from cbam_mmdet import CBAM
+from cbam_mmdet.startup import disable, enable
 
 CONFIGS = sorted(str(p.relative_to(ROOT / 'configs')) for p in (ROOT / 'configs').rglob('*.py'))
 TWINS = [(name, name.replace('_cbam', '')) for name in CONFIGS if '_cbam' in name]
@@ -137,21 +138,46 @@ def options_for_mmdet(work_dir, shapes):
     return [*options, *loaders, *files]
 
 
-def test_mmdetections_own_train_and_test_run_our_config(shapes, tmp_path):
+def run_elsewhere(site_packages, cwd, code, *arguments):
+    """Run code in a fresh process that has not imported this package, but has the startup files."""
+    code = f'import site; site.addsitedir({str(site_packages)!r})\n{code}'
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, '-c', code, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_mmdetections_own_train_and_test_run_our_config(shapes, tmp_path):
     options = options_for_mmdet(tmp_path / 'work', shapes)
-    for tool in (['train.py', DEMO], ['test.py', DEMO, tmp_path / 'work/epoch_1.pth']):
-        command = [sys.executable, MMDET_TOOLS / tool[0], *tool[1:], *options]
-        result = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-2000:]
-        assert re.search(r'coco/bbox_mAP: 0\.\d+', result.stdout)
+    train = [sys.executable, MMDET_TOOLS / 'train.py', DEMO, *options]
+    result = subprocess.run(list(map(str, train)), cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert re.search(r'coco/bbox_mAP: 0\.\d+', result.stdout)
+
+    code = 'import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
+    test = [MMDET_TOOLS / 'test.py', DEMO, tmp_path / 'work/epoch_1.pth', *options]
+    result = run_elsewhere(enable(tmp_path), tmp_path, code, *test)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert re.search(r'coco/bbox_mAP: 0\.\d+', result.stdout)
 
 
-def test_det_inferencer_takes_the_config_that_the_work_dir_keeps(trained, shapes):
-    from mmdet.apis import DetInferencer
+INFERENCER = """
+import sys
+from mmdet.apis import DetInferencer
+config, checkpoint, image = sys.argv[1:]
+(prediction,) = DetInferencer(config, checkpoint, device='cpu', show_progress=False)(image, no_save_vis=True)['predictions']
+print('boxes:', len(prediction['bboxes']))
+"""
 
+
+def test_det_inferencer_in_a_program_of_its_own(trained, shapes, tmp_path):
+    """It imports mmcv.ops before any config is read; the config is the copy that the work dir keeps."""
     (config,) = trained.glob('*.py')
-    inferencer = DetInferencer(str(config), str(trained / 'epoch_1.pth'), device='cpu', show_progress=False)
-    image = str(next((shapes / 'val2017').iterdir()))
-    (prediction,) = inferencer(image, no_save_vis=True)['predictions']
-    assert len(prediction['scores']) == len(prediction['bboxes']) > 0
+    image = next((shapes / 'val2017').iterdir())
+    result = run_elsewhere(enable(tmp_path), tmp_path, INFERENCER, config, trained / 'epoch_1.pth', image)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert int(re.search(r'boxes: (\d+)', result.stdout)[1]) > 0
+
+
+def test_startup_files_can_be_taken_back(tmp_path):
+    assert {p.suffix for p in enable(tmp_path).iterdir()} == {'.py', '.pth'}
+    assert not list(disable(tmp_path).iterdir())

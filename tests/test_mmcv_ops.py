@@ -819,6 +819,8 @@ def run_script(script, *arguments, **environment):
     """Run a script in a process that has ``install_ops`` but, unlike the package, has not called it."""
     prelude = f"""
         import importlib.util, sys, warnings
+        # As in an environment without the files of cbam_mmdet/startup.py.
+        sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, '__module__', '') != 'cbam_mmdet_startup']
         import mmcv, torch
         spec = importlib.util.spec_from_file_location('mmcv_ops', {mmcv_ops.__file__!r})
         mmcv_ops = importlib.util.module_from_spec(spec)

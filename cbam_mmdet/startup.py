@@ -1,0 +1,73 @@
+"""Serve mmcv's operators in every Python program of an environment, also in those that never import this package.
+
+`import cbam_mmdet` before mmdet is all that a program of one's own needs. MMDetection's `tools/test.py`, `from mmdet.apis import
+DetInferencer` or a spawned worker import mmcv.ops before a config's `custom_imports` has a say; for them :func:`enable` writes
+two small files into site-packages: a `.pth` file, which Python reads at its start, and the finder that it imports. The
+finder stands last in line: it is asked for `mmcv._ext` only after everything else has failed to find one.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+from .errors import UserError
+
+NAME = 'cbam_mmdet_startup'
+FINDER = '''"""Written by cbam_mmdet/startup.py: lets torchvision serve mmcv._ext where there is none."""
+
+import sys
+
+
+class Finder:
+    asked = False
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name != 'mmcv._ext' or cls.asked:
+            return None
+        cls.asked = True  # the import below looks for mmcv._ext itself
+        try:
+            from cbam_mmdet import mmcv_ops  # noqa: F401
+        except ImportError:
+            return None  # uninstalled since
+        finally:
+            cls.asked = False
+        return sys.modules[name].__spec__
+
+
+sys.meta_path.append(Finder)
+'''
+
+
+def enable(site_packages: Path | str | None = None) -> Path:
+    """Serve mmcv's operators in every program of this environment.
+
+    Args:
+        site_packages: where to write; by default this environment's.
+
+    Returns:
+        The folder written to.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    folder = _folder(site_packages)
+    try:
+        (folder / f'{NAME}.py').write_text(FINDER)
+        (folder / f'{NAME}.pth').write_text(f'import {NAME}\n')
+    except OSError as error:
+        raise UserError(f'cannot write to {folder}: {error.strerror}') from error
+    return folder
+
+
+def disable(site_packages: Path | str | None = None) -> Path:
+    """Take back what :func:`enable` wrote."""
+    folder = _folder(site_packages)
+    for suffix in ('.pth', '.py'):
+        (folder / f'{NAME}{suffix}').unlink(missing_ok=True)
+    return folder
+
+
+def _folder(site_packages: Path | str | None) -> Path:
+    return Path(site_packages or sysconfig.get_paths()['purelib'])
