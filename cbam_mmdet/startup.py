@@ -28,7 +28,9 @@ class Finder:
             return None
         cls.asked = True  # the import below looks for mmcv._ext itself
         try:
-            from cbam_mmdet import mmcv_ops  # noqa: F401
+            from cbam_mmdet.mmcv_ops import install_ops
+
+            install_ops()
         except ImportError:
             return None  # uninstalled since
         finally:

@@ -159,6 +159,8 @@ def test_annotation_file_in_another_format(train, own_shapes):
     [
         (dict(bbox=[1, 2, 3]), 'annotation id=5 is malformed'),
         (dict(bbox=[1, 2, 'x', 4]), 'annotation id=5 is malformed'),
+        (dict(bbox=['1', '2', '3', '4']), "annotation id=5 is malformed.*'1' is not a number"),
+        (dict(area=None), 'annotation id=5 is malformed'),
         (dict(image_id=10**6), 'annotation id=5 is malformed.*1000000'),
         (dict(category_id=99), 'annotation id=5 is malformed.*99'),
     ],
@@ -168,6 +170,13 @@ def test_malformed_annotation(train, own_shapes, change, pattern):
     next(a for a in content['annotations'] if a['id'] == 5).update(change)
     path.write_text(json.dumps(content))
     assert_refused(train(data_root=own_shapes), pattern)
+
+
+def test_malformed_image(train, own_shapes):
+    path, content = annotations(own_shapes)
+    content['images'][2]['width'] = '64'
+    path.write_text(json.dumps(content))
+    assert_refused(train(data_root=own_shapes), "an image or category is malformed .*'64' is not a number")
 
 
 def test_no_image(train, own_shapes):

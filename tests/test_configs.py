@@ -178,6 +178,14 @@ def test_det_inferencer_in_a_program_of_its_own(trained, shapes, tmp_path):
     assert int(re.search(r'boxes: (\d+)', result.stdout)[1]) > 0
 
 
+@pytest.mark.parametrize('first', ['import cbam_mmdet', 'import mmdet.apis', 'import mmcv.ops'])
+def test_startup_files_serve_whichever_import_comes_first(tmp_path, first):
+    loud = 'import warnings; warnings.filterwarnings("error", message="mmcv._ext")'
+    code = f'{loud}; {first}; import cbam_mmdet, mmcv.ops; print("served")'
+    result = run_elsewhere(enable(tmp_path), tmp_path, code)
+    assert result.stdout.splitlines()[-1:] == ['served'], result.stderr
+
+
 def test_startup_files_can_be_taken_back(tmp_path):
     assert {p.suffix for p in enable(tmp_path).iterdir()} == {'.py', '.pth'}
     assert not list(disable(tmp_path).iterdir())

@@ -6,6 +6,7 @@ MMDetection meets the same faults with a KeyError, drops boxes without a word, o
 from __future__ import annotations
 
 import json
+import math
 import os
 import os.path as osp
 import xml.etree.ElementTree as ET
@@ -159,8 +160,8 @@ def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, .
     for annotation in content['annotations']:
         try:
             name, image = names[annotation['category_id']], images[annotation['image_id']]
-            x, y, width, height = map(float, annotation['bbox'])
-            area = annotation['area']
+            x, y, width, height = (_number(value) for value in annotation['bbox'])
+            area = _number(annotation['area'])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f'annotation file {path}: annotation id={annotation.get("id") if isinstance(annotation, dict) else annotation!r} '
@@ -175,6 +176,12 @@ def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, .
     prefix = osp.join(root, (dataset.get('data_prefix') or {}).get('img', ''))
     _check_image_files(path, prefix, [image['file_name'] for image in images.values()])
     return report
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f'{value!r} is not a number')
+    return value
 
 
 def _is_voc(dataset: ConfigDict) -> bool:
