@@ -12,6 +12,7 @@ paper's tables 1 to 3 are arguments; and `gate='unit'` is ours: an attention tha
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 
@@ -65,7 +66,7 @@ class ChannelAttention(nn.Module):
 
     def gate(self, descriptor: Tensor) -> Tensor:
         """(N, K, C) -> (N, C, 1, 1), in the parameters' dtype whatever autocast says: these tensors are small."""
-        with torch.autocast(descriptor.device.type, enabled=False):
+        with _without_autocast(descriptor.device.type):
             z = self.fc2(F.relu(self.fc1(descriptor.to(self.fc1.weight.dtype)))).sum(1)
             return self.activation(z)[..., None, None]
 
@@ -110,7 +111,7 @@ class SpatialAttention(nn.Module):
 
     def gate(self, descriptor: Tensor) -> Tensor:
         """(N, K, H, W) -> (N, 1, H, W), in the parameters' dtype whatever autocast says: these tensors are small."""
-        with torch.autocast(descriptor.device.type, enabled=False):
+        with _without_autocast(descriptor.device.type):
             z = self.conv(descriptor.to(self.conv.weight.dtype))
             return self.activation(z if self.bn is None else self._norm(z))
 
@@ -222,6 +223,13 @@ class CBAM(BaseModule):
         if f'{prefix}channel.fc1.weight' in state_dict:
             self._fresh = False
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    # Entered only where there is one to leave: torch 2.4 cannot export the context manager.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _check_positive(name: str, value: int) -> None:

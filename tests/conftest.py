@@ -6,12 +6,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import cbam_mmdet  # noqa: F401  # isort: skip  (before mmdet)
+
 import pytest
 import torch
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.logging import MMLogger
 
-import cbam_mmdet  # noqa: F401
 from cbam_mmdet.datasets import ensure_shapes
 
 ROOT = Path(__file__).parent.parent

@@ -151,9 +151,14 @@ def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, .
         images = {image['id']: image for image in content['images']}
         names = {category['id']: category['name'] for category in content['categories']}
         for image in images.values():
-            image['file_name'], image['width'], image['height']
-    except (KeyError, TypeError) as error:
-        raise UserError(f'annotation file {path}: an image or category lacks the key {error}.') from error
+            for value in (image['width'], image['height']):
+                _number(value)
+            image['file_name'].strip()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'annotation file {path}: an image or category is malformed ({type(error).__name__}: {error}). Each image needs '
+            'id, file_name, width and height, each category id and name.'
+        ) from error
     _compare_classes(path, list(names.values()), classes)
 
     report.images = len(images)
