@@ -233,7 +233,7 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not hasattr(value, '__index__') or value < 1:
         raise UserError(f'CBAM: {name}={value!r} must be a whole number of at least 1')
 
 

@@ -61,7 +61,12 @@ def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, nam
     Raises:
         UserError: that names keys which are missing, left over or of another shape.
     """
-    given = {key.removeprefix('module.'): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
+    weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(weights, Mapping):
+        raise UserError(
+            f'{name} holds no weights (a dict of tensors, or one with the key state_dict): it is not a checkpoint'
+        )
+    given = {key.removeprefix('module.'): value for key, value in weights.items()}
     expected = model.state_dict()
     missing = [key for key in expected if key not in given]
     unexpected = [key for key in given if key not in expected]

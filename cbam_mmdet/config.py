@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os.path as osp
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,19 +63,19 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
         raise UserError(f'config {path!r} does not exist{near(path, siblings)}')
     try:
         cfg = Config.fromfile(path)
-    except (
-        SyntaxError,
-        ValueError,
-        AssertionError,
-        FileNotFoundError,
-        ImportError,
-        NameError,
-        TypeError,
-        OSError,
-    ) as error:
+    except Exception as error:  # a config is code: anything may happen in it
         raise UserError(f'config {path!r} cannot be read: {type(error).__name__}: {error}') from error
+    if 'data' in cfg and 'train_dataloader' not in cfg:
+        raise UserError(
+            f'config {path!r} is written for MMDetection 2.x (data=..., runner=...): its migration guide says how to rewrite it '
+            'for 3.x (train_dataloader=..., train_cfg=...)'
+        )
     if 'model' not in cfg:
         raise UserError(f'config {path!r} has no `model`: it is not the config of a detector')
+    for key in cfg_options or {}:
+        first = key.split('.')[0]
+        if first not in cfg and near(first, cfg):
+            warnings.warn(f'--cfg-options {key}: the config has no {first!r}{near(first, cfg)}', stacklevel=2)
     try:
         cfg.merge_from_dict(cfg_options or {})
     except (KeyError, TypeError, IndexError) as error:
@@ -123,6 +124,8 @@ def set_data_root(cfg: Config, data_root: str) -> None:
             dataset.data_root = new
             if dataset.get('ann_file'):
                 dataset.ann_file = _move(dataset.ann_file, old_roots, new)
+            for key, folder in (dataset.get('data_prefix') or {}).items():
+                dataset.data_prefix[key] = _move(folder, old_roots, new)
     for split in SPLITS:
         for metric in evaluators_of(cfg, split):
             ann_file = metric.get('ann_file')
@@ -160,7 +163,8 @@ def check_plugins(cfg: Config) -> None:
     from mmdet.registry import MODELS
 
     where = 'model.backbone.plugins'
-    cls = MODELS.get(backbone.get('type'))
+    cls = backbone.get('type')
+    cls = MODELS.get(cls) if isinstance(cls, str) else cls
     if cls is None:
         return  # the registry says so, with near matches, when it is built
     if not any('plugins' in inspect.signature(base.__init__).parameters for base in cls.__mro__):

@@ -6,8 +6,10 @@ import difflib
 import functools
 import importlib
 import os
+import pickle
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 
 from .mmcv_ops import OperatorError
@@ -22,7 +24,7 @@ class UserError(ValueError):
 
 def near(name: str, choices: Iterable[str], n: int = 3) -> str:
     """A hint '; did you mean 'a' or 'b'?' for a misspelt name; empty if nothing is near."""
-    choices = list(choices)
+    choices = [choice for choice in choices if choice != name]
     folded = {choice.lower(): choice for choice in choices}
     matches = [folded[m] for m in difflib.get_close_matches(name.lower(), folded, n=n, cutoff=0.6)]
     return f'; did you mean {" or ".join(map(repr, matches))}?' if matches else ''
@@ -48,7 +50,16 @@ def explain(error: BaseException) -> str | None:
         return _without_worker_traceback(str(error))
     if isinstance(error, OperatorError):
         return str(error)
-    for explainer in (_unknown_type, _wrong_argument, _download_failed, _out_of_memory, _no_room):
+    for explainer in (
+        _cfg_options,
+        _unknown_type,
+        _wrong_argument,
+        _no_readable_image,
+        _damaged_checkpoint,
+        _download_failed,
+        _out_of_memory,
+        _no_room,
+    ):
         message = explainer(error)
         if message:
             return message
@@ -65,6 +76,30 @@ def _without_worker_traceback(text: str) -> str:
     """An exception raised in a DataLoader's worker arrives with that worker's traceback as its text."""
     _, found, tail = text.rpartition(f'{UserError.__name__}: ')
     return tail.strip() if found and 'Traceback (most recent call last)' in text else text
+
+
+def _cfg_options(error: BaseException) -> str | None:
+    """MMEngine's parser of --cfg-options fails on a pair without '='."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not isinstance(error, ValueError) or not frames:
+        return None
+    code = frames[-1][0].f_code
+    if code.co_name != '__call__' or not code.co_filename.endswith('mmengine/config/config.py'):
+        return None
+    return '--cfg-options takes KEY=VALUE pairs, with no space around the =: --cfg-options train_cfg.max_epochs=3 load_from=a.pth'
+
+
+def _no_readable_image(error: BaseException) -> str | None:
+    if 'Cannot find valid image after' not in str(error):
+        return None
+    return 'no training image can be read: the lines above name them. Check the data set, or the disk that holds it.'
+
+
+def _damaged_checkpoint(error: BaseException) -> str | None:
+    damaged = isinstance(error, RuntimeError) and 'PytorchStreamReader' in str(error)
+    if not damaged and not isinstance(error, (pickle.UnpicklingError, EOFError)):
+        return None
+    return f'the checkpoint is damaged or is none of PyTorch: {error}. Use an earlier one.'
 
 
 def _unknown_type(error: BaseException) -> str | None:
@@ -131,5 +166,5 @@ def _no_room(error: BaseException) -> str | None:
     import errno
 
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-        return f'cannot write {error.filename or "a file"}: {os.strerror(error.errno)}'
+        return f'{error.filename or "a file"} cannot be used: {os.strerror(error.errno)}'
     return None

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
@@ -101,20 +100,27 @@ class _CBAMFunction(torch.autograd.Function):
         if order == 'spatial-channel':
             branches.reverse()
 
-        u, maps = x, []
+        u, maps, places = x, [], []
         for i, branch in enumerate(branches):
-            maps.append(branch.attend(x if order == 'parallel' else u, shape))
+            map_, place = branch.attend(x if order == 'parallel' else u, shape)
+            maps.append(map_)
+            places.append(place)
             # From the second branch on, u is ours to overwrite.
             u = u * maps[i] if i == 0 else u.mul_(maps[i])
 
-        ctx.save_for_backward(x, *maps)
+        ctx.save_for_backward(x, *maps, *places)
         ctx.branches, ctx.order, ctx.parameters = branches, order, parameters
         return u
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        x, *maps = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'CBAM computes first derivatives only, not gradients of gradients (create_graph=True): '
+                'use cbam_mmdet.functional.cbam_reference there'
+            )
+        x, *saved = ctx.saved_tensors
+        maps, places = saved[: len(ctx.branches)], saved[len(ctx.branches) :]
         first, second = ctx.branches[0], ctx.branches[1] if len(maps) == 2 else None
         grads = {}
         late = None  # under 'parallel' the second branch pooled x, not u
@@ -127,14 +133,14 @@ class _CBAMFunction(torch.autograd.Function):
             if ctx.order == 'parallel':
                 late = grad_descriptor
             else:
-                second.backward_pool(grad_descriptor, x, maps[0], grad_u, grads)
+                second.backward_pool(grad_descriptor, x, maps[0], places[1], grad_u, grads)
 
         grad_map = _sum_of_products(grad_u, x, dim=first.sum_dim)
         grad_descriptor = first.backward_gate(grad_map, grads)
         grad_x = torch.mul(grad_u, maps[0], out=grad_u if second else torch.empty_like(x))
-        first.backward_pool(grad_descriptor, x, None, grad_x, grads)
+        first.backward_pool(grad_descriptor, x, None, places[0], grad_x, grads)
         if late is not None:
-            second.backward_pool(late, x, None, grad_x, grads)
+            second.backward_pool(late, x, None, places[1], grad_x, grads)
         return (grad_x, None, None, None, None, *(grads.get(id(p)) for p in ctx.parameters))
 
 
@@ -145,13 +151,13 @@ class _Branch:
         self.module = module
         self.parameters = [p for p in module.gate_parameters() if p.requires_grad]
 
-    def attend(self, u: Tensor, shape: torch.Size) -> Tensor:
-        """The map for u, (N, C, P), as (N, C, 1) or (N, 1, P), of u's dtype."""
-        pooled, self.places = self.pool(u)
+    def attend(self, u: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+        """The map for u, (N, C, P), as (N, C, 1) or (N, 1, P), of u's dtype; and the places of the maxima."""
+        pooled, places = self.pool(u)
         with torch.enable_grad():
             self.pooled = pooled.detach().requires_grad_()
             self.map = self.gate(self.pooled, shape)
-        return self.map.detach().to(u.dtype)
+        return self.map.detach().to(u.dtype), places
 
     def backward_gate(self, grad_map: Tensor, grads: dict[int, Tensor]) -> Tensor:
         """From the gradient of the map to that of the descriptor; the parameters' go into grads."""
@@ -173,7 +179,7 @@ class _ChannelBranch(_Branch):
     def gate(self, pooled, shape):
         return self.module.gate(pooled).flatten(2)
 
-    def backward_pool(self, grad, x, scale, grad_u, grads):
+    def backward_pool(self, grad, x, scale, places, grad_u, grads):
         """Add to grad_u, in place, the gradient of the pools of u = x * scale; grad is (N, K, C)."""
         pixels = x.shape[2]
         for kind, g, pooled in zip(self.module.pools, grad.unbind(1), self.pooled.detach().unbind(1), strict=True):
@@ -181,7 +187,7 @@ class _ChannelBranch(_Branch):
             if kind == 'avg':
                 grad_u += (g / pixels).to(x.dtype)
             elif kind == 'max':
-                grad_u.scatter_add_(2, self.places.long(), g.to(x.dtype))
+                grad_u.scatter_add_(2, places.long(), g.to(x.dtype))
             else:
                 u = x if scale is None else x * scale
                 if kind == 'lp':  # d norm / du = u / norm, and 0 where the norm is 0, as torch has it
@@ -199,13 +205,13 @@ class _SpatialBranch(_Branch):
     def gate(self, pooled, shape):
         return self.module.gate(pooled.unflatten(2, shape)).flatten(2)
 
-    def backward_pool(self, grad, x, scale, grad_u, grads):
+    def backward_pool(self, grad, x, scale, places, grad_u, grads):
         """Add to grad_u, in place, the gradient of the pools of u = x * scale; grad is (N, K, P)."""
         weight = self.module.reduce_weight
         if weight is None:
             grad_max, grad_mean = grad.to(x.dtype).split(1, dim=1)
             grad_u += grad_mean / x.shape[1]
-            grad_u.scatter_add_(1, self.places.long(), grad_max)
+            grad_u.scatter_add_(1, places.long(), grad_max)
             return
         grad_u += weight.detach().flatten(2).to(x.dtype) * grad.to(x.dtype)
         if weight.requires_grad:
@@ -235,7 +241,9 @@ def _pool_channels(u: Tensor, reduce_weight: Tensor | None) -> tuple[Tensor, Ten
     if reduce_weight is not None:
         return (u * reduce_weight.flatten(2).to(dtype)).sum(1, keepdim=True), None
     value, places = u.max(1, keepdim=True)
-    return torch.cat([value.to(dtype), _mean(u, 1).unsqueeze(1)], dim=1), places.to(torch.int16)
+    return torch.cat([value.to(dtype), _mean(u, 1).unsqueeze(1)], dim=1), places.to(
+        torch.int16 if u.shape[1] <= torch.iinfo(torch.int16).max else torch.int32
+    )
 
 
 def _max_with_places(u: Tensor) -> tuple[Tensor, Tensor]:

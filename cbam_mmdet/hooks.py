@@ -78,7 +78,14 @@ class CheckpointFitHook(Hook):
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        compare_state_dicts(checkpoint, model, self.strict, name=str(runner._load_from or runner.work_dir))
+        name = str(runner._load_from or runner.work_dir)
+        compare_state_dicts(checkpoint, model, self.strict, name)
+        lacking = [key for key in ('meta', 'message_hub', 'optimizer') if key not in checkpoint]
+        if runner._resume and lacking:
+            raise UserError(
+                f'--resume: {name} holds weights, but not the state of a training run ({", ".join(lacking)}). To start from '
+                f'these weights: --cfg-options load_from={name}'
+            )
 
 
 @HOOKS.register_module()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,15 +116,15 @@ def infer(
         try:
             if file.suffix.lower() in VIDEOS:
                 images += _infer_video(
-                    model, pipeline, file, target.with_suffix('.mp4'), painter, records, images, score_thr
+                    model, pipeline, file, target.with_name(f'{target.name}.mp4'), painter, records, images, score_thr
                 )
             else:
-                images += 1
                 image = read_image(str(file))
+                images += 1
                 sample = inference_detector(model, image, pipeline)
                 records += _records(model, sample, score_thr, image_id=images, file_name=str(file))
                 if painter:
-                    mmcv.imwrite(painter(image, sample), str(target.with_suffix('.jpg')))
+                    mmcv.imwrite(painter(image, sample), f'{target}.jpg')
         except UserError as error:
             warn(str(error))
             broken.append(str(file))
@@ -207,12 +206,14 @@ def _expand(source: Path) -> list[Path]:
 
 def _unique_names(files: list[Path]) -> list[str]:
     """A name for each file's picture: its stem, or, where several share it, with a number behind it."""
-    seen: Counter = Counter()
-    names = []
+    names: dict[str, None] = {}
     for file in files:
-        seen[file.stem] += 1
-        names.append(file.stem if seen[file.stem] == 1 else f'{file.stem}_{seen[file.stem]}')
-    return names
+        name, i = file.stem, 1
+        while name in names:
+            i += 1
+            name = f'{file.stem}_{i}'
+        names[name] = None
+    return list(names)
 
 
 def _config_classes(cfg: Config) -> tuple[str, ...]:

@@ -59,6 +59,7 @@ def train(
             )
         cfg.auto_scale_lr.enable = True
     if resume:
+        resume = True if resume == 'auto' else resume  # MMDetection's word
         cfg.resume = True
         cfg.load_from = None if resume is True else resume
         if resume is True and not find_latest_checkpoint(cfg.work_dir):
@@ -116,6 +117,8 @@ def test(
         raise UserError(f'--out {out}: the detections are written as a pickle, the name must end with .pkl')
     cfg.load_from, cfg.resume = find_checkpoint(checkpoint), False
     _prepare(cfg, data_root, work_dir, launcher)
+    if not all(cfg.get(key) for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
+        raise UserError('the config has no test split: it needs test_dataloader, test_cfg and test_evaluator')
     if show or show_dir:
         _draw(cfg, show, show_dir, wait_time)
     if tta:
@@ -135,7 +138,8 @@ def test(
 
 def _prepare(cfg: Config, data_root: str | None, work_dir: str | None, launcher: str) -> None:
     setup_cache_size_limit_of_dynamo()
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    cfg.setdefault('default_scope', 'mmdet')
+    init_default_scope(cfg.default_scope)
     cfg.launcher = launcher
     if work_dir:
         cfg.work_dir = work_dir
@@ -170,7 +174,9 @@ def _use_amp(cfg: Config) -> None:
 
 
 def _draw(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:
-    hook = cfg.default_hooks.setdefault('visualization', ConfigDict(type='DetVisualizationHook'))
+    hook = cfg.setdefault('default_hooks', ConfigDict()).setdefault(
+        'visualization', ConfigDict(type='DetVisualizationHook')
+    )
     hook.update(draw=True, show=show, wait_time=wait_time, test_out_dir=show_dir)
 
 

@@ -31,7 +31,9 @@ class Finder:
             from cbam_mmdet.mmcv_ops import install_ops
 
             install_ops()
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if error.name != 'cbam_mmdet':
+                raise
             return None  # uninstalled since
         finally:
             cls.asked = False

@@ -19,3 +19,7 @@ model = dict(
         ],
     )
 )
+
+# COCO's own twelve figures; MMDetection's default prints recalls at 100, 300 and 1000 detections.
+val_evaluator = dict(proposal_nums=(1, 10, 100))
+test_evaluator = val_evaluator

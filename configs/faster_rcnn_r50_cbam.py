@@ -13,6 +13,8 @@ model = dict(
         frozen_stages=0,
         plugins=[
             dict(
+                # MMDetection's norm_eval=True holds CBAM's own BatchNorm at mean 0 and variance 1, too: it trains as an affine
+                # layer. Set norm_eval=False with large batches, to normalize as in the paper.
                 # 'unit' starts as the exact identity, so the ImageNet weights are not disturbed; 'sigmoid' is the paper's.
                 cfg=dict(type='CBAM', reduction=16, gate='unit'),
                 stages=(True, True, True, True),
@@ -21,3 +23,7 @@ model = dict(
         ],
     )
 )
+
+# COCO's own twelve figures; MMDetection's default prints recalls at 100, 300 and 1000 detections.
+val_evaluator = dict(proposal_nums=(1, 10, 100))
+test_evaluator = val_evaluator

@@ -1,5 +1,6 @@
 """Shared by all tests. Importing the package first switches mmcv's operators on."""
 
+import os
 import runpy
 import shutil
 import sys
@@ -16,6 +17,8 @@ from mmengine.logging import MMLogger
 from cbam_mmdet.datasets import ensure_shapes
 
 ROOT = Path(__file__).parent.parent
+# Real images for tests that skip without them: coco/ and bccd/ in their own layouts.
+DATA = Path(os.environ.get('CBAM_TEST_DATA', ROOT.parent / 'shared/data'))
 DEMO = str(ROOT / 'configs/demo/faster_rcnn_cbam.py')
 
 

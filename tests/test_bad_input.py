@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT, tiny
+from conftest import DATA, DEMO, ROOT, tiny
 
-BCCD = ROOT.parent / 'shared/data/bccd'
+BCCD = DATA / 'bccd'
 
 
 @pytest.fixture
@@ -113,6 +113,26 @@ def test_backbone_that_takes_no_plugins(train, tmp_path, backbone, pattern):
     assert_refused(train(config=config_with(tmp_path, f'model = dict(backbone={backbone})')), pattern)
 
 
+def test_cfg_options_without_an_equals_sign(run_tool):
+    assert_refused(run_tool('train.py', DEMO, '--cfg-options', 'train_cfg.max_epochs', '3'), 'takes KEY=VALUE pairs')
+
+
+def test_misspelt_cfg_option_is_named(train):
+    with pytest.warns(UserWarning, match="no 'optim_wraper'; did you mean 'optim_wrapper'"):
+        assert train('optim_wraper.optimizer.lr=1').code == 0
+
+
+def test_config_of_mmdetection_2(run_tool, tmp_path):
+    (tmp_path / 'old.py').write_text("model = dict(type='FasterRCNN')\ndata = dict(samples_per_gpu=2)\n")
+    assert_refused(run_tool('train.py', tmp_path / 'old.py'), 'written for MMDetection 2.x')
+
+
+def test_config_without_a_test_split(run_tool, trained, shapes, tmp_path):
+    config = config_with(tmp_path, 'test_dataloader = test_cfg = test_evaluator = None')
+    result = run_tool('test.py', config, trained, '--work-dir', tmp_path, '--data-root', shapes)
+    assert_refused(result, 'the config has no test split')
+
+
 def test_broken_images_setting(train):
     assert_refused(train('broken_images=ignore'), "broken_images='ignore'.*'skip' or 'raise'")
 
@@ -209,8 +229,8 @@ def test_some_degenerate_boxes_are_counted_and_left_out(train, own_shapes):
     assert result.code == 0
     log = result.out + result.err
     ids = [a['id'] for a in content['annotations'][:2]]
-    assert f'1 boxes are degenerate (narrower than 1 pixel) and not used: {ids[0]}' in log
-    assert f'1 boxes are outside their image and not used: {ids[1]}' in log
+    assert f'1 boxes are degenerate (narrower than 1 pixel) and left out: {ids[0]}' in log
+    assert f'1 boxes are outside their image and left out: {ids[1]}' in log
 
 
 def test_an_image_without_boxes_is_fine(train, own_shapes):
@@ -276,6 +296,44 @@ def test_broken_training_image_is_named_and_skipped(train, own_shapes, how):
     assert re.search(rf"image {image} .*Skipped \(broken_images='skip'\)", result.out + result.err)
 
 
+def test_no_training_image_that_can_be_read(train, own_shapes):
+    for image in (own_shapes / 'train2017').iterdir():
+        break_image(image, 'text')
+    assert_refused(
+        train('train_dataloader.dataset.max_refetch=20', data_root=own_shapes), 'no training image can be read'
+    )
+
+
+def test_image_of_another_size_than_its_annotation_says(train, own_shapes):
+    image = sorted((own_shapes / 'train2017').iterdir())[2]
+    cv2.imwrite(str(image), cv2.resize(cv2.imread(str(image)), (32, 32)))
+    result = train('broken_images=raise', data_root=own_shapes)
+    assert_refused(result, f'image {image} has 32x32 pixels, its annotation says 64x64')
+
+
+def test_missing_validation_image_is_named_before_the_training(train, own_shapes):
+    image = sorted((own_shapes / 'val2017').iterdir())[1]
+    image.unlink()
+    assert_refused(train(data_root=own_shapes), f'1 of the 4 images .* are not in .*{image.name}')
+
+
+def test_ids_given_twice(train, own_shapes):
+    path, content = annotations(own_shapes)
+    content['annotations'][3]['id'] = content['annotations'][2]['id']
+    path.write_text(json.dumps(content))
+    assert_refused(train(data_root=own_shapes), 'its id is given twice')
+    content['images'][3]['id'] = content['images'][2]['id']
+    path.write_text(json.dumps(content))
+    assert_refused(train(data_root=own_shapes), '1 images share their id')
+
+
+def test_iscrowd_is_needed_for_scoring(train, own_shapes):
+    path, content = annotations(own_shapes, 'val2017')
+    del content['annotations'][0]['iscrowd']
+    path.write_text(json.dumps(content))
+    assert_refused(train(data_root=own_shapes), "malformed .KeyError: 'iscrowd'")
+
+
 @pytest.mark.parametrize('how', ['truncated', 'text'])
 def test_broken_training_image_fails_by_a_setting(train, own_shapes, how):
     image = sorted((own_shapes / 'train2017').iterdir())[2]
@@ -313,21 +371,26 @@ def test_truncated_jpeg_is_found_where_opencv_is_silent(tmp_path):
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason='the BCCD images are not there')
 def test_degenerate_boxes_of_a_voc_data_set_are_counted():
+    from mmdet.registry import DATASETS
     from mmengine.config import Config
+    from mmengine.registry import init_default_scope
 
     from cbam_mmdet.datasets.checks import check_data
 
+    init_default_scope('mmdet')
     cfg = Config.fromfile(ROOT / 'configs/demo/faster_rcnn_cbam.py')
     cfg.model.roi_head.bbox_head.num_classes = 3
     for part in ('trainval', 'test'):
         names = (BCCD / f'VOC2007/ImageSets/Main/{part}.txt').read_text().split()
         cfg.train_dataloader.dataset = dict(
             type='VOCDataset', data_root=f'{BCCD}/', ann_file=f'VOC2007/ImageSets/Main/{part}.txt',
-            data_prefix=dict(sub_data_root='VOC2007/'), metainfo=dict(classes=('RBC', 'WBC', 'Platelets')),
+            data_prefix=dict(sub_data_root='VOC2007/'), metainfo=dict(classes=('RBC', 'WBC', 'Platelets')), pipeline=[],
         )  # fmt: skip
         (report,) = check_data(cfg, ['train'])
         boxes, degenerate = count_xml(names)
         assert (report.images, report.boxes, len(report.degenerate)) == (len(names), boxes, degenerate)
+        instances = [i for item in DATASETS.build(cfg.train_dataloader.dataset) for i in item['instances']]
+        assert [sum(i['ignore_flag'] == flag for i in instances) for flag in (0, 1)] == [boxes, degenerate]
 
 
 def count_xml(names):
@@ -463,6 +526,20 @@ def test_resume_with_nothing_to_resume(run_tool, shapes, tmp_path):
 def test_out_that_is_no_pickle(run_tool, trained, shapes):
     result = run_tool('test.py', DEMO, trained / 'epoch_1.pth', '--out', 'results.json', *tiny(trained, shapes))
     assert_refused(result, '--out results.json.*must end with .pkl')
+
+
+def test_pickle_that_holds_no_weights(run_tool, shapes, tmp_path):
+    torch.save([1, 2], tmp_path / 'list.pth')
+    assert_refused(
+        run_tool('test.py', DEMO, tmp_path / 'list.pth', *tiny(tmp_path, shapes)), 'list.pth holds no weights'
+    )
+
+
+def test_resume_from_weights_alone(run_tool, trained, shapes, tmp_path):
+    weights = torch.load(trained / 'epoch_1.pth', weights_only=False)['state_dict']
+    torch.save(dict(state_dict=weights), tmp_path / 'weights.pth')
+    result = run_tool('train.py', DEMO, '--resume', tmp_path / 'weights.pth', *tiny(tmp_path / 'work', shapes))
+    assert_refused(result, '--resume: .*weights.pth holds weights, but not the state of a training run', 'load_from=')
 
 
 # Other tools

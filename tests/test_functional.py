@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cbam_mmdet import CBAM
+from cbam_mmdet.functional import cbam_reference
 
 VARIANTS = list(
     itertools.product(
@@ -187,6 +188,22 @@ def test_without_gradients_the_output_is_the_same(context, order):
         y = module(x)
     assert not y.requires_grad
     assert torch.equal(y, module(x).detach())
+
+
+def test_second_derivatives_are_refused():
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match='first derivatives only'):
+        torch.autograd.grad(CBAM(8)(x).sum(), x, create_graph=True)
+
+
+def test_more_channels_than_int16_counts():
+    x = torch.zeros(1, 40000, 1, 2)
+    x[0, 39999] = 1
+    x.requires_grad_()
+    module = CBAM(40000, reduction=20000).eval()
+    module(x).sum().backward()
+    expected = torch.autograd.grad(cbam_reference(x, module.channel, module.spatial).sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)
 
 
 def test_frozen_parameters_get_no_gradient():

@@ -3,23 +3,23 @@
 import json
 
 import pytest
-from conftest import DEMO, ROOT
+from conftest import DATA, DEMO, ROOT
 
 from cbam_mmdet.datasets import ensure_shapes
 
-COCO = ROOT.parent / 'shared/data/coco'
+COCO = DATA / 'coco'
 
 
-def best(work_dir, key):
+def last(work_dir, key):
     rows = next(work_dir.glob('*/vis_data/scalars.json')).read_text().splitlines()
-    return max(row[key] for row in map(json.loads, rows) if key in row)
+    return [row[key] for row in map(json.loads, rows) if key in row][-1]
 
 
 @pytest.mark.slow
 def test_demo_reaches_half_the_map(run_tool, tmp_path):
     shapes = ensure_shapes(tmp_path / 'shapes')
     assert run_tool('train.py', DEMO, '--data-root', shapes, '--work-dir', tmp_path / 'work').code == 0
-    assert best(tmp_path / 'work', 'coco/bbox_mAP') >= 0.50
+    assert last(tmp_path / 'work', 'coco/bbox_mAP') >= 0.50
 
 
 @pytest.mark.slow
@@ -27,4 +27,4 @@ def test_demo_reaches_half_the_map(run_tool, tmp_path):
 def test_learns_eight_photographs_by_heart(run_tool, tmp_path):
     config = ROOT / 'configs/demo/overfit_coco8.py'
     assert run_tool('train.py', config, '--data-root', COCO, '--work-dir', tmp_path).code == 0
-    assert best(tmp_path, 'coco/bbox_mAP_50') >= 0.90
+    assert last(tmp_path, 'coco/bbox_mAP_50') >= 0.90

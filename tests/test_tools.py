@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -100,6 +101,13 @@ def test_infer_on_images_a_folder_and_a_video(run_tool, trained, shapes, tmp_pat
     same = [[r['bbox'] for r in records if r['image_id'] == i] for i in (1, 2)]
     assert same[0] == same[1], 'the same image gives the same boxes'
     assert np.array(cv2.imread(str(out / 'vis' / pictures[-1]))).shape == (64, 64, 3)
+
+
+def test_pictures_get_names_of_their_own():
+    from cbam_mmdet.inference import _unique_names
+
+    files = [Path(p) for p in ('a.jpg', 'b/a.jpg', 'a_2.jpg', '10.11.12.jpg', '10.11.13.jpg')]
+    assert _unique_names(files) == ['a', 'a_2', 'a_2_2', '10.11.12', '10.11.13']
 
 
 def test_draw_run(run_tool, trained, shapes, tmp_path):

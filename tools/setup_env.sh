@@ -18,7 +18,10 @@ find_python() {
     return 1
 }
 
-if ! [ -x "$venv/bin/python" ] || ! supported "$venv/bin/python"; then
+if [ -x "$venv/bin/python" ] && ! supported "$venv/bin/python"; then
+    die "$venv is an environment of $("$venv/bin/python" --version 2>&1 | head -n 1); Python 3.10, 3.11 or 3.12 is needed. Remove $venv or move it away."
+fi
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then  # not there, or half made by a run that failed
     python=$(find_python) || die "Python 3.10, 3.11 or 3.12 is needed, found $(${PYTHON:-python3} --version 2>&1 | head -n 1)." \
         "Install one and say which: make PYTHON=/path/to/python3.11 ..."
     rm -rf "$venv"
@@ -39,7 +42,8 @@ if [ "${2:-}" = --lock ]; then
     set -e
     { head -n 1 constraints.txt
       "$uv" pip compile -q --universal --python-version 3.10 --all-extras setup.py --override overrides.txt \
-          --constraint pins.txt --no-annotate --no-header; } > constraints.new
+          --constraint pins.txt --no-annotate --no-header
+      grep '^opencv-python==' pins.txt; } > constraints.new
     mv constraints.new constraints.txt
     exit
 fi

@@ -6,6 +6,7 @@ MMDetection meets the same faults with a KeyError, drops boxes without a word, o
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import os.path as osp
@@ -14,8 +15,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mmdet.datasets import CocoDataset, VOCDataset, XMLDataset
+from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
+from tqdm import tqdm
 
 from ..config import evaluators_of, split_datasets
 from ..errors import UserError, near
@@ -36,6 +40,7 @@ class Report:
     """What was found in one annotation file."""
 
     ann_file: str
+    split: str
     images: int = 0
     boxes: int = 0
     degenerate: list = field(default_factory=list)
@@ -54,12 +59,12 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
         UserError: for a missing folder or file (with the layout expected), a malformed annotation file, no image, no usable
             box, or class names that do not fit the config's.
     """
-    reports: dict[str, Report] = {}
+    reports: dict[tuple, Report] = {}
     for split in splits:
         for dataset in split_datasets(cfg, split):
-            report = _check_dataset(dataset, split, reports)
-            if report is not None:
-                reports[report.ann_file] = report
+            if split == 'test' and all(metric.get('format_only') for metric in evaluators_of(cfg, split)):
+                continue  # no annotations needed
+            _check_dataset(dataset, split, reports)
             _check_num_classes(cfg.model, dataset, where='model')
         for metric in evaluators_of(cfg, split):
             ann_file = metric.get('ann_file')
@@ -87,12 +92,13 @@ def _check_num_classes(node: object, dataset: ConfigDict, where: str, inside_hea
             _check_num_classes(value, dataset, f'{where}.{key}', inside_head=key == 'bbox_head')
 
 
-def _check_dataset(dataset: ConfigDict, split: str, done: dict[str, Report]) -> Report | None:
+def _check_dataset(dataset: ConfigDict, split: str, done: dict[tuple, Report]) -> None:
     root, ann_file = dataset.get('data_root') or '', dataset.get('ann_file') or ''
     path = ann_file if osp.isabs(ann_file) else osp.join(root, ann_file)
-    is_coco, is_voc = path.endswith('.json'), _is_voc(dataset)
+    kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+    is_coco, is_voc = kind is CocoDataset, kind is VOCDataset or kind is XMLDataset
     if not (is_coco or is_voc) or '://' in path:
-        return None  # a kind of data set that this module does not know
+        return  # LVIS, panoptic and other kinds have formats of their own
     layout = (COCO_LAYOUT if is_coco else VOC_LAYOUT).format(root=root.rstrip('/') or '.')
     if root and not osp.isdir(root):
         raise UserError(
@@ -100,10 +106,12 @@ def _check_dataset(dataset: ConfigDict, split: str, done: dict[str, Report]) -> 
         )
     if not osp.isfile(path):
         raise UserError(f'the {split} data set has no annotation file {path}. Expected:\n{layout}\n{HELP}')
-    if path in done:
-        return None
     classes = dataset_classes(dataset)
-    report = (_check_coco if is_coco else _check_voc)(path, root, dataset, classes)
+    key = (path, split == 'train', classes, str(dataset.get('data_prefix')))
+    if key in done:
+        return
+    print_log(f'checking {path} ...', logger='current')
+    report = (_check_coco if is_coco else _check_voc)(path, root, dataset, classes, split)
     if not report.images:
         raise UserError(f'annotation file {path} lists no image.')
     if not report.boxes:
@@ -112,13 +120,14 @@ def _check_dataset(dataset: ConfigDict, split: str, done: dict[str, Report]) -> 
         raise UserError(
             f'annotation file {path} holds no usable box for {split}{also}: there is nothing to learn or to score.'
         )
-    return report
+    done[key] = report
+    if is_voc and split == 'train' and report.degenerate:
+        # MMDetection would train on them; this marks them as to be ignored.
+        dataset.setdefault('filter_cfg', ConfigDict()).setdefault('bbox_min_size', 1)
 
 
 def dataset_classes(dataset: ConfigDict) -> tuple[str, ...]:
     """The class names of a data set's config: its metainfo's, else those of its type."""
-    from mmdet.registry import DATASETS
-
     meta = dataset.get('metainfo') or {}
     classes = meta.get('classes')
     if classes is None:
@@ -145,8 +154,8 @@ def _read_json(path: str) -> dict:
     return content
 
 
-def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ...]) -> Report:
-    content, report = _read_json(path), Report(path)
+def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
+    content, report = _read_json(path), Report(path, split)
     try:
         images = {image['id']: image for image in content['images']}
         names = {category['id']: category['name'] for category in content['categories']}
@@ -161,16 +170,27 @@ def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, .
         ) from error
     _compare_classes(path, list(names.values()), classes)
 
+    if len(images) < len(content['images']):
+        raise UserError(
+            f'annotation file {path}: {len(content["images"]) - len(images)} images share their id with another'
+        )
+
     report.images = len(images)
+    ids: set = set()
     for annotation in content['annotations']:
         try:
+            if annotation['id'] in ids:
+                raise ValueError('its id is given twice')
+            ids.add(annotation['id'])
+            if split != 'train':
+                _number(annotation['iscrowd'])  # the metric needs it
             name, image = names[annotation['category_id']], images[annotation['image_id']]
             x, y, width, height = (_number(value) for value in annotation['bbox'])
             area = _number(annotation['area'])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f'annotation file {path}: annotation id={annotation.get("id") if isinstance(annotation, dict) else annotation!r} '
-                f'is malformed ({type(error).__name__}: {error}). Each needs bbox=[x, y, width, height], area, and the ids of an '
+                f'is malformed ({type(error).__name__}: {error}). Each needs bbox=[x, y, width, height], area, id, iscrowd=0 or 1, and the ids of an '
                 'image and a category that the file lists.'
             ) from error
         if name not in classes:
@@ -179,7 +199,7 @@ def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, .
             report, annotation.get('id'), name, (x, y, x + width, y + height), image['width'], image['height'], area > 0
         )
     prefix = osp.join(root, (dataset.get('data_prefix') or {}).get('img', ''))
-    _check_image_files(path, prefix, [image['file_name'] for image in images.values()])
+    _check_image_files(path, split, prefix, [image['file_name'] for image in images.values()])
     return report
 
 
@@ -189,23 +209,15 @@ def _number(value: object) -> float:
     return value
 
 
-def _is_voc(dataset: ConfigDict) -> bool:
-    from mmdet.datasets import XMLDataset
-    from mmdet.registry import DATASETS
-
-    cls = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
-    return isinstance(cls, type) and issubclass(cls, XMLDataset)
-
-
-def _check_voc(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ...]) -> Report:
-    report = Report(path)
+def _check_voc(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
+    report = Report(path, split)
     folder = osp.join(root, (dataset.get('data_prefix') or {}).get('sub_data_root', ''))
     with open(path, encoding='utf-8') as file:
         ids = [line.strip() for line in file if line.strip()]
     report.images = len(ids)
     annotations = osp.join(folder, dataset.get('ann_subdir', 'Annotations'))
     found: dict[str, None] = {}
-    for image_id in ids:
+    for image_id in tqdm(ids, desc='reading annotations', disable=None):
         xml = osp.join(annotations, f'{image_id}.xml')
         try:
             tree = ET.parse(xml).getroot()
@@ -224,7 +236,7 @@ def _check_voc(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ..
     if ids:
         _compare_classes(path, list(found), classes, ordered=False)
     images = osp.join(folder, dataset.get('img_subdir', 'JPEGImages'))
-    _check_image_files(path, images, [f'{image_id}.jpg' for image_id in ids])
+    _check_image_files(path, split, images, [f'{image_id}.jpg' for image_id in ids])
     return report
 
 
@@ -263,7 +275,7 @@ def _abridge(names: Sequence[str], most: int = 8) -> str:
     return f'[{head}]' if len(names) <= most else f'[{head}, ... ({len(names)} in all)]'
 
 
-def _check_image_files(path: str, folder: str, names: list[str]) -> None:
+def _check_image_files(path: str, split: str, folder: str, names: list[str]) -> None:
     if not osp.isdir(folder):
         raise UserError(f'the images of {path} are not there: no folder {folder}. {HELP}')
     present = set(os.listdir(folder))
@@ -271,24 +283,23 @@ def _check_image_files(path: str, folder: str, names: list[str]) -> None:
     if names and len(missing) == len(names):
         raise UserError(f'none of the {len(names)} images that {path} lists is in {folder} (the first: {names[0]}).')
     if missing:
-        print_log(
-            f'{len(missing)} of the {len(names)} images that {path} lists are not in {folder}: {_abridge(missing, 3)}',
-            logger='current',
-            level=30,
+        what = (
+            f'{len(missing)} of the {len(names)} images that {path} lists are not in {folder}: {_abridge(missing, 3)}'
         )
+        if split != 'train':
+            raise UserError(f'{what}. Without them the score would not be that of the whole {split} set.')
+        print_log(what, logger='current', level=logging.WARNING)
 
 
 def _log(report: Report) -> None:
-    print_log(
-        f'{report.ann_file}: {report.images} images, {report.boxes} boxes, {len(report.classes)} classes',
-        logger='current',
-    )
-    for kind, boxes in (
+    boxes, classes = report.boxes, len(report.classes)
+    print_log(f'{report.ann_file}: {report.images} images, {boxes} boxes, {classes} classes', logger='current')
+    fate = 'and left out' if report.split == 'train' else '; the metric still counts them, so take them out of the file'
+    for kind, where in (
         ('degenerate (narrower than 1 pixel)', report.degenerate),
         ('outside their image', report.outside),
     ):
-        if boxes:
-            ids = ', '.join(map(str, boxes[:5])) + (', ...' if len(boxes) > 5 else '')
-            print_log(
-                f'{report.ann_file}: {len(boxes)} boxes are {kind} and not used: {ids}', logger='current', level=30
-            )
+        if where:
+            ids = ', '.join(map(str, where[:5])) + (', ...' if len(where) > 5 else '')
+            message = f'{report.ann_file}: {len(where)} boxes are {kind} {fate}: {ids}'
+            print_log(message, logger='current', level=logging.WARNING)

@@ -49,6 +49,7 @@ class LoadCheckedImage(LoadImageFromFile):
         path = results['img_path']
         try:
             image = read_image(path, self.color_type, self.imdecode_backend, self.backend_args)
+            _check_size(path, image, results)
         except UserError as error:
             if self.on_error == 'raise':
                 raise
@@ -59,6 +60,16 @@ class LoadCheckedImage(LoadImageFromFile):
         results['img'] = image.astype(np.float32) if self.to_float32 else image
         results['img_shape'] = results['ori_shape'] = image.shape[:2]
         return results
+
+
+def _check_size(path: str, image: np.ndarray, annotated: dict) -> None:
+    # Either orientation: OpenCV turns an image as its EXIF data says, annotation files may give it unturned.
+    expected = annotated.get('height'), annotated.get('width')
+    if None not in expected and sorted(expected) != sorted(image.shape[:2]):
+        raise UserError(
+            f'image {path} has {image.shape[1]}x{image.shape[0]} pixels, its annotation says {expected[1]}x{expected[0]}: '
+            'was one of them resized? The boxes would not fit.'
+        )
 
 
 def read_image(

@@ -58,7 +58,7 @@ train_dataloader = dict(
 )
 val_dataloader = dict(batch_size=8, num_workers=2, dataset=dict(pipeline=test_pipeline, **dataset))
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json', proposal_nums=(1, 10, 100))
 test_evaluator = val_evaluator
 
 auto_scale_lr = dict(base_batch_size=8)
