@@ -22,7 +22,7 @@ def test_train_and_test_on_coco_print_what_pycocotools_computes(run_tool, tmp_pa
         'train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
         'train_dataloader.dataset.pipeline.2.scale=(320,192)',
         'val_dataloader.dataset.pipeline.1.scale=(320,192)', 'test_dataloader.dataset.pipeline.1.scale=(320,192)',
-        'val_dataloader.dataset.indices=20', 'test_dataloader.dataset.indices=20',
+        'randomness.seed=0', 'val_dataloader.dataset.indices=20', 'test_dataloader.dataset.indices=20',
         # After two iterations no score passes the usual 0.05, and nothing would be compared.
         'model.test_cfg.rcnn.score_thr=0.0',
     ]  # fmt: skip
@@ -33,7 +33,6 @@ def test_train_and_test_on_coco_print_what_pycocotools_computes(run_tool, tmp_pa
     assert tested.code == 0, tested.err[-2000:]
 
     expected = score(out)
-    assert max(expected) > 0, 'nothing was detected'
     for result in (trained, tested):
         printed = [float(v) for v in re.findall(r'Average (?:Precision|Recall) .*= (-?\d\.\d{3})', result.out)]
         assert len(printed) == 12
@@ -51,6 +50,7 @@ def score(results):
             box = [float(v) for v in (x1, y1, x2 - x1, y2 - y1)]
             record = dict(image_id=sample['img_id'], category_id=categories[int(label)], bbox=box, score=float(value))
             records.append(record)
+    assert len(records) > 1000, 'detections are compared, if poor ones'
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(truth, truth.loadRes(records), 'bbox')
         evaluation.evaluate()

@@ -33,9 +33,12 @@ log=$("$venv/bin/python" -m pip install -q --disable-pip-version-check 'uv>=0.5,
     die "cannot reach the package index: no network, or a proxy or mirror is needed (pip's own settings are used)." \
         "pip said: $(grep -i error <<<"$log" | tail -n 1)"
 
-# uv does not read pip's settings; a mirror that is set there serves here too.
-mirror=${PIP_INDEX_URL:-$("$venv/bin/python" -m pip config get global.index-url 2>/dev/null)}
+# uv does not read pip's settings: a mirror or a certificate that is set there serves here too.
+setting() { "$venv/bin/python" -m pip config get "global.$1" 2>/dev/null; }
+mirror=${PIP_INDEX_URL:-$(setting index-url)}
 if [ -n "$mirror" ] && [ -z "${UV_DEFAULT_INDEX:-}" ]; then export UV_DEFAULT_INDEX=$mirror; fi
+certificate=${PIP_CERT:-$(setting cert)}
+if [ -n "$certificate" ] && [ -z "${SSL_CERT_FILE:-}" ]; then export SSL_CERT_FILE=$certificate; fi
 
 uv=$venv/bin/uv
 if [ "${2:-}" = --lock ]; then
