@@ -153,6 +153,9 @@ class CBAM(BaseModule):
         norm_cfg: the spatial branch's norm; None for none.
         init_cfg: MMEngine's initialization config.
 
+    To look at the maps, hook `channel.activation` and `spatial.activation`: they run in every path, while the branches' own
+    forward runs only where no gradient is wanted.
+
     Raises:
         UserError: (a ValueError) for an argument that is none of these.
     """
