@@ -14,12 +14,15 @@ from . import datasets, hooks  # noqa: E402
 from .cbam import CBAM, ChannelAttention, SpatialAttention  # noqa: E402
 from .config import config_path, enable_package_configs  # noqa: E402
 from .datasets import loading  # noqa: E402
+from .plugin_backbone import PluginBackbone, PluginNeck  # noqa: E402
 
 enable_package_configs()
 
 __all__ = [
     'CBAM',
     'ChannelAttention',
+    'PluginBackbone',
+    'PluginNeck',
     'SpatialAttention',
     '__version__',
     'config_path',

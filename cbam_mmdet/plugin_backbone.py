@@ -1,0 +1,480 @@
+"""Plugins such as CBAM at named places of any backbone or neck, where MMDetection's `plugins=` reaches only Bottleneck ResNets.
+
+    backbone=dict(type='PluginBackbone', backbone=dict(type='ResNet', depth=18, ...),
+                  plugins=[dict(cfg=dict(type='CBAM', gate='unit'), after='layer*.*.bn2')])
+
+What is built is the backbone itself, without a wrapper: each plugin becomes a child of the module that it follows and is
+applied to that module's output, so every weight keeps its key and the checkpoints of the plain detector load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from mmcv.cnn import build_plugin_layer
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from .backbone_places import default_places
+from .errors import UserError, near
+
+OUTPUTS = 'outputs'
+KEEP = object()  # `init_cfg` was not given
+
+
+@MODELS.register_module()
+def PluginBackbone(
+    backbone: Mapping,
+    plugins: Sequence[Mapping],
+    input_shape: Sequence[int] | None = None,
+    init_cfg: Mapping | None = KEEP,
+) -> nn.Module:
+    """Build a backbone, and put plugins into it.
+
+    Args:
+        backbone: its config: any backbone of the registries, e.g. of type 'ResNet', 'SSDVGG' or 'mmpretrain.VGG'.
+        plugins: of each, `cfg` (type and arguments; a `postfix` makes its name unique) and `after`: the module that it follows, by its
+            dotted name in the backbone. In a pattern, * ? [12] stand for characters within one segment of the name, ** for any
+            number of segments. A list of patterns takes each module once. 'outputs' stands for each feature map that the backbone returns.
+            Without `after` it is the usual place of this backbone (see backbone_places.py).
+            Plugins at one module run in the order of this list.
+        input_shape: (channels, height, width) of the image of the dry run that finds the channels; by default those of the first
+            convolution, at 224x224.
+        init_cfg: in place of the backbone's own, so that an override reaches all backbones by the same key. Without a `type`
+            (as in init_cfg.checkpoint=FILE) it is merged into the backbone's own.
+
+    Returns:
+        The backbone, with a child `cbam` (for a CBAM) in each chosen module, and `cbam0`, `cbam1`, ... in itself for 'outputs'.
+
+    Raises:
+        UserError: (a ValueError) for a pattern that matches nothing, with near matches; a chosen module whose output is not one tensor
+            of shape (N, C, H, W); a plugin that changes the shape.
+
+    Not for a backbone whose BatchNorms are folded away afterwards (fuse_conv_bn): a plugin that follows one goes with it.
+    """
+    backbone = _with_init_cfg(backbone, init_cfg)
+    module = MODELS.build(dict(backbone))
+
+    def inputs() -> tuple[Tensor]:
+        return (_zeros(module, input_shape or (_first_channels(module), 224, 224)),)
+
+    return add_plugins(module, plugins, inputs, 'model.backbone.plugins', lambda: default_places(module))
+
+
+@MODELS.register_module()
+def PluginNeck(neck: Mapping, plugins: Sequence[Mapping], init_cfg: Mapping | None = KEEP) -> nn.Module:
+    """Build a neck, and put plugins into it: as PluginBackbone; the usual place is its outputs, the maps that the heads see.
+
+    Args:
+        neck: its config; its `in_channels` shape the input of the dry run.
+        plugins: see PluginBackbone.
+        init_cfg: see PluginBackbone.
+
+    Raises:
+        UserError: as PluginBackbone.
+    """
+    neck = _with_init_cfg(neck, init_cfg)
+    module = MODELS.build(dict(neck))
+    channels = neck.get('in_channels')
+    if not channels:
+        raise UserError(f'PluginNeck: a neck with in_channels is expected, got {dict(neck)}')
+    channels = [channels] if isinstance(channels, int) else list(channels)
+
+    def inputs() -> tuple[tuple[Tensor, ...]]:
+        sizes = [32 * 2**i for i in reversed(range(len(channels)))]
+        return (tuple(_zeros(module, (c, size, size)) for c, size in zip(channels, sizes, strict=True)),)
+
+    return add_plugins(module, plugins, inputs, 'model.neck.plugins', lambda: [[OUTPUTS]])
+
+
+def add_plugins(
+    module: nn.Module,
+    plugins: Sequence[Mapping],
+    inputs: Callable[[], tuple],
+    where: str = 'plugins',
+    default: Callable[[], Sequence[Sequence[str]]] = tuple,
+) -> nn.Module:
+    """Put plugins into a module that is already built.
+
+    Args:
+        module: what to put them into; it is changed in place.
+        plugins: as PluginBackbone's.
+        inputs: makes the arguments of the module's forward for the dry run.
+        where: the config's key, for messages.
+        default: lists of patterns for a plugin without `after`; the first list whose patterns match serves.
+
+    Returns:
+        The same module.
+
+    Raises:
+        UserError: as PluginBackbone.
+    """
+    plugins = [plugins] if isinstance(plugins, Mapping) else plugins
+    _check_plugin_configs(plugins, where)
+    places = [_places(module, plugin, f'{where}[{i}]', default) for i, plugin in enumerate(plugins)]
+    chosen = list(dict.fromkeys(name for names in places for name in names))
+    calls = _dry_run(module, inputs, chosen, where)
+    added: dict[str, list[nn.Module]] = {}
+    for i, (plugin, names) in enumerate(zip(plugins, places, strict=True)):
+        uncalled = [name for name in names if not calls[name]]
+        if len(uncalled) == len(names):
+            raise UserError(
+                f'{where}[{i}].after={plugin.get("after")!r}: {_some(names)} never run as modules of their own in a forward pass of '
+                f'{type(module).__name__} in eval mode (a container whose children are called one by one, perhaps). Choose modules inside.'
+            )
+        if uncalled:
+            message = f'{where}[{i}]: left out, as they do not run in eval mode: {_some(uncalled)}'
+            print_log(message, logger='current', level=logging.WARNING)
+        for name in names:
+            if calls[name]:
+                added.setdefault(name, []).extend(_insert(module, name, plugin['cfg'], calls[name], f'{where}[{i}]'))
+    _check_by_dry_run(module, inputs, calls, added, where)
+    _reach_by_init_weights(module, [plugin for group in added.values() for plugin in group])
+    _freeze_as_configured(module)
+    return module
+
+
+# Names and patterns
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Does a dotted name match a pattern? * ? [...] stay within one segment, ** takes any number of segments, none included."""
+    return _match(pattern.split('.'), name.split('.'))
+
+
+def _match(pattern: list[str], name: list[str]) -> bool:
+    if not pattern:
+        return not name
+    if pattern[0] == '**':
+        return any(_match(pattern[1:], name[i:]) for i in range(len(name) + 1))
+    return bool(name) and fnmatchcase(name[0], pattern[0]) and _match(pattern[1:], name[1:])
+
+
+def _check_plugin_configs(plugins: Sequence[Mapping], where: str) -> None:
+    if not plugins or isinstance(plugins, str):
+        raise UserError(
+            f"{where}: expected a list like [dict(cfg=dict(type='CBAM'), after='layer*.*.bn2')], got {plugins}"
+        )
+    for i, plugin in enumerate(plugins):
+        if not isinstance(plugin, Mapping) or not isinstance(plugin.get('cfg'), Mapping) or 'type' not in plugin['cfg']:
+            raise UserError(f"{where}[{i}]: expected dict(cfg=dict(type='CBAM'), after='layer*.*.bn2'), got {plugin}")
+        for key in set(plugin) - {'cfg', 'after'}:
+            raise UserError(
+                f"{where}[{i}] does not take {key!r}: it takes `cfg` and `after`, a pattern of module names in place of MMDetection's "
+                '`position` and `stages`'
+            )
+        name = plugin['cfg']['type']
+        if isinstance(name, str) and MODELS.get(name) is None:
+            known = [name for registry in (MODELS, *MODELS.children.values()) for name in registry.module_dict]
+            raise UserError(f'{where}[{i}].cfg.type={name!r} is not a registered model{near(name, known)}')
+
+
+def _places(module: nn.Module, plugin: Mapping, where: str, default: Callable) -> list[str]:
+    """The names of the modules that a plugin follows, in the order of the module's own registration."""
+    after = plugin.get('after')
+    names = [name for name, _ in module.named_modules() if name]
+    if after is None:
+        for patterns in default():
+            found = [name for name in [*names, OUTPUTS] if any(matches(pattern, name) for pattern in patterns)]
+            if found:
+                return found
+        raise UserError(
+            f"{where}: no usual place for a plugin is known in {type(module).__name__}: say it, e.g. after='{OUTPUTS}' (each map that it "
+            f"returns) or a pattern of its modules' names, which begin {_some(names, 12)}"
+        )
+    patterns = [after] if isinstance(after, str) else list(after)
+    for pattern in patterns:
+        if pattern != OUTPUTS and not any(matches(pattern, name) for name in names):
+            raise UserError(
+                f'{where}.after={pattern!r} matches no module of {type(module).__name__}{_hint(pattern, names)}'
+            )
+    return [name for name in [*names, OUTPUTS] if any(matches(pattern, name) for pattern in patterns)]
+
+
+def _hint(pattern: str, names: list[str]) -> str:
+    """How far the pattern matches, and what is there."""
+    segments = pattern.split('.')
+    for length in range(len(segments) - 1, -1, -1):
+        prefix = '.'.join(segments[:length])
+        reached = [name for name in names if matches(prefix, name)] if prefix else ['']
+        children = dict.fromkeys(
+            name.rpartition('.')[2] for name in names if name.rpartition('.')[0] in reached and name not in reached
+        )
+        if not children:
+            continue
+        wrong = segments[length]
+        guess = near(wrong, [child for child in children if child != wrong])
+        inside = f'{prefix!r} matches {_some(reached)}, which hold' if prefix else 'it holds'
+        return f', whose modules have other names: {inside} {_some(list(children), 16)}{guess}'
+    return ''
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ', '.join(names[:most]) + (f', ... ({len(names)} in all)' if len(names) > most else '')
+
+
+# The dry run
+
+
+def _first_channels(module: nn.Module) -> int:
+    convolutions = (m for m in module.modules() if isinstance(m, nn.Conv2d))
+    first = next(convolutions, None)
+    return 3 if first is None else first.in_channels
+
+
+def _zeros(module: nn.Module, shape: Sequence[int]) -> Tensor:
+    weight = next(module.parameters(), torch.empty(0))
+    return torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)
+
+
+@contextlib.contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards modes, buffers and random states are as before."""
+    modes = {m: m.training for m in module.modules()}
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            for m in modes:
+                m.training = False
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for m, mode in modes.items():
+            m.training = mode
+        for name, buffer in module.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
+
+
+def _dry_run(module: nn.Module, inputs: Callable, names: list[str], where: str) -> dict[str, list[torch.Size]]:
+    """The shapes that the named modules return, one for each call; for 'outputs', one for each map."""
+    calls: dict[str, list[torch.Size]] = {name: [] for name in names}
+
+    def record(name: str) -> Callable:
+        def hook(_: nn.Module, __: tuple, output: Any) -> None:
+            many = name == OUTPUTS and isinstance(output, (tuple, list))
+            calls[name] += [_shape(value, name, where, module) for value in (output if many else [output])]
+
+        return hook
+
+    handles = [_at(module, name).register_forward_hook(record(name)) for name in names]
+    try:
+        _forward(module, inputs, where)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, shapes in calls.items():
+        channels = {shape[1] for shape in shapes}
+        if name != OUTPUTS and len(channels) > 1:
+            raise UserError(
+                f'{where}: {name} runs several times, with {sorted(channels)} channels: one plugin cannot serve them. Choose another module.'
+            )
+    return calls
+
+
+def _forward(module: nn.Module, inputs: Callable, where: str) -> None:
+    with _undisturbed(module):
+        try:
+            module(*inputs())
+        except UserError:
+            raise
+        except Exception as error:  # whatever a stranger's backbone does with an image of this size
+            shapes = _shapes(inputs())
+            raise UserError(
+                f'{where}: the dry run that finds the channels failed in {type(module).__name__} with an input of {shapes} '
+                f'({type(error).__name__}: {error}). Give the size that it takes: input_shape=(channels, height, width)'
+            ) from error
+
+
+def _shapes(values: Any) -> Any:
+    return tuple(values.shape) if isinstance(values, Tensor) else ', '.join(str(_shapes(value)) for value in values)
+
+
+def _at(module: nn.Module, name: str) -> nn.Module:
+    return module if name == OUTPUTS else module.get_submodule(name)
+
+
+def _shape(value: Any, name: str, where: str, module: nn.Module) -> torch.Size:
+    if isinstance(value, Tensor) and value.ndim == 4:
+        return value.shape
+    kind = f'a tensor of shape {tuple(value.shape)}' if isinstance(value, Tensor) else f'a {type(value).__name__}'
+    inside = [child for child, _ in _at(module, name).named_children()]
+    advice = f'a module inside ({_some([f"{name}.{child}" for child in inside])})' if inside else 'another module'
+    raise UserError(
+        f'{where}: {name} ({type(_at(module, name)).__name__}) returns {kind}; a plugin needs one tensor of shape (N, C, H, W). Choose {advice} or '
+        f"after='{OUTPUTS}', the maps that the backbone returns."
+    )
+
+
+# The plugins in their places
+
+
+class ApplyChild:
+    """A forward hook: apply the child of that name to the module's output."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        return getattr(module, self.name)(output)
+
+
+class ApplyChildToEach:
+    """A forward hook: apply one child to each of the module's outputs."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+
+    def __call__(self, module: nn.Module, inputs: tuple, outputs: Any) -> Any:
+        if isinstance(outputs, Tensor):
+            return getattr(module, self.names[0])(outputs)
+        refined = [getattr(module, name)(output) for name, output in zip(self.names, outputs, strict=True)]
+        return type(outputs)(refined)
+
+
+def _apply_when_registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Whoever takes a plugin as its child applies it.
+
+    The conversion between BatchNorm and SyncBN builds new modules and hands the children over, but not the hooks.
+    """
+    if getattr(child, '_follows_its_parent', False) and name not in _applied(module):
+        module.register_forward_hook(ApplyChild(name))
+
+
+def _applied(module: nn.Module) -> list[str]:
+    return [hook.name for hook in module._forward_hooks.values() if isinstance(hook, ApplyChild)]
+
+
+register_module_module_registration_hook(_apply_when_registered)
+
+
+def _insert(module: nn.Module, name: str, cfg: Mapping, shapes: list[torch.Size], where: str) -> list[nn.Module]:
+    cfg = dict(cfg)
+    postfix = cfg.pop('postfix', '')
+    parent = _at(module, name)
+    if name == OUTPUTS:
+        built = [_build(cfg, shape[1], f'{postfix}{i}', parent, name, where) for i, shape in enumerate(shapes)]
+        for child, plugin in built:
+            parent.add_module(child, plugin)
+        parent.register_forward_hook(ApplyChildToEach([child for child, _ in built]))
+        return [plugin for _, plugin in built]
+    child, plugin = _build(cfg, shapes[0][1], postfix, parent, name, where)
+    # A Sequential runs its last child after the others by itself; all else needs the hook.
+    plugin._follows_its_parent = type(parent).forward is not nn.Sequential.forward
+    parent.add_module(child, plugin)
+    return [plugin]
+
+
+def _build(cfg: dict, channels: int, postfix: str, parent: nn.Module, name: str, where: str) -> tuple[str, nn.Module]:
+    child, plugin = build_plugin_layer(cfg, postfix=postfix, in_channels=channels)
+    if hasattr(parent, child):
+        raise UserError(
+            f"{where}: {name} already has a child {child!r}. To put two of a kind at one place, name one: cfg=dict(type={cfg['type']!r}, postfix='_2', ...)"
+        )
+    weight = next(parent.parameters(), None)
+    return child, plugin if weight is None else plugin.to(weight.device)
+
+
+def _check_by_dry_run(
+    module: nn.Module, inputs: Callable, calls: dict[str, list], added: dict[str, list[nn.Module]], where: str
+) -> None:
+    """Run once more, with the plugins: each keeps the shape, and runs as often as the module that it follows."""
+    counts: dict[nn.Module, int] = {}
+
+    def hook(plugin: nn.Module, args: tuple, output: Any) -> None:
+        counts[plugin] = counts.get(plugin, 0) + 1
+        given = args[0].shape
+        if not isinstance(output, Tensor) or output.shape != given:
+            got = tuple(output.shape) if isinstance(output, Tensor) else f'a {type(output).__name__}'
+            name = next(name for name, plugins in added.items() if plugin in plugins)
+            raise UserError(
+                f'{where}: {type(plugin).__name__} after {name} makes {got} of {tuple(given)}. A plugin must keep the shape: what follows expects it.'
+            )
+
+    handles = [plugin.register_forward_hook(hook) for plugins in added.values() for plugin in plugins]
+    try:
+        _forward(module, inputs, where)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, plugins in added.items():
+        expected = 1 if name == OUTPUTS else len(calls[name])
+        if any(counts.get(plugin, 0) != expected for plugin in plugins):  # e.g. a ModuleDict that loops over its items
+            raise UserError(
+                f'{where}: {name} ({type(_at(module, name)).__name__}) runs its children itself, the plugin too. Choose a module inside.'
+            )
+
+
+class InitWeights:
+    """A backbone's init_weights, which reaches the plugins as MMEngine means it to.
+
+    MMEngine's initialization descends only through its own modules, while a plugin often hangs on one of PyTorch's; and what a
+    backbone's init_cfg says of a norm (`zero_init_residual`) would strike all that hangs on it.
+    """
+
+    def __init__(self, module: nn.Module, plugins: Sequence[nn.Module]) -> None:
+        self.module, self.plugins = module, plugins
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        own = [{key: value.clone() for key, value in plugin.state_dict().items()} for plugin in self.plugins]
+        with _seen_loading(self.plugins) as loaded:
+            type(self.module).init_weights(self.module, *args, **kwargs)
+        for plugin, state in zip(self.plugins, own, strict=True):
+            if plugin not in loaded:
+                plugin.load_state_dict(state)
+                if hasattr(plugin, 'init_weights') and not getattr(plugin, 'is_init', False):
+                    plugin.init_weights()
+
+
+@contextlib.contextmanager
+def _seen_loading(plugins: Sequence[nn.Module]) -> Iterator[set[nn.Module]]:
+    """The plugins whose weights a state dict brings meanwhile (a pretrained backbone with plugins in it)."""
+    loaded: set[nn.Module] = set()
+
+    def watch(plugin: nn.Module) -> Any:
+        def hook(state_dict: Mapping, prefix: str, *_: Any) -> None:
+            if any(key.startswith(prefix) for key in state_dict):
+                loaded.add(plugin)
+
+        return plugin._register_load_state_dict_pre_hook(hook)
+
+    handles = [watch(plugin) for plugin in plugins]
+    try:
+        yield loaded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reach_by_init_weights(module: nn.Module, plugins: Sequence[nn.Module]) -> None:
+    if plugins and hasattr(module, 'init_weights'):
+        module.init_weights = InitWeights(module, plugins)
+
+
+def _freeze_as_configured(module: nn.Module) -> None:
+    """Backbones freeze stages when they are built, and again in train(): the second time the plugins are there."""
+    modes = {m: m.training for m in module.modules()}
+    module.train()
+    for m, mode in modes.items():
+        m.training = mode
+
+
+def _with_init_cfg(cfg: Mapping, init_cfg: Mapping | None) -> Mapping:
+    if init_cfg is KEEP:
+        return cfg
+    own = cfg.get('init_cfg')
+    if isinstance(init_cfg, Mapping) and 'type' not in init_cfg and isinstance(own, Mapping):
+        init_cfg = {**own, **init_cfg}
+    return {**cfg, 'init_cfg': init_cfg}

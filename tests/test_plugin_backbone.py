@@ -1,0 +1,431 @@
+"""PluginBackbone: where the plugins go, that they do there what MMDetection's own plugins do, and that nothing else changes."""
+
+import copy
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from cbam_mmdet import CBAM, PluginBackbone, PluginNeck
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.plugin_backbone import add_plugins, matches
+
+R18 = dict(type='ResNet', depth=18, base_channels=8, init_cfg=None, zero_init_residual=False)
+R50 = dict(type='ResNet', depth=50, base_channels=8, init_cfg=None, zero_init_residual=False)
+CBAM_CFG = dict(type='CBAM', reduction=4)
+IMAGE = (torch.zeros(1, 3, 32, 32),)
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+
+
+@MODELS.register_module()
+class Scale(nn.Module):
+    """A plugin that multiplies by a constant, and draws no random number to begin with."""
+
+    def __init__(self, in_channels, by=2.0):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x):
+        return x * self.by
+
+
+@MODELS.register_module()
+class Halve(nn.Module):
+    def __init__(self, in_channels):
+        super().__init__()
+
+    def forward(self, x):
+        return x[:, ::2]
+
+
+class Restless(nn.Module):
+    """A backbone that, even in eval mode, draws random numbers and writes to a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+        self.register_buffer('calls', torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.bn(self.conv(x)) + torch.rand(()) + random.random() + np.random.rand()
+
+
+def build(backbone=R18, after='layer*.*.bn2', cfg=CBAM_CFG, **kwargs):
+    return PluginBackbone(backbone, [dict(cfg=cfg, after=after)], **kwargs)
+
+
+def plugged(model, name='cbam'):
+    return [parent for parent, module in model.named_modules() if name in dict(module.named_children())]
+
+
+def shake(model):
+    """Make every CBAM do something, also one that starts as the identity."""
+    for module in model.modules():
+        if isinstance(module, CBAM):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=0.5)
+    model.eval()
+    return model
+
+
+def outputs_equal(first, second, x=None):
+    x = torch.randn(2, 3, 64, 96) if x is None else x
+    return [torch.equal(a, b) for a, b in zip(first(x), second(x), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ('pattern', 'name', 'expected'),
+    [
+        ('layer*.*.bn2', 'layer3.1.bn2', True),
+        ('layer*.*.bn2', 'layer3.1.0.bn2', False),
+        ('layer*.bn2', 'layer3.1.bn2', False),
+        ('layer[12].*.bn?', 'layer2.0.bn1', True),
+        ('layer[12].*.bn?', 'layer3.0.bn1', False),
+        ('**.bn2', 'layer3.1.bn2', True),
+        ('**.bn2', 'bn2', True),
+        ('**.bn2', 'bn21', False),
+        ('a.**.z', 'a.z', True),
+        ('a.**.z', 'a.b.c.z', True),
+        ('a.**', 'b.a', False),
+        ('features.3', 'features.30', False),
+    ],
+)
+def test_patterns(pattern, name, expected):
+    assert matches(pattern, name) is expected
+
+
+def test_resnet18_takes_plugins():
+    model = build()
+    assert plugged(model) == [f'layer{stage}.{block}.bn2' for stage in (1, 2, 3, 4) for block in (0, 1)]
+    assert [m.channel.fc1.in_features for m in model.modules() if isinstance(m, CBAM)] == [8, 8, 16, 16, 32, 32, 64, 64]
+
+
+def test_module_named_by_two_patterns_gets_one_plugin():
+    assert plugged(build(after=['layer2.*.bn2', 'layer[12].0.*2', 'conv1'])) == [
+        'conv1',
+        'layer1.0.conv2',
+        'layer1.0.bn2',
+        'layer2.0.conv2',
+        'layer2.0.bn2',
+        'layer2.1.bn2',
+    ]
+
+
+def test_plugins_at_one_place_run_in_the_order_of_the_config():
+    first, second = dict(type='CBAM', reduction=4), dict(type='CBAM', reduction=2, postfix='_2')
+    model = PluginBackbone(R18, [dict(cfg=first, after='conv1'), dict(cfg=second, after=['conv1', 'layer1.0.bn2'])])
+    shake(model)
+    x = torch.randn(2, 3, 32, 32)
+    conv = model.conv1
+    expected = conv.cbam_2(conv.cbam(conv._conv_forward(x, conv.weight, conv.bias)))
+    assert torch.equal(conv(x), expected)
+    assert plugged(model, 'cbam_2') == ['conv1', 'layer1.0.bn2']
+
+
+def test_does_the_same_as_mmdetections_own_plugins():
+    """After the last norm of a Bottleneck: outputs and gradients bit for bit, in training mode too."""
+    own = MODELS.build(dict(R50, plugins=[dict(cfg=CBAM_CFG, position='after_conv3')]))
+    ours = build(R50, 'layer*.*.bn3')
+    weights = {key.replace('.cbam.', '.bn3.cbam.'): value for key, value in shake(own).state_dict().items()}
+    ours.load_state_dict(weights)
+    x = torch.randn(2, 3, 64, 96)
+    for mode in (True, False):
+        own.train(mode)
+        ours.train(mode)
+        for model in (own, ours):
+            model.zero_grad()
+            sum(y.square().sum() for y in model(x)).backward()
+        assert all(outputs_equal(own, ours, x))
+        grads = {key.replace('.cbam.', '.bn3.cbam.'): p.grad for key, p in own.named_parameters()}
+        assert all(torch.equal(grads[key], p.grad) for key, p in ours.named_parameters())
+
+
+def test_plain_checkpoint_loads_and_unit_gate_changes_nothing():
+    plain, ours = MODELS.build(R18), build(cfg=dict(type='CBAM', gate='unit'))
+    missing, unexpected = ours.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert missing and all('.cbam.' in key for key in missing)
+    plain.eval()
+    ours.eval()
+    assert all(outputs_equal(plain, ours))
+
+
+@pytest.mark.parametrize('mode', [True, False])
+def test_dry_run_leaves_no_trace(mode):
+    model = Restless().train(mode)
+    before = copy.deepcopy(model.state_dict())
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    add_plugins(model, [dict(cfg=dict(type='Scale'), after='bn')], lambda: IMAGE)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.training is model.bn.training is model.conv.training is mode
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_copies_have_plugins_of_their_own():
+    model = shake(build())
+    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(outputs_equal(model, duplicate))
+        duplicate.layer1[0].bn2.cbam.channel.fc2.bias.data += 1
+        assert not any(outputs_equal(model, duplicate))
+        duplicate.init_weights()  # must not reach over to the first
+        assert model.layer1[0].bn2.cbam.channel.fc2.weight.std() > 0.3
+
+
+def test_survives_sync_batchnorm():
+    model = shake(build())
+    converted = revert_sync_batchnorm(convert_sync_batchnorm(copy.deepcopy(model)))
+    assert type(converted.layer1[0].bn2) is not nn.BatchNorm2d
+    converted.eval()
+    assert all(outputs_equal(model, converted))
+    without = PluginBackbone(R18, [dict(cfg=dict(type='Scale', by=1.0), after='layer*.*.bn2')])
+    without.load_state_dict({k: v for k, v in model.state_dict().items() if '.cbam.' not in k})
+    without.eval()
+    assert not any(outputs_equal(without, converted))
+
+
+def test_torchs_sync_batchnorm():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(build())
+    assert isinstance(model.layer1[0].bn2, nn.SyncBatchNorm)
+    assert [hook.name for hook in model.layer1[0].bn2._forward_hooks.values()] == ['cbam']
+
+
+def test_activation_checkpoints():
+    x = torch.randn(2, 3, 32, 32)
+    grads = []
+    state = shake(build(R50, 'layer*.*.bn3')).state_dict()
+    for with_cp in (False, True):
+        model = build(dict(R50, with_cp=with_cp), 'layer*.*.bn3')
+        model.load_state_dict(state)
+        model.train()
+        model.maxpool.register_forward_hook(
+            lambda _, __, y: y.requires_grad_()
+        )  # else the first stage is not checkpointed
+        sum(y.sum() for y in model(x)).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_torch_compile(training):
+    model = shake(
+        PluginBackbone(
+            dict(R18, num_stages=1, out_indices=(0,), strides=(1,), dilations=(1,)),
+            [dict(cfg=CBAM_CFG, after='layer1.*.bn2')],
+        )
+    )
+    model.train(training)
+    x = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(copy.deepcopy(model), backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x)[0], model(x)[0])
+    bare = MODELS.build(dict(R18, num_stages=1, out_indices=(0,), strides=(1,), dilations=(1,)))
+    bare.load_state_dict(model.state_dict(), strict=False)
+    bare.train(training)
+    assert not torch.allclose(bare(x)[0], compiled(x)[0])
+
+
+def test_distributed_data_parallel(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / 'store'), 1)
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        model = build()
+        nn.parallel.DistributedDataParallel(model)(torch.randn(2, 3, 32, 32))[-1].sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings('ignore:A CBAM with its initial weights')
+def test_frozen_stage_freezes_its_plugins_from_the_start():
+    model = build(dict(R18, frozen_stages=2))
+    frozen = [
+        stage
+        for stage in (1, 2, 3, 4)
+        if not getattr(model, f'layer{stage}')[0].bn2.cbam.channel.fc1.weight.requires_grad
+    ]
+    assert frozen == [1, 2]
+    assert model.layer3[0].bn2.training, 'norm_eval comes with train(), not before'
+
+
+@pytest.mark.parametrize('zero_init_residual', [True, False])
+@pytest.mark.parametrize('gate', ['unit', 'sigmoid'])
+def test_init_weights_of_the_backbone_leaves_the_plugins_theirs(gate, zero_init_residual):
+    """A backbone sets all norms to 1, and its last ones to 0, with all that hangs on them."""
+    detector = nn.Module()
+    detector.backbone = build(
+        dict(R18, zero_init_residual=zero_init_residual), cfg=dict(type='CBAM', reduction=2, gate=gate)
+    )
+    cbam = detector.backbone.layer2[0].bn2.cbam
+    before = copy.deepcopy(cbam.state_dict())
+    norm = detector.backbone.layer2[0].bn2
+    norm.weight.data.fill_(7)
+    detector.backbone.init_weights()
+    assert torch.equal(norm.weight, torch.full_like(norm.weight, 0 if zero_init_residual else 1))
+    assert all(torch.equal(value, before[key]) for key, value in cbam.state_dict().items())
+    assert cbam.channel.fc1.weight.std() > 0
+
+
+@pytest.mark.parametrize('with_cbam', [True, False])
+def test_pretrained_weights(tmp_path, with_cbam):
+    source = shake(build() if with_cbam else MODELS.build(R18))
+    torch.save(dict(state_dict=source.state_dict()), tmp_path / 'pretrained.pth')
+    model = build(
+        dict(R18, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'pretrained.pth'))),
+        cfg=dict(CBAM_CFG, gate='unit'),
+    )
+    model.init_weights()
+    state = model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in source.state_dict().items())
+    assert bool((state['layer1.0.bn2.cbam.channel.fc2.weight'] == 0).all()) is not with_cbam
+
+
+def test_init_cfg_replaces_the_backbones():
+    own = dict(R18, init_cfg=dict(type='Pretrained', checkpoint='a.pth', prefix='backbone.'))
+    assert build(own).init_cfg['checkpoint'] == 'a.pth'
+    assert 'Pretrained' not in str(build(own, init_cfg=None).init_cfg)
+    merged = build(own, init_cfg=dict(checkpoint='b.pth')).init_cfg
+    assert merged == dict(type='Pretrained', checkpoint='b.pth', prefix='backbone.')
+    assert own['init_cfg']['checkpoint'] == 'a.pth', "the caller's config is not changed"
+
+
+def test_sequential_runs_its_plugin_once():
+    model = build(after='layer1', cfg=dict(type='Scale'))
+    plain = MODELS.build(R18)
+    plain.load_state_dict(model.state_dict())
+    plain.eval()
+    model.eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(model(x)[0], 2 * plain(x)[0])
+
+
+def test_outputs_get_a_plugin_each():
+    model = shake(build(dict(R18, out_indices=(1, 3)), 'outputs'))
+    plain = MODELS.build(dict(R18, out_indices=(1, 3)))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    plain.eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = [cbam(y) for cbam, y in zip((model.cbam0, model.cbam1), plain(x), strict=True)]
+    assert [cbam.channel.fc1.in_features for cbam in (model.cbam0, model.cbam1)] == [16, 64]
+    for actual, wanted in zip(model(x), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_neck():
+    neck = dict(
+        type='SSDNeck', in_channels=(16, 32), out_channels=(16, 32, 16, 8, 8, 8),
+        level_strides=(2, 2, 1, 1), level_paddings=(1, 1, 0, 0), l2_norm_scale=20,
+    )  # fmt: skip
+    model = PluginNeck(neck, [dict(cfg=CBAM_CFG)])
+    plain = MODELS.build(neck)
+    maps = [torch.randn(2, 16, 38, 38), torch.randn(2, 32, 19, 19)]
+    assert plain.load_state_dict(model.state_dict(), strict=False).unexpected_keys[0].startswith('cbam0.')
+    shake(model)
+    expected = [getattr(model, f'cbam{i}')(y) for i, y in enumerate(plain(maps))]
+    assert len(expected) == 6
+    for actual, wanted in zip(model(maps), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@MODELS.register_module()
+class Odd(nn.Module):
+    """A backbone with everything that a plugin cannot follow."""
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    class Tokens(nn.Module):
+        def forward(self, x):
+            return x.flatten(2).transpose(1, 2)
+
+    class Looping(nn.ModuleDict):
+        def forward(self, x):
+            for layer in self.values():
+                x = layer(x)
+            return x
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.wide = nn.Conv2d(8, 16, 1)
+        self.relu = nn.ReLU()
+        self.pair, self.tokens = self.Pair(), self.Tokens()
+        self.looping = self.Looping(dict(inner=nn.Conv2d(16, 16, 1)))
+        self.listed = nn.ModuleList([nn.Conv2d(16, 16, 1)])
+        self.unused = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        if x.shape[-1] < 8:
+            raise RuntimeError('too small')
+        x = self.relu(self.wide(self.relu(self.conv(x))))
+        return self.listed[0](self.looping(self.pair(x)[0])) + self.tokens(x).mean()
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'after', 'cfg', 'patterns'),
+    [
+        (R18, 'layer*.*.bn3', CBAM_CFG, ["matches no module of ResNet", 'layer1.0', "did you mean 'bn2'"]),
+        (R18, 'layers*', CBAM_CFG, ['matches no module', 'it holds conv1, bn1', 'layer1']),
+        (R18, 'layer1.0.bn2.weight', CBAM_CFG, ['matches no module']),
+        (R18, ['layer1.*.bn2', 'nowhere'], CBAM_CFG, ["'nowhere' matches no module"]),
+        (R18, 'layer1.0.bn2', dict(type='Halve'), ['Halve after layer1.0.bn2 makes', r'\(1, 4, 56, 56\) of \(1, 8, 56, 56\)']),
+        (R18, 'layer1.0.bn2', dict(type='CBAN'), ["'CBAN' is not a registered model", "did you mean 'CBAM'"]),
+        (dict(type='Odd'), 'pair', CBAM_CFG, [r'pair \(Pair\) returns a tuple', 'one tensor of shape']),
+        (dict(type='Odd'), 'tokens', CBAM_CFG, [r'tokens \(Tokens\) returns a tensor of shape \(1, 50176, 16\)', "after='outputs'"]),
+        (dict(type='Odd'), 'looping', CBAM_CFG, ['looping', 'runs its children itself']),
+        (dict(type='Odd'), 'listed', CBAM_CFG, ['listed never run']),
+        (dict(type='Odd'), 'relu', CBAM_CFG, ['relu runs several times', r'\[8, 16\]']),
+        (dict(type='Odd'), None, CBAM_CFG, ['no usual place', 'Odd', 'conv, wide, relu']),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_explained(backbone, after, cfg, patterns):
+    import re
+
+    with pytest.raises(UserError) as error:
+        build(backbone, after, cfg)
+    for pattern in ['model.backbone.plugins', *patterns]:
+        assert re.search(pattern, str(error.value)), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('plugins', 'pattern'),
+    [
+        ([], 'expected a list like'),
+        ('CBAM', 'expected a list like'),
+        ([dict(type='CBAM')], r'plugins\[0\]: expected dict\(cfg='),
+        ([dict(cfg=dict(type='CBAM'), position='after_conv3')], "does not take 'position'"),
+        ([dict(cfg=CBAM_CFG, after='conv1')] * 2, "already has a child 'cbam'.*postfix"),
+    ],
+)
+def test_plugins_that_are_none(plugins, pattern):
+    with pytest.raises(UserError, match=pattern):
+        PluginBackbone(R18, plugins)
+
+
+def test_input_shape():
+    with pytest.raises(UserError, match=r'dry run.*failed in Odd.*\(1, 3, 4, 4\).*too small.*input_shape='):
+        build(dict(type='Odd'), 'wide', input_shape=(3, 4, 4))
+    assert plugged(build(dict(type='Odd'), 'wide', input_shape=(3, 8, 8))) == ['wide']
+
+
+def test_module_that_does_not_run_is_left_out_and_named(capfd):
+    from conftest import forget_earlier_runs
+
+    forget_earlier_runs()
+    assert plugged(build(dict(type='Odd'), ['unused', 'wide'])) == ['wide']
+    assert 'unused' in ''.join(capfd.readouterr())
