@@ -36,6 +36,8 @@ setup(
             'pycocotools',
             'tqdm',
         ],
+        # PluginBackbone reaches these packages' backbones too.
+        'backbones': ['onedl-mmpretrain', 'timm'],
         'dev': ['pytest', 'ruff'],
     },
     classifiers=[

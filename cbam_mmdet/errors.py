@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import importlib.util
 import os
 import pickle
 import re
@@ -108,6 +109,10 @@ def _unknown_type(error: BaseException) -> str | None:
     if not isinstance(error, KeyError) or not found:
         return None
     name, scope, registry = found.groups()
+    package, dot, _ = name.partition('.')
+    if dot and importlib.util.find_spec(package) is None:
+        extra = " (pip install 'cbam-mmdet[backbones]')" if package == 'mmpretrain' else ''
+        return f'type={name!r} in the config needs the package {package}, which is not installed here{extra}'
     return f'type={name!r} in the config is not a registered {registry}{near(name, _registered(registry, scope))}'
 
 

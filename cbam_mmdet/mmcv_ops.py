@@ -733,6 +733,9 @@ def modulated_deform_conv_backward(
         grad_bias.add_(by_bias)
 
 
+OUTSIDE = -30000.0  # pixels; left of and above every image, and a number that fp16 has
+
+
 def _deform_conv(
     geometry: tuple[int, ...],
     input: Tensor,
@@ -786,4 +789,6 @@ def _deform_conv_tensors(
         mask = input.new_zeros(len(input), 1)
     if bias is None:
         bias = input.new_zeros(len(weight))
+    # As mmcv, a place that is not a number sees nothing; torchvision would read memory there that is not its own.
+    offset = offset.nan_to_num(nan=OUTSIDE, posinf=OUTSIDE, neginf=OUTSIDE)
     return _widen(input, weight, offset, mask, bias)

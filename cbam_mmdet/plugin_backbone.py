@@ -13,7 +13,6 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,9 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .backbone_places import default_places
+from .backbone_places import OUTPUTS, matches, names_of, usual_place
 from .errors import UserError, near
 
-OUTPUTS = 'outputs'
 KEEP = object()  # `init_cfg` was not given
 
 
@@ -47,8 +45,7 @@ def PluginBackbone(
             number of segments. A list of patterns takes each module once. 'outputs' stands for each feature map that the backbone returns.
             Without `after` it is the usual place of this backbone (see backbone_places.py).
             Plugins at one module run in the order of this list.
-        input_shape: (channels, height, width) of the image of the dry run that finds the channels; by default those of the first
-            convolution, at 224x224.
+        input_shape: (channels, height, width) of the image of the dry run that finds the channels; by default (in_channels or 3, 224, 224).
         init_cfg: in place of the backbone's own, so that an override reaches all backbones by the same key. Without a `type`
             (as in init_cfg.checkpoint=FILE) it is merged into the backbone's own.
 
@@ -65,9 +62,9 @@ def PluginBackbone(
     module = MODELS.build(dict(backbone))
 
     def inputs() -> tuple[Tensor]:
-        return (_zeros(module, input_shape or (_first_channels(module), 224, 224)),)
+        return (_zeros(module, input_shape or (backbone.get('in_channels', 3), 224, 224)),)
 
-    return add_plugins(module, plugins, inputs, 'model.backbone.plugins', lambda: default_places(module))
+    return add_plugins(module, plugins, inputs, 'model.backbone.plugins', usual_place(module))
 
 
 @MODELS.register_module()
@@ -93,7 +90,7 @@ def PluginNeck(neck: Mapping, plugins: Sequence[Mapping], init_cfg: Mapping | No
         sizes = [32 * 2**i for i in reversed(range(len(channels)))]
         return (tuple(_zeros(module, (c, size, size)) for c, size in zip(channels, sizes, strict=True)),)
 
-    return add_plugins(module, plugins, inputs, 'model.neck.plugins', lambda: [[OUTPUTS]])
+    return add_plugins(module, plugins, inputs, 'model.neck.plugins', [OUTPUTS])
 
 
 def add_plugins(
@@ -101,7 +98,7 @@ def add_plugins(
     plugins: Sequence[Mapping],
     inputs: Callable[[], tuple],
     where: str = 'plugins',
-    default: Callable[[], Sequence[Sequence[str]]] = tuple,
+    usual: Sequence[str] = (),
 ) -> nn.Module:
     """Put plugins into a module that is already built.
 
@@ -110,7 +107,7 @@ def add_plugins(
         plugins: as PluginBackbone's.
         inputs: makes the arguments of the module's forward for the dry run.
         where: the config's key, for messages.
-        default: lists of patterns for a plugin without `after`; the first list whose patterns match serves.
+        usual: the patterns for a plugin without `after`.
 
     Returns:
         The same module.
@@ -120,7 +117,7 @@ def add_plugins(
     """
     plugins = [plugins] if isinstance(plugins, Mapping) else plugins
     _check_plugin_configs(plugins, where)
-    places = [_places(module, plugin, f'{where}[{i}]', default) for i, plugin in enumerate(plugins)]
+    places = [_places(module, plugin, f'{where}[{i}]', usual) for i, plugin in enumerate(plugins)]
     chosen = list(dict.fromkeys(name for names in places for name in names))
     calls = _dry_run(module, inputs, chosen, where)
     added: dict[str, list[nn.Module]] = {}
@@ -143,22 +140,6 @@ def add_plugins(
     return module
 
 
-# Names and patterns
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Does a dotted name match a pattern? * ? [...] stay within one segment, ** takes any number of segments, none included."""
-    return _match(pattern.split('.'), name.split('.'))
-
-
-def _match(pattern: list[str], name: list[str]) -> bool:
-    if not pattern:
-        return not name
-    if pattern[0] == '**':
-        return any(_match(pattern[1:], name[i:]) for i in range(len(name) + 1))
-    return bool(name) and fnmatchcase(name[0], pattern[0]) and _match(pattern[1:], name[1:])
-
-
 def _check_plugin_configs(plugins: Sequence[Mapping], where: str) -> None:
     if not plugins or isinstance(plugins, str):
         raise UserError(
@@ -178,26 +159,22 @@ def _check_plugin_configs(plugins: Sequence[Mapping], where: str) -> None:
             raise UserError(f'{where}[{i}].cfg.type={name!r} is not a registered model{near(name, known)}')
 
 
-def _places(module: nn.Module, plugin: Mapping, where: str, default: Callable) -> list[str]:
+def _places(module: nn.Module, plugin: Mapping, where: str, usual: Sequence[str]) -> list[str]:
     """The names of the modules that a plugin follows, in the order of the module's own registration."""
-    after = plugin.get('after')
-    names = [name for name, _ in module.named_modules() if name]
-    if after is None:
-        for patterns in default():
-            found = [name for name in [*names, OUTPUTS] if any(matches(pattern, name) for pattern in patterns)]
-            if found:
-                return found
+    after = plugin.get('after') or usual
+    names = names_of(module)
+    if not after:
         raise UserError(
             f"{where}: no usual place for a plugin is known in {type(module).__name__}: say it, e.g. after='{OUTPUTS}' (each map that it "
             f"returns) or a pattern of its modules' names, which begin {_some(names, 12)}"
         )
     patterns = [after] if isinstance(after, str) else list(after)
     for pattern in patterns:
-        if pattern != OUTPUTS and not any(matches(pattern, name) for name in names):
+        if not any(matches(pattern, name) for name in names):
             raise UserError(
                 f'{where}.after={pattern!r} matches no module of {type(module).__name__}{_hint(pattern, names)}'
             )
-    return [name for name in [*names, OUTPUTS] if any(matches(pattern, name) for pattern in patterns)]
+    return [name for name in names if any(matches(pattern, name) for pattern in patterns)]
 
 
 def _hint(pattern: str, names: list[str]) -> str:
@@ -223,12 +200,6 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 
 # The dry run
-
-
-def _first_channels(module: nn.Module) -> int:
-    convolutions = (m for m in module.modules() if isinstance(m, nn.Conv2d))
-    first = next(convolutions, None)
-    return 3 if first is None else first.in_channels
 
 
 def _zeros(module: nn.Module, shape: Sequence[int]) -> Tensor:

@@ -703,6 +703,22 @@ def test_deform_conv_offset_moves_where_each_group_looks():
     torch.testing.assert_close(output[:, 0], expected)
 
 
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), float('-inf')])
+def test_deform_conv_at_a_place_that_is_no_number_sees_nothing(bad):
+    """As mmcv, whose kernel adds only places inside the image; torchvision alone reads foreign memory at NaN."""
+    x = torch.randn(1, 4, 8, 8, requires_grad=True)
+    offset = torch.zeros(1, 2, 8, 8)
+    offset[0, 0, 2, 3] = bad
+    offset.requires_grad_()
+    output = ops.deform_conv2d(x, offset, torch.ones(1, 4, 1, 1), 1, 0, 1, 1, 1)
+    expected = x.detach().sum(1, keepdim=True)
+    expected[0, 0, 2, 3] = 0
+    torch.testing.assert_close(output, expected)
+    output.sum().backward()
+    assert x.grad[0, 0, 2, 3] == 0 and x.grad.sum() == 63 * 4
+    assert offset.grad[0, 0, 2, 3] == 0 and offset.grad.isfinite().all()
+
+
 @pytest.mark.parametrize('pack', [ops.DeformConv2dPack, ops.ModulatedDeformConv2dPack])
 def test_deform_conv_under_autocast_is_near_float32(pack):
     torch.manual_seed(0)

@@ -44,15 +44,15 @@ uv=$venv/bin/uv
 if [ "${2:-}" = --lock ]; then
     set -e
     { head -n 1 constraints.txt
-      "$uv" pip compile -q --universal --python-version 3.10 --all-extras setup.py --override overrides.txt \
-          --constraint pins.txt --no-annotate --no-header
-      grep '^opencv-python==' pins.txt; } > constraints.new
+      { "$uv" pip compile -q --universal --python-version 3.10 --all-extras setup.py --override overrides.txt \
+            --constraint pins.txt --no-annotate --no-header
+        grep '^opencv-python==' pins.txt; } | LC_ALL=C sort; } > constraints.new
     mv constraints.new constraints.txt
     exit
 fi
 
 echo "Installing the pinned stack into $venv (about 3 GB to fetch, most of it PyTorch's CUDA libraries; no compiler is needed) ..."
-"$uv" pip install --python "$venv/bin/python" --constraint constraints.txt --override overrides.txt --editable '.[mmdet,dev]' ||
+"$uv" pip install --python "$venv/bin/python" --constraint constraints.txt --override overrides.txt --editable '.[mmdet,backbones,dev]' ||
     die "the installation failed; the lines above say why. Check the network and the free disk space (7 GB), then run make again."
 
 "$venv/bin/python" tools/serve_mmcv_ops.py || die "mmcv's operators cannot be served; the lines above say why."

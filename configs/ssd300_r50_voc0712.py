@@ -1,0 +1,22 @@
+"""SSD300 on a ResNet-50, Pascal VOC 07+12: the plain twin of ssd300_r50_cbam_voc0712.py; ssd300_r50_coco.py says how SSD sits on a ResNet."""
+
+_base_ = 'mmdet::pascal_voc/ssd300_voc0712.py'
+
+custom_imports = dict(imports=['cbam_mmdet'])
+
+model = dict(
+    data_preprocessor=dict(std=[58.395, 57.12, 57.375]),
+    backbone=dict(
+        _delete_=True,
+        type='ResNet',
+        depth=50,
+        num_stages=3,
+        strides=(1, 2, 2),
+        dilations=(1, 1, 1),
+        out_indices=(1, 2),
+        frozen_stages=0,
+        norm_eval=True,
+        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50'),
+    ),
+    neck=dict(l2_norm_scale=None),
+)

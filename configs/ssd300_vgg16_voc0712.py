@@ -1,0 +1,5 @@
+"""The plain twin of ssd300_vgg16_cbam_voc0712.py: MMDetection's own SSD300, VGG-16, Pascal VOC 07+12."""
+
+_base_ = 'mmdet::pascal_voc/ssd300_voc0712.py'
+
+custom_imports = dict(imports=['cbam_mmdet'])
