@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import os.path as osp
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,9 +16,12 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from . import evaluation  # noqa: F401  (registers the metrics)
 from .checkpoints import find_checkpoint
 from .config import check_optimizer, check_plugins, set_data_root
 from .datasets.checks import check_data
+from .datasets.classes import set_classes
+from .datasets.voc import fit_voc_folders
 from .errors import UserError
 from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook
 
@@ -26,6 +30,7 @@ def train(
     cfg: Config,
     *,
     data_root: str | None = None,
+    classes: str | Sequence[str] | None = None,
     work_dir: str | None = None,
     amp: bool = False,
     auto_scale_lr: bool = False,
@@ -36,7 +41,8 @@ def train(
 
     Args:
         cfg: the config.
-        data_root: re-points every dataloader and evaluator (see config.set_data_root).
+        data_root: re-points every dataloader and evaluator (see config.set_data_root); parts of VOC that are not there are left out.
+        classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
         work_dir: for logs and checkpoints; by default the config's, else work_dirs/NAME.
         amp: mixed precision (fp16, on a GPU).
         auto_scale_lr: scale the learning rate to the batch size.
@@ -49,7 +55,7 @@ def train(
     Raises:
         UserError: for whatever in config, data or checkpoint would end in a failure later.
     """
-    _prepare(cfg, data_root, work_dir, launcher)
+    _prepare(cfg, data_root, classes, work_dir, launcher)
     if amp:
         _use_amp(cfg)
     if auto_scale_lr:
@@ -85,6 +91,7 @@ def test(
     checkpoint: str,
     *,
     data_root: str | None = None,
+    classes: str | Sequence[str] | None = None,
     work_dir: str | None = None,
     out: str | None = None,
     show: bool = False,
@@ -98,7 +105,8 @@ def test(
     Args:
         cfg: the config.
         checkpoint: the weights: a file, or a work dir for its newest.
-        data_root: re-points every dataloader and evaluator (see config.set_data_root).
+        data_root: re-points every dataloader and evaluator (see config.set_data_root); parts of VOC that are not there are left out.
+        classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
         work_dir: for the log; by default the config's, else work_dirs/NAME.
         out: a .pkl file for the detections of all images.
         show: show each picture in a window.
@@ -116,7 +124,7 @@ def test(
     if out and not out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out {out}: the detections are written as a pickle, the name must end with .pkl')
     cfg.load_from, cfg.resume = find_checkpoint(checkpoint), False
-    _prepare(cfg, data_root, work_dir, launcher)
+    _prepare(cfg, data_root, classes, work_dir, launcher)
     if not all(cfg.get(key) for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
         raise UserError('the config has no test split: it needs test_dataloader, test_cfg and test_evaluator')
     if show or show_dir:
@@ -136,7 +144,9 @@ def test(
     return runner.test()
 
 
-def _prepare(cfg: Config, data_root: str | None, work_dir: str | None, launcher: str) -> None:
+def _prepare(
+    cfg: Config, data_root: str | None, classes: str | Sequence[str] | None, work_dir: str | None, launcher: str
+) -> None:
     setup_cache_size_limit_of_dynamo()
     cfg.setdefault('default_scope', 'mmdet')
     init_default_scope(cfg.default_scope)
@@ -147,6 +157,9 @@ def _prepare(cfg: Config, data_root: str | None, work_dir: str | None, launcher:
         cfg.work_dir = osp.join('work_dirs', Path(cfg.filename).stem)
     if data_root:
         set_data_root(cfg, data_root)
+        fit_voc_folders(cfg)
+    if classes:
+        set_classes(cfg, classes)
     check_plugins(cfg)
     check_optimizer(cfg)
 

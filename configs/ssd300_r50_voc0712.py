@@ -2,7 +2,7 @@
 
 _base_ = 'mmdet::pascal_voc/ssd300_voc0712.py'
 
-custom_imports = dict(imports=['cbam_mmdet'])
+custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.evaluation'])
 
 model = dict(
     data_preprocessor=dict(std=[58.395, 57.12, 57.375]),
@@ -20,3 +20,7 @@ model = dict(
     ),
     neck=dict(l2_norm_scale=None),
 )
+
+# VOC's mAP in both modes with each class's AP, and COCO's figures.
+val_evaluator = [dict(type='PascalVOCMetric', eval_mode='11points'), dict(type='VOCCocoMetric')]
+test_evaluator = val_evaluator

@@ -2,4 +2,8 @@
 
 _base_ = 'mmdet::pascal_voc/ssd300_voc0712.py'
 
-custom_imports = dict(imports=['cbam_mmdet'])
+custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.evaluation'])
+
+# VOC's mAP in both modes with each class's AP, and COCO's figures.
+val_evaluator = [dict(type='PascalVOCMetric', eval_mode='11points'), dict(type='VOCCocoMetric')]
+test_evaluator = val_evaluator

@@ -86,7 +86,9 @@ def test_unknown_type(train, tmp_path, text, patterns):
 
 def test_backbone_of_a_package_that_is_not_installed(train, tmp_path):
     text = "model = dict(backbone=dict(_delete_=True, type='mmnowhere.VGG'))"
-    assert_refused(train(config=config_with(tmp_path, text)), "'mmnowhere.VGG'", 'package mmnowhere, which is not installed')
+    assert_refused(
+        train(config=config_with(tmp_path, text)), "'mmnowhere.VGG'", 'package mmnowhere, which is not installed'
+    )
 
 
 def test_key_that_a_type_does_not_take(train, tmp_path):

@@ -86,7 +86,7 @@ def _check_num_classes(node: object, dataset: ConfigDict, where: str, inside_hea
         if inside_head and classes and isinstance(count, int) and count != len(classes):
             raise UserError(
                 f'{where}.num_classes={count}, but the data set ({dataset.get("ann_file")}) has {len(classes)} classes: '
-                f'{_abridge(classes)}. Set {where}.num_classes={len(classes)}, or metainfo=dict(classes=(...)) in each data set.'
+                f'{abridge(classes)}. Set {where}.num_classes={len(classes)}, or metainfo=dict(classes=(...)) in each data set.'
             )
         for key, value in node.items():
             _check_num_classes(value, dataset, f'{where}.{key}', inside_head=key == 'bbox_head')
@@ -136,7 +136,7 @@ def dataset_classes(dataset: ConfigDict) -> tuple[str, ...]:
     return (classes,) if isinstance(classes, str) else tuple(classes)
 
 
-def _read_json(path: str) -> dict:
+def read_json(path: str) -> dict:
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
@@ -155,7 +155,7 @@ def _read_json(path: str) -> dict:
 
 
 def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
-    content, report = _read_json(path), Report(path, split)
+    content, report = read_json(path), Report(path, split)
     try:
         images = {image['id']: image for image in content['images']}
         names = {category['id']: category['name'] for category in content['categories']}
@@ -256,7 +256,7 @@ def _count(
 def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], ordered: bool = True) -> None:
     """MMDetection numbers the classes in the file's order, and names them in the config's: both must be the same."""
     shared = [name for name in found if name in classes]
-    what = f'annotation file {path} has the classes {_abridge(found)}, the config expects {_abridge(classes)}'
+    what = f'annotation file {path} has the classes {abridge(found)}, the config expects {abridge(classes)}'
     fix = "Set metainfo=dict(classes=(...)) in each dataset to the file's names, and num_classes in the model's heads to their number."
     if not shared:
         hints = [near(name, found, n=1) for name in classes[:20]]
@@ -265,12 +265,12 @@ def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], orde
         return
     lacking = [name for name in classes if name not in found]
     if lacking:
-        raise UserError(f'{what}: {_abridge(lacking)} are not in the file{near(lacking[0], found, n=1)}. {fix}')
+        raise UserError(f'{what}: {abridge(lacking)} are not in the file{near(lacking[0], found, n=1)}. {fix}')
     if shared != list(classes):
         raise UserError(f"{what}: in another order, and the file's order is the one that numbers them. {fix}")
 
 
-def _abridge(names: Sequence[str], most: int = 8) -> str:
+def abridge(names: Sequence[str], most: int = 8) -> str:
     head = ', '.join(map(repr, names[:most]))
     return f'[{head}]' if len(names) <= most else f'[{head}, ... ({len(names)} in all)]'
 
@@ -283,9 +283,7 @@ def _check_image_files(path: str, split: str, folder: str, names: list[str]) -> 
     if names and len(missing) == len(names):
         raise UserError(f'none of the {len(names)} images that {path} lists is in {folder} (the first: {names[0]}).')
     if missing:
-        what = (
-            f'{len(missing)} of the {len(names)} images that {path} lists are not in {folder}: {_abridge(missing, 3)}'
-        )
+        what = f'{len(missing)} of the {len(names)} images that {path} lists are not in {folder}: {abridge(missing, 3)}'
         if split != 'train':
             raise UserError(f'{what}. Without them the score would not be that of the whole {split} set.')
         print_log(what, logger='current', level=logging.WARNING)

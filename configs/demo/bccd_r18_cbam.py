@@ -7,6 +7,8 @@ From scratch, on a CPU, in less than an hour of one core. The folder holds BCCD'
 
 _base_ = './faster_rcnn_cbam.py'
 
+custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.evaluation'])
+
 classes = ('RBC', 'WBC', 'Platelets')
 data_root = 'data/bccd/'
 image_size = (320, 240)
@@ -30,21 +32,17 @@ train_pipeline = [
     dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),  # cells have no right way up
     dict(type='PackDetInputs'),
 ]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=image_size, keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'instances')),
-]
 images = dict(_delete_=True, type='VOCDataset', data_root=data_root, data_prefix=dict(sub_data_root='VOC2007/'), metainfo=dict(classes=classes))
 train_dataloader = dict(
     dataset=dict(
         ann_file='VOC2007/ImageSets/Main/trainval.txt', filter_cfg=dict(filter_empty_gt=True, bbox_min_size=1), pipeline=train_pipeline, **images
     )
 )
-val_dataloader = dict(dataset=dict(ann_file='VOC2007/ImageSets/Main/test.txt', test_mode=True, pipeline=test_pipeline, **images))
+val_dataloader = dict(
+    dataset=dict(ann_file='VOC2007/ImageSets/Main/test.txt', test_mode=True, pipeline={{_base_.test_pipeline}}, **images)
+)
 test_dataloader = val_dataloader
-val_evaluator = [dict(type='VOCMetric', metric='mAP', eval_mode='area'), dict(type='CocoMetric', metric='bbox', proposal_nums=(1, 10, 100))]
+val_evaluator = [dict(_delete_=True, type='PascalVOCMetric', eval_mode='area'), dict(type='VOCCocoMetric')]
 test_evaluator = val_evaluator
 
 train_cfg = dict(max_epochs=max_epochs, val_interval=10)
