@@ -185,15 +185,11 @@ def load_runs(
         UserError: for one that cannot be read or has no validation, for two of one name, or a base that does not fit.
     """
     if base:
-        if '::' not in base:
-            base = os.path.abspath(base)
+        base = base if '::' in base else os.path.abspath(base)
         _check_base(base)
-        os.environ[BASE] = base
     runs: list[Run] = []
     for path in configs:
-        with contextlib.redirect_stdout(
-            sys.stderr
-        ):  # MMEngine speaks of the variable; stdout may be a list of commands
+        with _base_variable(base):
             cfg = load_config(path, cfg_options)
         name = Path(path.split('::')[-1]).stem
         if name in [run.name for run in runs]:
@@ -224,13 +220,13 @@ def record_settings(run: Run) -> None:
     recorded = run.config.read_text(encoding='utf-8') if run.config.is_file() else None
     if run.work_dir.exists() and recorded != text:
         if recorded is None:
-            what = f'{run.work_dir} holds a run of unknown settings ({run.config} is not there).'
+            what = f'{run.work_dir} holds a run of unknown settings ({run.config} is not there). '
         else:
             lines = difflib.unified_diff(recorded.splitlines(), text.splitlines(), n=0, lineterm='')
             changes = [line for line in lines if not line.startswith(('---', '+++', '@@'))]
             shown = '\n'.join(changes[:8] + ['...'] * (len(changes) > 8))
             what = f'{run.work_dir} was made with other settings (-) than are asked for now (+):\n{shown}\n'
-        raise UserError(f'{what} Give the settings of then, or another --work-dir; or delete {run.work_dir}.')
+        raise UserError(f'{what}Give the settings of then, or another --work-dir; or delete {run.work_dir}.')
     if recorded != text:
         _write(run.config, text)
 
@@ -393,6 +389,8 @@ def _finish(run: Run, tools: Path, lock: int, title: str) -> str | None:
         print(f'{title}: finished before', flush=True)
         return None
     how = 'goes on from its checkpoint' if '--resume' in command else 'starts'
+    if command[1].endswith('test.py'):
+        how = 'validates its last checkpoint'
     print(f'{title}: {how}; follow it with: tail -f {run.log}', flush=True)
     start = time.time()
     code = _call(command, run.log, lock)
@@ -438,6 +436,21 @@ def _locked(folder: Path) -> Iterator[int]:
                 f'another tools/ablate.py works in {folder}, or a training that it left behind: wait for it, or stop it'
             ) from None
         yield file.fileno()
+
+
+@contextlib.contextmanager
+def _base_variable(base: str | None) -> Iterator[None]:
+    before = os.environ.get(BASE)
+    if base:
+        os.environ[BASE] = base
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # MMEngine speaks of it; stdout may be a list of commands
+            yield
+    finally:
+        if before is not None:
+            os.environ[BASE] = before
+        elif base:
+            del os.environ[BASE]
 
 
 def _check_base(base: str) -> None:

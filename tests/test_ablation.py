@@ -148,14 +148,15 @@ def test_one_ablation_a_folder(tmp_path):
         pass
 
 
-def test_bases(tmp_path, monkeypatch):
-    monkeypatch.setenv('ABLATION_BASE', '')  # restored afterwards
+def test_bases(tmp_path):
     base = str(ROOT / 'configs/faster_rcnn_r50_cbam.py')
     (run,) = load_runs([str(ABLATION / 'channel_max.py')], tmp_path, base, '/elsewhere', {'train_cfg.max_epochs': 3})
     expected = dict(type='CBAM', reduction=16, gate='unit', pools=('max',), spatial=None)
     assert run.cfg.model.backbone.plugins[0].cfg == expected
     assert run.cfg.train_dataloader.dataset.data_root == '/elsewhere/'
     assert run.last_step == ('epoch', 3)
+    (run,) = load_runs([str(ABLATION / 'channel_max.py')], tmp_path, None, None, None)
+    assert run.cfg.model.backbone.plugins[0].cfg.reduction == 4, 'the base is forgotten'
     with pytest.raises(UserError, match='a base of its own'):
         load_runs([DEMO], tmp_path, base, None, None)
     with pytest.raises(UserError, match='must be a CBAM'):
