@@ -15,7 +15,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from cbam_mmdet import CBAM
+from cbam_mmdet import CBAM, config_path
 from cbam_mmdet.startup import disable, enable
 
 CONFIGS = sorted(str(p.relative_to(ROOT / 'configs')) for p in (ROOT / 'configs').rglob('*.py'))
@@ -42,6 +42,59 @@ def test_differs_from_its_twin_in_cbam_alone(name, twin):
     assert [p['cfg']['type'] for p in plugins[0]] == ['CBAM']
     assert plugins[1] is None
     assert ours == plain
+
+
+# The rows of the paper's tables 1 to 3, and what the authors' code adds: the arguments in which each differs from CBAM in full.
+ABLATIONS = {
+    'cbam': {},
+    'channel_avg': dict(pools=('avg',), spatial=None),
+    'channel_max': dict(pools=('max',), spatial=None),
+    'channel_avg_max': dict(spatial=None),
+    'channel_lp': dict(pools=('lp',), spatial=None),
+    'channel_lse': dict(pools=('lse',), spatial=None),
+    'spatial_conv_k3': dict(spatial='conv', kernel_size=3),
+    'spatial_conv_k7': dict(spatial='conv'),
+    'spatial_pool_k3': dict(kernel_size=3),
+    'order_spatial_channel': dict(order='spatial-channel'),
+    'order_parallel': dict(order='parallel'),
+}
+ABLATION_BASES = [None, 'cbam_mmdet::faster_rcnn_r50_cbam.py']
+
+
+def test_every_ablation_is_listed():
+    assert {f'ablation/{name}.py' for name in (*ABLATIONS, 'plain')} == {
+        n for n in CONFIGS if n.startswith('ablation/')
+    }
+
+
+@pytest.mark.parametrize('base', ABLATION_BASES)
+@pytest.mark.parametrize('name', [*ABLATIONS, 'plain'])
+def test_ablation_differs_from_its_base_in_the_plugin_alone(monkeypatch, name, base):
+    if base:
+        monkeypatch.setenv('ABLATION_BASE', base)
+    ours = Config.fromfile(ROOT / f'configs/ablation/{name}.py').to_dict()
+    expected = Config.fromfile(config_path(base.split('::')[1]) if base else DEMO).to_dict()
+    if name == 'plain':
+        expected['model']['backbone']['plugins'] = None
+    else:
+        expected['model']['backbone']['plugins'][0]['cfg'].update(ABLATIONS[name])
+    assert ours == expected
+
+
+@pytest.mark.parametrize('name', [*ABLATIONS, 'plain'])
+def test_ablation_builds_what_it_says(name):
+    blocks = [m for m in build(f'ablation/{name}.py').backbone.modules() if isinstance(m, CBAM)]
+    assert len(blocks) == (0 if name == 'plain' else 16)  # the blocks of a ResNet-50
+    for cbam in blocks:
+        says = dict(pools=('avg', 'max'), spatial='pool', kernel_size=7, order='channel-spatial') | ABLATIONS[name]
+        assert cbam.channel.pools == says['pools']
+        assert cbam.order == says['order']
+        if says['spatial'] is None:
+            assert cbam.spatial is None
+        else:
+            planes = 2 if says['spatial'] == 'pool' else 1
+            assert cbam.spatial.conv.weight.shape == (1, planes, says['kernel_size'], says['kernel_size'])
+            assert (cbam.spatial.reduce is None) == (says['spatial'] == 'pool')
 
 
 @pytest.mark.parametrize('name', [name for name, _ in TWINS if not name.startswith('demo')])

@@ -1,0 +1,5 @@
+"""Not in the paper, but in the authors' code: channel attention by log-sum-exp pooling alone."""
+
+_base_ = './cbam.py'
+
+_base_.model.backbone.plugins[0].cfg.update(pools=('lse',), spatial=None)
