@@ -42,7 +42,7 @@ val_dataloader = dict(
     dataset=dict(ann_file='VOC2007/ImageSets/Main/test.txt', test_mode=True, pipeline={{_base_.test_pipeline}}, **images)
 )
 test_dataloader = val_dataloader
-val_evaluator = [dict(_delete_=True, type='PascalVOCMetric', eval_mode='area'), dict(type='VOCCocoMetric')]
+val_evaluator = [dict(type='PascalVOCMetric', eval_mode='area'), dict(type='VOCCocoMetric')]
 test_evaluator = val_evaluator
 
 train_cfg = dict(max_epochs=max_epochs, val_interval=10)
