@@ -32,7 +32,7 @@ KEEP = object()  # `init_cfg` was not given
 @MODELS.register_module()
 def PluginBackbone(
     backbone: Mapping,
-    plugins: Sequence[Mapping],
+    plugins: Sequence[Mapping] | None,
     input_shape: Sequence[int] | None = None,
     init_cfg: Mapping | None = KEEP,
 ) -> nn.Module:
@@ -44,7 +44,7 @@ def PluginBackbone(
             dotted name in the backbone. In a pattern, * ? [12] stand for characters within one segment of the name, ** for any
             number of segments. A list of patterns takes each module once. 'outputs' stands for each feature map that the backbone returns.
             Without `after` it is the usual place of this backbone (see backbone_places.py).
-            Plugins at one module run in the order of this list.
+            Plugins at one module run in the order of this list. None or an empty list leaves the backbone plain.
         input_shape: (channels, height, width) of the image of the dry run that finds the channels; by default (in_channels or 3, 224, 224).
         init_cfg: in place of the backbone's own, so that an override reaches all backbones by the same key. Without a `type`
             (as in init_cfg.checkpoint=FILE) it is merged into the backbone's own.
@@ -68,7 +68,7 @@ def PluginBackbone(
 
 
 @MODELS.register_module()
-def PluginNeck(neck: Mapping, plugins: Sequence[Mapping], init_cfg: Mapping | None = KEEP) -> nn.Module:
+def PluginNeck(neck: Mapping, plugins: Sequence[Mapping] | None, init_cfg: Mapping | None = KEEP) -> nn.Module:
     """Build a neck, and put plugins into it: as PluginBackbone; the usual place is its outputs, the maps that the heads see.
 
     Args:
@@ -95,7 +95,7 @@ def PluginNeck(neck: Mapping, plugins: Sequence[Mapping], init_cfg: Mapping | No
 
 def add_plugins(
     module: nn.Module,
-    plugins: Sequence[Mapping],
+    plugins: Sequence[Mapping] | None,
     inputs: Callable[[], tuple],
     where: str = 'plugins',
     usual: Sequence[str] = (),
@@ -115,10 +115,12 @@ def add_plugins(
     Raises:
         UserError: as PluginBackbone.
     """
-    plugins = [plugins] if isinstance(plugins, Mapping) else plugins
+    plugins = [plugins] if isinstance(plugins, Mapping) else plugins or []
     _check_plugin_configs(plugins, where)
     places = [_places(module, plugin, f'{where}[{i}]', usual) for i, plugin in enumerate(plugins)]
     chosen = list(dict.fromkeys(name for names in places for name in names))
+    if not chosen:
+        return module
     calls = _dry_run(module, inputs, chosen, where)
     added: dict[str, list[nn.Module]] = {}
     for i, (plugin, names) in enumerate(zip(plugins, places, strict=True)):
@@ -141,7 +143,7 @@ def add_plugins(
 
 
 def _check_plugin_configs(plugins: Sequence[Mapping], where: str) -> None:
-    if not plugins or isinstance(plugins, str):
+    if not isinstance(plugins, (list, tuple)):
         raise UserError(
             f"{where}: expected a list like [dict(cfg=dict(type='CBAM'), after='layer*.*.bn2')], got {plugins}"
         )

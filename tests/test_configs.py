@@ -15,11 +15,11 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from cbam_mmdet import CBAM, config_path
+from cbam_mmdet import CBAM
 from cbam_mmdet.startup import disable, enable
 
 CONFIGS = sorted(str(p.relative_to(ROOT / 'configs')) for p in (ROOT / 'configs').rglob('*.py'))
-TWINS = [(name, name.replace('_cbam', '')) for name in CONFIGS if '_cbam' in name]
+TWINS = [(name, re.sub('_cbam(_heads)?', '', name)) for name in CONFIGS if '_cbam' in name]
 MMDET_TOOLS = Path(mmdet.__file__).parent / '.mim/tools'
 
 
@@ -31,84 +31,94 @@ def build(name):
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) >= 8
-    assert len(TWINS) >= 4
+    assert len(CONFIGS) >= 30
+    assert len(TWINS) >= 14
+
+
+def without_plugins(model):
+    """The config of the plain model, and the types of its plugins."""
+    types = []
+    for part in ('backbone', 'neck'):
+        types += [plugin['cfg']['type'] for plugin in model[part].pop('plugins', None) or []]
+        if model[part]['type'] in ('PluginBackbone', 'PluginNeck'):
+            model[part] = model[part][part]
+    return model, types
 
 
 @pytest.mark.parametrize(('name', 'twin'), TWINS)
 def test_differs_from_its_twin_in_cbam_alone(name, twin):
     ours, plain = (Config.fromfile(ROOT / 'configs' / n).to_dict() for n in (name, twin))
-    plugins = [c['model']['backbone'].pop('plugins', None) for c in (ours, plain)]
-    assert [p['cfg']['type'] for p in plugins[0]] == ['CBAM']
-    assert plugins[1] is None
+    ours['model'], types = without_plugins(ours['model'])
+    plain['model'], none = without_plugins(plain['model'])
+    assert types == ['CBAM']
+    assert not none
     assert ours == plain
 
 
-# The rows of the paper's tables 1 to 3, and what the authors' code adds: the arguments in which each differs from CBAM in full.
-ABLATIONS = {
-    'cbam': {},
-    'channel_avg': dict(pools=('avg',), spatial=None),
-    'channel_max': dict(pools=('max',), spatial=None),
-    'channel_avg_max': dict(spatial=None),
-    'channel_lp': dict(pools=('lp',), spatial=None),
-    'channel_lse': dict(pools=('lse',), spatial=None),
-    'spatial_conv_k3': dict(spatial='conv', kernel_size=3),
-    'spatial_conv_k7': dict(spatial='conv'),
-    'spatial_pool_k3': dict(kernel_size=3),
-    'order_spatial_channel': dict(order='spatial-channel'),
-    'order_parallel': dict(order='parallel'),
-}
-ABLATION_BASES = [None, 'cbam_mmdet::faster_rcnn_r50_cbam.py']
-
-
-def test_every_ablation_is_listed():
-    assert {f'ablation/{name}.py' for name in (*ABLATIONS, 'plain')} == {
-        n for n in CONFIGS if n.startswith('ablation/')
-    }
-
-
-@pytest.mark.parametrize('base', ABLATION_BASES)
-@pytest.mark.parametrize('name', [*ABLATIONS, 'plain'])
-def test_ablation_differs_from_its_base_in_the_plugin_alone(monkeypatch, name, base):
-    if base:
-        monkeypatch.setenv('ABLATION_BASE', base)
-    ours = Config.fromfile(ROOT / f'configs/ablation/{name}.py').to_dict()
-    expected = Config.fromfile(config_path(base.split('::')[1]) if base else DEMO).to_dict()
-    if name == 'plain':
-        expected['model']['backbone']['plugins'] = None
-    else:
-        expected['model']['backbone']['plugins'][0]['cfg'].update(ABLATIONS[name])
-    assert ours == expected
-
-
-@pytest.mark.parametrize('name', [*ABLATIONS, 'plain'])
-def test_ablation_builds_what_it_says(name):
-    blocks = [m for m in build(f'ablation/{name}.py').backbone.modules() if isinstance(m, CBAM)]
-    assert len(blocks) == (0 if name == 'plain' else 16)  # the blocks of a ResNet-50
-    for cbam in blocks:
-        says = dict(pools=('avg', 'max'), spatial='pool', kernel_size=7, order='channel-spatial') | ABLATIONS[name]
-        assert cbam.channel.pools == says['pools']
-        assert cbam.order == says['order']
-        if says['spatial'] is None:
-            assert cbam.spatial is None
-        else:
-            planes = 2 if says['spatial'] == 'pool' else 1
-            assert cbam.spatial.conv.weight.shape == (1, planes, says['kernel_size'], says['kernel_size'])
-            assert (cbam.spatial.reduce is None) == (says['spatial'] == 'pool')
-
-
-@pytest.mark.parametrize('name', [name for name, _ in TWINS if not name.startswith('demo')])
-def test_cbam_is_in_all_four_stages_and_trains(name):
+@pytest.mark.parametrize(('name', 'twin'), [(name, twin) for name, twin in TWINS if not name.startswith('demo')])
+def test_plain_checkpoint_loads_and_every_cbam_trains(name, twin):
     """Also in the stages that MMDetection's configs freeze."""
-    model = build(name)
+    model, plain = build(name), build(twin)
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert missing and all('cbam' in key for key in missing)
     model.train()
-    for stage, blocks in enumerate(
-        (model.backbone.layer1, model.backbone.layer2, model.backbone.layer3, model.backbone.layer4)
-    ):
+    cbams = [module for module in model.modules() if isinstance(module, CBAM)]
+    assert cbams and all(p.requires_grad for cbam in cbams for p in cbam.parameters())
+    if 'rcnn' in name:
+        assert not any(p.requires_grad for p in model.backbone.conv1.parameters()), 'the stem stays frozen'
+
+
+STAGES = {'r18': (2, 2, 2, 2), 'r50': (3, 4, 6, 3), 'r101': (3, 4, 23, 3), 'x101': (3, 4, 23, 3)}
+
+
+@pytest.mark.parametrize('name', [name for name, _ in TWINS if not name.startswith('demo') and 'vgg' not in name])
+def test_cbam_is_in_every_block(name):
+    """After the block's last norm: in the block itself by MMDetection's plugins, or as the norm's child by PluginBackbone."""
+    backbone = build(name).backbone
+    kind = re.search('_(r18|r50|r101|x101)_', name).group(1)
+    stages = [getattr(backbone, f'layer{i}') for i in (1, 2, 3, 4) if hasattr(backbone, f'layer{i}')]
+    assert len(stages) == (3 if 'ssd' in name else 4)
+    for blocks, depth in zip(stages, STAGES[kind], strict=False):
+        assert len(blocks) == depth
         for block in blocks:
-            assert isinstance(block.cbam, CBAM), f'stage {stage + 1}'
-            assert all(p.requires_grad for p in block.cbam.parameters())
-    assert not any(p.requires_grad for p in model.backbone.conv1.parameters()), 'the stem stays frozen'
+            assert isinstance(block.bn2.cbam if kind == 'r18' else block.cbam, CBAM)
+
+
+@pytest.mark.parametrize('name', [name for name, _ in TWINS if 'vgg16_cbam_coco' in name or 'vgg16_cbam_voc' in name])
+def test_cbam_follows_the_last_relu_of_each_convolution_stage(name):
+    features = build(name).backbone.features
+    with_cbam = [i for i, layer in enumerate(features) if hasattr(layer, 'cbam')]
+    pools = [i for i, layer in enumerate(features) if isinstance(layer, torch.nn.MaxPool2d)]
+    assert with_cbam == [i - 1 for i in pools] and len(pools) == 5
+    assert all(isinstance(features[i], torch.nn.ReLU) for i in with_cbam)
+    assert [features[i].cbam.channel.fc1.in_features for i in with_cbam] == [64, 128, 256, 512, 512]
+
+
+def test_cbam_before_the_heads_refines_each_map_that_they_see():
+    model, plain = build('ssd300_vgg16_cbam_heads_voc0712.py').eval(), build('ssd300_vgg16_voc0712.py').eval()
+    torch.nn.init.constant_(plain.neck.l2_norm.weight, 20)  # MMDetection leaves it uninitialized before init_weights()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    cbams = [getattr(model.neck, f'cbam{i}') for i in range(6)]
+    for parameter in (p for cbam in cbams for p in cbam.parameters()):
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(1, 3, 300, 300)
+    with torch.no_grad():
+        maps = plain.extract_feat(x)
+        assert [m.shape[-1] for m in maps] == [38, 19, 10, 5, 3, 1]
+        for refined, cbam, plain_map in zip(model.extract_feat(x), cbams, maps, strict=True):
+            assert torch.equal(refined, cbam(plain_map))
+
+
+def test_ssd_on_a_resnet_gives_the_maps_that_its_anchors_expect():
+    model = build('ssd300_r50_cbam_voc0712.py')
+    with torch.no_grad():
+        maps = model.extract_feat(torch.randn(1, 3, 300, 300))
+    assert [tuple(m.shape[1:3]) for m in maps] == [(512, 38), (1024, 19), (512, 10), (256, 5), (256, 3), (256, 1)]
+    anchors = model.bbox_head.prior_generator.grid_priors([m.shape[-2:] for m in maps], device='cpu')
+    outputs = model.bbox_head(maps)
+    for scores, priors, m in zip(outputs[0], anchors, maps, strict=True):
+        assert scores.shape[1] // 21 * m.shape[-1] ** 2 == len(priors)
 
 
 def test_cbam_sits_after_the_last_norm_before_the_addition():

@@ -406,7 +406,6 @@ def test_what_cannot_be_is_explained(backbone, after, cfg, patterns):
 @pytest.mark.parametrize(
     ('plugins', 'pattern'),
     [
-        ([], 'expected a list like'),
         ('CBAM', 'expected a list like'),
         ([dict(type='CBAM')], r'plugins\[0\]: expected dict\(cfg='),
         ([dict(cfg=dict(type='CBAM'), position='after_conv3')], "does not take 'position'"),
@@ -416,6 +415,11 @@ def test_what_cannot_be_is_explained(backbone, after, cfg, patterns):
 def test_plugins_that_are_none(plugins, pattern):
     with pytest.raises(UserError, match=pattern):
         PluginBackbone(R18, plugins)
+
+
+@pytest.mark.parametrize('plugins', [None, []])
+def test_no_plugins(plugins):
+    assert not plugged(PluginBackbone(R18, plugins))
 
 
 def test_input_shape():
