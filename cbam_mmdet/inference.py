@@ -22,6 +22,7 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 from tqdm import tqdm
 
+from . import ssd_head  # noqa: F401  (SSD is mended)
 from .checkpoints import compare_state_dicts, find_checkpoint
 from .config import check_plugins, split_datasets
 from .datasets.checks import dataset_classes

@@ -16,7 +16,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from . import evaluation  # noqa: F401  (registers the metrics)
+from . import evaluation, ssd_head  # noqa: F401  (the metrics are registered, SSD is mended)
 from .checkpoints import find_checkpoint
 from .config import check_optimizer, check_plugins, set_data_root
 from .datasets.checks import check_data

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import DEMO, ROOT, tiny
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -67,6 +68,21 @@ def test_plain_checkpoint_loads_and_every_cbam_trains(name, twin):
     assert cbams and all(p.requires_grad for cbam in cbams for p in cbam.parameters())
     if 'rcnn' in name:
         assert not any(p.requires_grad for p in model.backbone.conv1.parameters()), 'the stem stays frozen'
+
+
+@pytest.mark.parametrize('name', ['ssd300_vgg16_cbam_coco.py', 'ssd300_r50_cbam_voc0712.py'])
+def test_ssd_predicts(name):
+    """MMDetection's own fails with "'SSDHead' object has no attribute 'loss_cls'"."""
+    model = build(name).eval()
+    sample = DetDataSample(metainfo=dict(img_shape=(300, 300), ori_shape=(300, 300), scale_factor=(1, 1)))
+    if hasattr(model.neck, 'l2_norm'):
+        torch.nn.init.constant_(model.neck.l2_norm.weight, 20)
+    with torch.no_grad():
+        (result,) = model.predict(torch.randn(1, 3, 300, 300), [sample])
+    found = result.pred_instances
+    assert 0 < len(found) <= 200
+    assert found.labels.max() < model.bbox_head.num_classes
+    assert ((found.scores >= 0.02) & (found.scores <= 1)).all()
 
 
 STAGES = {'r18': (2, 2, 2, 2), 'r50': (3, 4, 6, 3), 'r101': (3, 4, 23, 3), 'x101': (3, 4, 23, 3)}
