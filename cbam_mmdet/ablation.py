@@ -36,9 +36,10 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from .config import check_plugins, load_config, set_data_root
+from .config import check_plugins, load_config
 from .errors import UserError
 from .inference import load_detector
+from .run import point_at_data
 
 BASE = 'ABLATION_BASE'  # the environment variable that configs/ablation/cbam.py reads
 HEADLINES = ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'pascal_voc/mAP')
@@ -123,6 +124,7 @@ def ablate(
     *,
     base: str | None = None,
     data_root: str | None = None,
+    classes: str | Sequence[str] | None = None,
     cfg_options: dict | None = None,
     rounds: int = 20,
     print_commands: bool = False,
@@ -135,6 +137,7 @@ def ablate(
         tools: the folder of train.py and test.py.
         base: the detector that configs/ablation/ builds on, in place of the demo's.
         data_root: re-points every dataloader and evaluator (see config.set_data_root).
+        classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
         cfg_options: settings to override in every config.
         rounds: how often each detector's speed is measured.
         print_commands: print the commands that are left to run, and end.
@@ -145,7 +148,7 @@ def ablate(
     Raises:
         UserError: for a config that cannot be used, or a folder that holds runs of other settings.
     """
-    runs = load_runs(configs, Path(work_dir), base, data_root, cfg_options)
+    runs = load_runs(configs, Path(work_dir), base, data_root, classes, cfg_options)
     with _locked(Path(work_dir)) as lock:
         for run in runs:
             record_settings(run)
@@ -177,7 +180,12 @@ def ablate(
 
 
 def load_runs(
-    configs: Sequence[str], work_dir: Path, base: str | None, data_root: str | None, cfg_options: dict | None
+    configs: Sequence[str],
+    work_dir: Path,
+    base: str | None = None,
+    data_root: str | None = None,
+    classes: str | Sequence[str] | None = None,
+    cfg_options: dict | None = None,
 ) -> list[Run]:
     """Read every config, whole.
 
@@ -198,9 +206,9 @@ def load_runs(
             raise UserError(f'--base is for the configs of configs/ablation/; {path} builds on a base of its own')
         if not cfg.get('val_dataloader') or not cfg.get('train_cfg'):
             raise UserError(f'{path} has no training with a validation (train_cfg, val_dataloader): nothing to compare')
-        if data_root:
-            set_data_root(cfg, data_root)
         init_default_scope(cfg.get('default_scope', 'mmdet'))
+        with contextlib.redirect_stdout(sys.stderr):
+            point_at_data(cfg, data_root, classes)
         check_plugins(cfg)
         run = Run(name, cfg, work_dir)
         # So that a row of metrics tells which validation it is of; MMEngine counts no epochs in a loop of iterations.

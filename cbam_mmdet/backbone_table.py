@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -135,12 +135,12 @@ def measure_all(names: Iterable[str]) -> list[Row]:
     return rows
 
 
-def build_with_cbam(name: str, **cbam: object) -> nn.Module:
-    """One of BACKBONES, with CBAM at its place."""
+def build_with_cbam(name: str, input_shape: Sequence[int] | None = None, **cbam: object) -> nn.Module:
+    """One of BACKBONES, with CBAM (and its arguments) at its place; see PluginBackbone for input_shape."""
     cfg, place = BACKBONES[name]
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='A CBAM with its initial weights')  # frozen by a backbone's default
-        return PluginBackbone(cfg, [dict(cfg=dict(type='CBAM', **cbam), after=place)])
+        return PluginBackbone(cfg, [dict(cfg=dict(type='CBAM', **cbam), after=place)], input_shape)
 
 
 def build_plain(name: str) -> nn.Module:

@@ -83,6 +83,11 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
     return cfg
 
 
+def class_names(text: str) -> str | list[str]:
+    """The value of --classes: 'auto' as it is, else the names between the commas."""
+    return text if text == 'auto' else text.split(',')
+
+
 def datasets_of(dataset: ConfigDict | list | None) -> Iterator[ConfigDict]:
     """The data sets that hold data, inside whatever wrappers (RepeatDataset, ConcatDataset, MultiImageMixDataset)."""
     for candidate in dataset if isinstance(dataset, (list, tuple)) else [dataset]:

@@ -144,6 +144,19 @@ def test(
     return runner.test()
 
 
+def point_at_data(cfg: Config, data_root: str | None, classes: str | Sequence[str] | None) -> None:
+    """What --data-root and --classes do to a config, in place; None leaves the config's own.
+
+    Raises:
+        UserError: see config.set_data_root and datasets.classes.set_classes.
+    """
+    if data_root:
+        set_data_root(cfg, data_root)
+        fit_voc_folders(cfg)
+    if classes:
+        set_classes(cfg, classes)
+
+
 def _prepare(
     cfg: Config, data_root: str | None, classes: str | Sequence[str] | None, work_dir: str | None, launcher: str
 ) -> None:
@@ -155,11 +168,7 @@ def _prepare(
         cfg.work_dir = work_dir
     elif not cfg.get('work_dir'):
         cfg.work_dir = osp.join('work_dirs', Path(cfg.filename).stem)
-    if data_root:
-        set_data_root(cfg, data_root)
-        fit_voc_folders(cfg)
-    if classes:
-        set_classes(cfg, classes)
+    point_at_data(cfg, data_root, classes)
     check_plugins(cfg)
     check_optimizer(cfg)
 

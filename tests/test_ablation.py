@@ -150,22 +150,24 @@ def test_one_ablation_a_folder(tmp_path):
 
 def test_bases(tmp_path):
     base = str(ROOT / 'configs/faster_rcnn_r50_cbam.py')
-    (run,) = load_runs([str(ABLATION / 'channel_max.py')], tmp_path, base, '/elsewhere', {'train_cfg.max_epochs': 3})
+    (run,) = load_runs(
+        [str(ABLATION / 'channel_max.py')], tmp_path, base, '/elsewhere', cfg_options={'train_cfg.max_epochs': 3}
+    )
     expected = dict(type='CBAM', reduction=16, gate='unit', pools=('max',), spatial=None)
     assert run.cfg.model.backbone.plugins[0].cfg == expected
     assert run.cfg.train_dataloader.dataset.data_root == '/elsewhere/'
     assert run.last_step == ('epoch', 3)
-    (run,) = load_runs([str(ABLATION / 'channel_max.py')], tmp_path, None, None, None)
+    (run,) = load_runs([str(ABLATION / 'channel_max.py')], tmp_path)
     assert run.cfg.model.backbone.plugins[0].cfg.reduction == 4, 'the base is forgotten'
     with pytest.raises(UserError, match='a base of its own'):
-        load_runs([DEMO], tmp_path, base, None, None)
+        load_runs([DEMO], tmp_path, base)
     with pytest.raises(UserError, match='must be a CBAM'):
-        load_runs([str(ABLATION / 'plain.py')], tmp_path, base.replace('_cbam', ''), None, None)
+        load_runs([str(ABLATION / 'plain.py')], tmp_path, base.replace('_cbam', ''))
 
 
 def test_two_configs_of_one_name_are_refused(tmp_path):
     with pytest.raises(UserError, match='two configs are called plain'):
-        load_runs([str(ABLATION / 'plain.py')] * 2, tmp_path, None, None, None)
+        load_runs([str(ABLATION / 'plain.py')] * 2, tmp_path)
 
 
 def test_table():

@@ -39,15 +39,22 @@ def tensors(outputs):
     return [outputs] if isinstance(outputs, torch.Tensor) else [y for y in outputs if y is not None]
 
 
+def give_usable_weights(backbone):
+    """Where a backbone as built, before init_weights() or pretrained weights, computes with numbers that are none."""
+    for module in backbone.modules():
+        if type(module).__name__ == 'TridentConv':  # memory as it was found
+            nn.init.kaiming_uniform_(module.weight)
+        if hasattr(module, 'weight_gamma'):  # DetectoRS's convolutions overflow at the scale that they start with
+            nn.init.constant_(module.weight_gamma, 0.05)
+
+
 @pytest.mark.parametrize('name', BACKBONES)
 def test_backbone(name):
     if 'mmpretrain' in BACKBONES[name][0]['type']:
         pytest.importorskip('mmpretrain', reason="an optional extra: pip install '.[backbones]'")
         pytest.importorskip('timm')
-    plain, ours = build_plain(name), build_with_cbam(name, gate='unit')
-    for key, scale in plain.named_buffers():
-        if key.endswith('weight_gamma'):  # DetectoRS's convolutions overflow without the pretrained weights' scale
-            scale.fill_(0.05)
+    plain, ours = build_plain(name), build_with_cbam(name, (3, 96, 96), gate='unit')
+    give_usable_weights(plain)
     cbams = [module for module in ours.modules() if isinstance(module, CBAM)]
     assert cbams
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
+from cbam_mmdet.config import class_names
 from cbam_mmdet.errors import run_tool
 
 
@@ -25,6 +26,12 @@ def parse_args() -> argparse.Namespace:
         help='the detector with CBAM that configs/ablation/ varies (default: configs/demo/faster_rcnn_cbam.py)',
     )
     parser.add_argument('--data-root', metavar='DIR', help="folder of the data set, in place of the configs'")
+    parser.add_argument(
+        '--classes',
+        type=class_names,
+        metavar='A,B,C',
+        help="class names of your data set; 'auto' reads them from its training annotations",
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -56,6 +63,7 @@ def main() -> int:
         Path(__file__).resolve().parent,
         base=args.base,
         data_root=args.data_root,
+        classes=args.classes,
         cfg_options=args.cfg_options,
         rounds=args.rounds,
         print_commands=args.print_commands,

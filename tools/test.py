@@ -5,7 +5,7 @@ import os
 
 from mmengine.config import DictAction
 
-from cbam_mmdet.config import load_config
+from cbam_mmdet.config import class_names, load_config
 from cbam_mmdet.errors import run_tool
 
 
@@ -17,7 +17,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--data-root', metavar='DIR', help="folder of the data set, in place of the config's")
     parser.add_argument(
         '--classes',
-        type=lambda names: names if names == 'auto' else names.split(','),
+        type=class_names,
         metavar='A,B,C',
         help="class names of your data set; 'auto' reads them from its training annotations",
     )

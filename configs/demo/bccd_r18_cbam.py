@@ -32,6 +32,12 @@ train_pipeline = [
     dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),  # cells have no right way up
     dict(type='PackDetInputs'),
 ]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=image_size, keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
 images = dict(_delete_=True, type='VOCDataset', data_root=data_root, data_prefix=dict(sub_data_root='VOC2007/'), metainfo=dict(classes=classes))
 train_dataloader = dict(
     dataset=dict(
@@ -39,7 +45,7 @@ train_dataloader = dict(
     )
 )
 val_dataloader = dict(
-    dataset=dict(ann_file='VOC2007/ImageSets/Main/test.txt', test_mode=True, pipeline={{_base_.test_pipeline}}, **images)
+    dataset=dict(ann_file='VOC2007/ImageSets/Main/test.txt', test_mode=True, pipeline=test_pipeline, **images)
 )
 test_dataloader = val_dataloader
 val_evaluator = [dict(type='PascalVOCMetric', eval_mode='area'), dict(type='VOCCocoMetric')]
