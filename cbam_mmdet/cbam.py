@@ -211,8 +211,8 @@ class CBAM(BaseModule):
         if mode and frozen and self._fresh:
             warnings.warn(
                 'A CBAM with its initial weights is frozen (requires_grad=False) and would never train: its stage is among the '
-                "backbone's frozen_stages. Set model.backbone.frozen_stages=0 (or -1), or take the frozen stages out of the "
-                "plugin's stages=(False, True, True, True), or load weights that hold a trained CBAM.",
+                "backbone's frozen_stages. Set frozen_stages=0 (or -1) in the backbone, or take the frozen stages out of the "
+                "plugin's stages=(False, True, True, True) (PluginBackbone: out of `after`), or load weights that hold a trained CBAM.",
                 stacklevel=2,
             )
         return super().train(mode)

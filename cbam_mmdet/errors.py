@@ -163,7 +163,7 @@ def _out_of_memory(error: BaseException) -> str | None:
         return None
     return (
         f'the GPU has no memory left ({str(error).split(". ")[0]}). Lower train_dataloader.batch_size (and the learning rate with it, '
-        '--auto-scale-lr), use --amp, or set model.backbone.with_cp=True.'
+        '--auto-scale-lr), use --amp, or set with_cp=True in the backbone.'
     )
 
 

@@ -440,6 +440,18 @@ def test_voc_faults(run_tool, tmp_path):
 # Training
 
 
+@pytest.mark.skipif(not BCCD.is_dir(), reason='the BCCD images are not there')
+def test_voc_images_of_another_suffix(run_tool, tmp_path):
+    for part in ('Annotations', 'ImageSets'):
+        shutil.copytree(BCCD / 'VOC2007' / part, tmp_path / part)
+    (tmp_path / 'JPEGImages').mkdir()
+    for name in (BCCD / 'VOC2007/ImageSets/Main/trainval.txt').read_text().split():
+        (tmp_path / f'JPEGImages/{name}.png').write_bytes(b'')
+    result = run_tool('train.py', ROOT / 'configs/ssd300_vgg16_cbam_voc0712.py', '--data-root', tmp_path, '--classes', 'auto',
+                      '--work-dir', tmp_path / 'work')  # fmt: skip
+    assert_refused(result, r'are BloodImage_\d+\.png', r'must end with \.jpg')
+
+
 def test_loss_that_is_not_finite(train, tmp_path):
     result = train('optim_wrapper.optimizer.lr=1e20', 'optim_wrapper.clip_grad=None', 'param_scheduler=[]',
                    'train_cfg.max_epochs=3')  # fmt: skip

@@ -281,6 +281,13 @@ def _check_image_files(path: str, split: str, folder: str, names: list[str]) -> 
     present = set(os.listdir(folder))
     missing = [name for name in names if name not in present and not osp.isfile(osp.join(folder, name))]
     if names and len(missing) == len(names):
+        stem, suffix = osp.splitext(names[0])
+        others = [name for name in sorted(present) if osp.splitext(name)[0] == stem]
+        if others:
+            raise UserError(
+                f'the images of {path} are {others[0]}, ... in {folder}, but MMDetection reads {names[0]}, ...: in a data set of this kind '
+                f'their names must end with {suffix}. Convert them (`mogrify -format {suffix[1:]} *{osp.splitext(others[0])[1]}` of ImageMagick does).'
+            )
         raise UserError(f'none of the {len(names)} images that {path} lists is in {folder} (the first: {names[0]}).')
     if missing:
         what = f'{len(missing)} of the {len(names)} images that {path} lists are not in {folder}: {abridge(missing, 3)}'
