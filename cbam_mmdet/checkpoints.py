@@ -1,16 +1,28 @@
-"""Checkpoints: is a file one, and does it fit a model?"""
+"""Checkpoints: found, written whole, loaded without running code from them, and compared with the model they are for."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
 
-from mmengine.runner import find_latest_checkpoint
+import numpy as np
+import torch
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader, find_latest_checkpoint
+from mmengine.runner import checkpoint as checkpoint_module
 from torch import nn
 
 from .errors import UserError, near
+
+RUN_STATE = ('meta', 'message_hub', 'optimizer')  # what a training run goes on from, besides the weights
 
 
 def find_checkpoint(path: str) -> str:
@@ -92,3 +104,152 @@ def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, nam
 
 def _some(keys: list[str], most: int = 3) -> str:
     return ', '.join(keys[:most]) + (', ...' if len(keys) > most else '')
+
+
+# Writing whole files only
+
+
+class AtomicLocalBackend(LocalBackend):
+    """MMEngine's way to the disk, by which it writes checkpoints: beside their place, then moved there when they are on the disk.
+
+    A process that is killed at any moment, or a disk that is full, leaves what was there before.
+    """
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        path = Path(filepath)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f'.{path.name}.{os.getpid()}.unfinished')
+        try:
+            with unfinished.open('wb') as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too
+        finally:
+            os.close(folder)
+
+
+def write_whole_files() -> None:
+    """Let MMEngine write checkpoints through AtomicLocalBackend in this process."""
+    register_backend('local', AtomicLocalBackend, force=True, prefixes='')
+
+
+def remove_unfinished(work_dir: str) -> None:
+    """Remove what a killed process left half written in a folder."""
+    for path in Path(work_dir).glob('.*.unfinished'):
+        path.unlink(missing_ok=True)
+
+
+def newest_checkpoint(work_dir: str) -> tuple[str | None, list[str]]:
+    """The newest checkpoint of a training run that can be gone on from.
+
+    Returns:
+        Its path, None if there is none; and for each newer one why it was passed over.
+    """
+    passed_over = []
+    files = [p for p in Path(work_dir).glob('*.pth') if re.fullmatch(r'(epoch|iter)_\d+', p.stem)]
+    for path in sorted(files, key=lambda p: (p.stat().st_mtime_ns, int(p.stem.split('_')[1])), reverse=True):
+        try:
+            checkpoint = load_checkpoint(find_checkpoint(str(path)), 'cpu')
+        except UserError as error:
+            passed_over.append(str(error))
+            continue
+        lacking = [key for key in RUN_STATE if key not in checkpoint]
+        if not lacking:
+            return str(path), passed_over
+        passed_over.append(f'checkpoint {path} lacks the state of the run ({", ".join(lacking)})')
+    return None, passed_over
+
+
+# Loading without running code from the file
+
+
+def load_checkpoint(path: str, map_location: str | torch.device | None = None, trust: bool = False) -> dict:
+    """Load a checkpoint file of tensors and plain data; nothing in it is executed.
+
+    What MMEngine's own checkpoints hold besides (numpy arrays and numbers, the histories of its logs) is let through.
+
+    Args:
+        path: a local file.
+        map_location: as torch.load's.
+        trust: load whatever it holds, by full unpickling: this runs code from the file.
+
+    Raises:
+        UserError: if the file is damaged, or needs more than that; nothing of it was run.
+    """
+    try:
+        with _harmless_globals():
+            return torch.load(path, map_location=map_location, weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        found = re.search(r'GLOBAL ([\w.]+)', str(error))
+        named = f' (it names {found.group(1)})' if found else ''
+        raise UserError(
+            f'checkpoint {path} holds more than tensors and plain data{named}: loading it would run code from the file, so it was not loaded. '
+            'If you trust where it comes from: --trust-checkpoint.'
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
+        raise UserError(
+            f'checkpoint {path} cannot be read, it is damaged or none of PyTorch ({error}): use an earlier one.'
+        ) from error
+
+
+def use_safe_loading(trust: bool = False) -> None:
+    """Let all that MMEngine loads in this process (load_from, resume, Pretrained, init_detector, by file or by URL) go through load_checkpoint.
+
+    MMEngine tries to load safely, too, but falls back to unpickling whatever the file holds.
+    """
+
+    def load_from_local(filename: str, map_location: str | torch.device | None = None) -> dict:
+        filename = os.path.expanduser(filename)
+        if not os.path.isfile(filename):
+            raise UserError(f'checkpoint {filename} does not exist')
+        return load_checkpoint(filename, map_location, trust)
+
+    def load_url(
+        url: str, model_dir: str | None = None, map_location: str | torch.device | None = None, **kwargs: Any
+    ) -> dict:
+        folder = model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
+        path = os.path.join(folder, os.path.basename(urlparse(url).path))
+        if not os.path.exists(path):
+            os.makedirs(folder, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, progress=kwargs.get('progress', True))
+        return load_checkpoint(path, map_location, trust)
+
+    CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
+    checkpoint_module.load_url = load_url  # what 'https://', 'torchvision://' and 'open-mmlab://' end in
+
+
+@contextlib.contextmanager
+def _harmless_globals() -> Iterator[None]:
+    """What MMEngine's checkpoints name besides tensors: numpy's arrays, and its HistoryBuffer."""
+    core = getattr(np, '_core', None) or np.core
+    # Named by the modules that numpy 1 and 2 pickle them under; a checkpoint may come from either.
+    allowed = [HistoryBuffer, np.ndarray, np.dtype, core.multiarray._reconstruct, core.multiarray.scalar]
+    allowed += [
+        type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.uint8, np.uint32, np.bool_)
+    ]
+    allowed += [_statistics_method]
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(allowed)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _statistics_method(cls: type, name: str) -> Any:
+    """What a HistoryBuffer's pickle calls getattr for, and nothing else that getattr can reach."""
+    if cls is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
+        return getattr(cls, name)
+    raise pickle.UnpicklingError(f'Unsupported global: GLOBAL builtins.getattr of {cls!r}, {name!r}')
+
+
+# A checkpoint asks for it by this name.
+_statistics_method.__module__, _statistics_method.__qualname__ = 'builtins', 'getattr'

@@ -1,4 +1,4 @@
-"""Hooks that stop a run which has gone wrong, with a message, before it costs days.
+"""Hooks that stop a run which has gone wrong, with a message, before it costs days, and keep its checkpoints.
 
 The tools put them on the Runner, not into the config: the copy that a work dir keeps works without them too.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import torch
 from mmcv.transforms import LoadImageFromFile
-from mmengine.hooks import Hook
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from .checkpoints import compare_state_dicts
+from .checkpoints import RUN_STATE, compare_state_dicts
 from .datasets.loading import LoadCheckedImage
 from .errors import UserError
 
@@ -80,7 +81,7 @@ class CheckpointFitHook(Hook):
             model = model.module
         name = str(runner._load_from or runner.work_dir)
         compare_state_dicts(checkpoint, model, self.strict, name)
-        lacking = [key for key in ('meta', 'message_hub', 'optimizer') if key not in checkpoint]
+        lacking = [key for key in RUN_STATE if key not in checkpoint]
         if runner._resume and lacking:
             raise UserError(
                 f'--resume: {name} holds weights, but not the state of a training run ({", ".join(lacking)}). To start from '
@@ -124,3 +125,39 @@ def _check_images(dataset: object, on_error: str) -> None:
     for i, transform in enumerate(transforms):
         if type(transform) is LoadImageFromFile:
             transforms[i] = LoadCheckedImage.like(transform, on_error)
+
+
+class KeepOldUntilNewHook(CheckpointHook):
+    """MMEngine's CheckpointHook, but an old checkpoint goes when the new one is there, not before.
+
+    With max_keep_ckpts=1 a kill, or a full disk, between the two would leave none.
+    """
+
+    @classmethod
+    def replace_in(cls, runner: Runner) -> None:
+        """Change the hooks of a Runner that are MMEngine's own, in place; its config keeps the usual name."""
+        for hook in runner.hooks:
+            if type(hook) is CheckpointHook:
+                hook.__class__ = cls
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        before, limit = list(self.keep_ckpt_ids), self.max_keep_ckpts
+        self.max_keep_ckpts = -1  # nothing is removed; the list forgets its first by itself
+        if limit > 0 and step not in before:
+            self.keep_ckpt_ids.append(step)
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        try:
+            super()._save_checkpoint_with_step(runner, step, meta)
+        except BaseException:
+            self.keep_ckpt_ids.clear()
+            self.keep_ckpt_ids.extend(before)
+            raise
+        finally:
+            self.max_keep_ckpts = limit
+        if limit > 0 and is_main_process():
+            for old in set(before) - set(self.keep_ckpt_ids):
+                path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
+                if self.file_backend.isfile(path):
+                    self.file_backend.remove(path)
+                elif self.file_backend.isdir(path):  # DeepSpeed's are folders
+                    self.file_backend.rmtree(path)

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import ssd_head  # noqa: F401  (SSD is mended)
-from .checkpoints import compare_state_dicts, find_checkpoint
+from .checkpoints import compare_state_dicts, find_checkpoint, use_safe_loading
 from .config import check_plugins, split_datasets
 from .datasets.checks import dataset_classes
 from .datasets.loading import read_image
@@ -43,17 +43,19 @@ class Summary:
     broken: list[str]
 
 
-def load_detector(cfg: Config, checkpoint: str, device: str | None = None) -> nn.Module:
+def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust_checkpoint: bool = False) -> nn.Module:
     """A detector ready for `mmdet.apis.inference_detector`.
 
     Args:
         cfg: the config.
         checkpoint: the weights, a file or a work dir; every key must fit.
         device: 'cpu', 'cuda:0', ...; by default the GPU if there is one.
+        trust_checkpoint: load it by full unpickling, which runs code from the file (see checkpoints.load_checkpoint).
 
     Raises:
         UserError: if the checkpoint is missing, cut off, or of another architecture.
     """
+    use_safe_loading(trust_checkpoint)
     checkpoint = find_checkpoint(checkpoint)
     check_plugins(cfg)
     if device is None:

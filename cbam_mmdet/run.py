@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import os.path as osp
 from collections.abc import Sequence
@@ -13,17 +14,18 @@ from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.registry import RUNNERS, init_default_scope
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from . import evaluation, ssd_head  # noqa: F401  (the metrics are registered, SSD is mended)
-from .checkpoints import find_checkpoint
+from .checkpoints import find_checkpoint, newest_checkpoint, remove_unfinished, use_safe_loading, write_whole_files
 from .config import check_optimizer, check_plugins, set_data_root
 from .datasets.checks import check_data
 from .datasets.classes import set_classes
 from .datasets.voc import fit_voc_folders
 from .errors import UserError
-from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook
+from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook, KeepOldUntilNewHook
 
 
 def train(
@@ -35,6 +37,7 @@ def train(
     amp: bool = False,
     auto_scale_lr: bool = False,
     resume: str | bool = False,
+    trust_checkpoint: bool = False,
     launcher: str = 'none',
 ) -> Runner:
     """Check a config and its data, then train.
@@ -46,7 +49,8 @@ def train(
         work_dir: for logs and checkpoints; by default the config's, else work_dirs/NAME.
         amp: mixed precision (fp16, on a GPU).
         auto_scale_lr: scale the learning rate to the batch size.
-        resume: a checkpoint to go on from; True for the newest in work_dir.
+        resume: a checkpoint to go on from; True for the newest in work_dir that is whole.
+        trust_checkpoint: load checkpoints by full unpickling, which runs code from the file (see checkpoints.load_checkpoint).
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Returns:
@@ -56,6 +60,8 @@ def train(
         UserError: for whatever in config, data or checkpoint would end in a failure later.
     """
     _prepare(cfg, data_root, classes, work_dir, launcher)
+    use_safe_loading(trust_checkpoint)
+    write_whole_files()
     if amp:
         _use_amp(cfg)
     if auto_scale_lr:
@@ -65,13 +71,8 @@ def train(
             )
         cfg.auto_scale_lr.enable = True
     if resume:
-        resume = True if resume == 'auto' else resume  # MMDetection's word
         cfg.resume = True
-        cfg.load_from = None if resume is True else resume
-        if resume is True and not find_latest_checkpoint(cfg.work_dir):
-            raise UserError(
-                f'--resume: no checkpoint in {cfg.work_dir} to go on from; leave --resume out to start anew'
-            )
+        cfg.load_from = _newest(cfg.work_dir) if resume in (True, 'auto') else resume  # 'auto' is MMDetection's word
     if cfg.get('load_from'):
         cfg.load_from = find_checkpoint(cfg.load_from)
     if _is_first_process():
@@ -82,6 +83,9 @@ def train(
         CheckImagesHook(cfg.get('broken_images', 'skip')),
     ]
     runner = _build_runner(cfg, hooks)
+    KeepOldUntilNewHook.replace_in(runner)
+    if _is_first_process():
+        remove_unfinished(cfg.work_dir)
     runner.train()
     return runner
 
@@ -98,6 +102,7 @@ def test(
     show_dir: str | None = None,
     wait_time: float = 2,
     tta: bool = False,
+    trust_checkpoint: bool = False,
     launcher: str = 'none',
 ) -> dict[str, float]:
     """Check a config, its data and a checkpoint, then evaluate.
@@ -113,6 +118,7 @@ def test(
         show_dir: a folder, below work_dir, for the pictures.
         wait_time: seconds that a window stays.
         tta: test-time augmentation (horizontal flip where the config has no `tta_pipeline`).
+        trust_checkpoint: load it by full unpickling, which runs code from the file (see checkpoints.load_checkpoint).
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Returns:
@@ -123,6 +129,7 @@ def test(
     """
     if out and not out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out {out}: the detections are written as a pickle, the name must end with .pkl')
+    use_safe_loading(trust_checkpoint)
     cfg.load_from, cfg.resume = find_checkpoint(checkpoint), False
     _prepare(cfg, data_root, classes, work_dir, launcher)
     if not all(cfg.get(key) for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
@@ -182,6 +189,16 @@ def _build_runner(cfg: Config, hooks: list[Hook]) -> Runner:
     for hook in hooks:
         runner.register_hook(hook)
     return runner
+
+
+def _newest(work_dir: str) -> str:
+    path, passed_over = newest_checkpoint(work_dir)
+    for reason in passed_over:
+        print_log(f'--resume: passed over: {reason}', logger='current', level=logging.WARNING)
+    if path is None:
+        raise UserError(f'--resume: no checkpoint in {work_dir} to go on from; leave --resume out to start anew')
+    print_log(f'--resume: going on from {path}', logger='current')
+    return path
 
 
 def _is_first_process() -> bool:

@@ -20,6 +20,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--device', help="'cpu', 'cuda:0', ... (default: the GPU if there is one)")
     parser.add_argument('--no-draw', action='store_true', help='write the JSON only')
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='load a checkpoint that holds more than tensors and plain data: this runs code from the file',
+    )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='settings to override')
     return parser.parse_args()
 
@@ -29,7 +34,7 @@ def main() -> int:
     cfg = load_config(args.config, args.cfg_options)
     from cbam_mmdet.inference import infer, load_detector  # after the arguments: MMDetection takes seconds to import
 
-    model = load_detector(cfg, args.checkpoint, args.device)
+    model = load_detector(cfg, args.checkpoint, args.device, args.trust_checkpoint)
     done = infer(
         model,
         args.inputs,

@@ -27,6 +27,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--wait-time', type=float, default=2, metavar='S', help='seconds that a window stays')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='load a checkpoint that holds more than tensors and plain data: this runs code from the file',
+    )
+    parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
@@ -56,6 +61,7 @@ def main() -> None:
         show_dir=args.show_dir,
         wait_time=args.wait_time,
         tta=args.tta,
+        trust_checkpoint=args.trust_checkpoint,
         launcher=args.launcher,
     )
 

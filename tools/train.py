@@ -28,7 +28,12 @@ def parse_args() -> argparse.Namespace:
         const=True,
         default=False,
         metavar='FILE',
-        help='go on from this checkpoint; without FILE, from the newest in the work dir',
+        help='go on from this checkpoint; without FILE, from the newest in the work dir that is whole',
+    )
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='load a checkpoint that holds more than tensors and plain data: this runs code from the file',
     )
     parser.add_argument(
         '--cfg-options',
@@ -57,6 +62,7 @@ def main() -> None:
         amp=args.amp,
         auto_scale_lr=args.auto_scale_lr,
         resume=args.resume,
+        trust_checkpoint=args.trust_checkpoint,
         launcher=args.launcher,
     )
 

@@ -1,0 +1,295 @@
+"""Checkpoints that survive a kill and run no code."""
+
+import errno
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO, ROOT, tiny
+from mmengine.fileio import LocalBackend, get_file_backend, register_backend
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+from mmengine.runner import checkpoint as checkpoint_module
+from mmengine.runner.checkpoint import load_from_local, save_checkpoint
+
+from cbam_mmdet import checkpoints
+from cbam_mmdet.checkpoints import (
+    AtomicLocalBackend,
+    load_checkpoint,
+    newest_checkpoint,
+    use_safe_loading,
+    write_whole_files,
+)
+from cbam_mmdet.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def mmengine_as_it_was():
+    """The tools change how this process loads and writes."""
+    load_url = checkpoint_module.load_url
+    yield
+    register_backend('local', LocalBackend, force=True, prefixes='')
+    CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
+    checkpoint_module.load_url = load_url
+
+
+class WritesAFile:
+    """Unpickled by force, it writes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (Path.write_text, (Path(self.path), 'code ran'))
+
+
+class Asks:
+    """Unpickled, it calls getattr for what is not a statistic."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __reduce__(self):
+        return getattr, self.args
+
+
+@pytest.fixture
+def evil(trained, tmp_path):
+    """A checkpoint that fits the demo's detector, and writes a file when it is unpickled."""
+    checkpoint = torch.load(trained / 'epoch_1.pth', weights_only=False)
+    checkpoint['meta']['extra'] = WritesAFile(tmp_path / 'written')
+    torch.save(checkpoint, tmp_path / 'evil.pth')
+    return tmp_path / 'evil.pth'
+
+
+# Safe
+
+
+def assert_refused(result, evil):
+    assert result.code == 2 and 'Traceback' not in result.err, result.err[-2000:]
+    assert 'holds more than tensors and plain data' in result.err and '--trust-checkpoint' in result.err
+    assert not (evil.parent / 'written').exists()
+
+
+def test_plain_unpickling_runs_the_code(evil):
+    """That the file is what it should be."""
+    torch.load(evil, weights_only=False)
+    assert (evil.parent / 'written').read_text() == 'code ran'
+
+
+def test_train_load_from_refuses_code(run_tool, evil, shapes, tmp_path):
+    options = tiny(tmp_path / 'work', shapes, f'load_from={evil}')
+    assert_refused(run_tool('train.py', DEMO, *options), evil)
+
+
+def test_train_pretrained_backbone_refuses_code(run_tool, evil, shapes, tmp_path):
+    config = tmp_path / 'own.py'
+    init_cfg = dict(_delete_=True, type='Pretrained', checkpoint=str(evil), prefix='backbone.')
+    config.write_text(f"_base_ = '{DEMO}'\nmodel = dict(backbone=dict(init_cfg={init_cfg}))\n")
+    assert_refused(run_tool('train.py', config, *tiny(tmp_path / 'work', shapes)), evil)
+
+
+@pytest.mark.parametrize('newest', [True, False])
+def test_resume_refuses_code(run_tool, evil, shapes, tmp_path, newest):
+    shutil.copytree(tmp_path, tmp_path / 'work')
+    (tmp_path / 'work/evil.pth').rename(tmp_path / 'work/epoch_1.pth')
+    options = tiny(tmp_path / 'work', shapes)
+    result = run_tool('train.py', DEMO, '--resume', *([] if newest else [evil]), *options)
+    if newest:
+        assert result.code == 2 and 'no checkpoint in' in result.err
+        assert 'passed over' in result.out + result.err and 'holds more than tensors' in result.out + result.err
+        assert not (tmp_path / 'written').exists()
+    else:
+        assert_refused(result, evil)
+
+
+def test_test_refuses_code(run_tool, evil, shapes, tmp_path):
+    options = tiny(tmp_path / 'work', shapes)
+    assert_refused(run_tool('test.py', DEMO, evil, *options), evil)
+
+
+def test_infer_refuses_code(run_tool, evil, shapes, tmp_path):
+    options = [o for o in tiny(tmp_path, shapes)[5:] if str(o).startswith('model.')]
+    image = next((shapes / 'val2017').iterdir())
+    result = run_tool('infer.py', DEMO, evil, image, '--out-dir', tmp_path / 'out', '--cfg-options', *options)
+    assert_refused(result, evil)
+
+
+def test_trust_checkpoint_loads_it_all_the_same(run_tool, evil, shapes, tmp_path):
+    options = tiny(tmp_path / 'work', shapes)
+    result = run_tool('test.py', DEMO, evil, '--trust-checkpoint', *options)
+    assert result.code == 0, result.err[-2000:]
+    assert (tmp_path / 'written').read_text() == 'code ran'
+
+
+@pytest.mark.parametrize(
+    'args', [(HistoryBuffer, '__init__'), (HistoryBuffer, '__globals__'), (HistoryBuffer, 'register_statistics')]
+)
+def test_getattr_reaches_only_the_statistics(tmp_path, args):
+    torch.save(dict(x=Asks(*args)), tmp_path / 'a.pth')
+    with pytest.raises(UserError, match='holds more than'):
+        load_checkpoint(tmp_path / 'a.pth')
+
+
+def test_loading_leaves_torch_as_strict_as_it_was(trained, tmp_path):
+    load_checkpoint(trained / 'epoch_1.pth')
+    torch.save(dict(x=np.float64(1)), tmp_path / 'a.pth')
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / 'a.pth', weights_only=True)
+
+
+def test_a_runs_own_checkpoint_loads_whole(trained):
+    """With the state of the optimizer and the histories of the logs, equal to what full unpickling gives."""
+    path = trained / 'epoch_1.pth'
+    safe, full = load_checkpoint(path), torch.load(path, weights_only=False)
+    assert set(safe) == set(full) >= {'state_dict', 'optimizer', 'message_hub', 'param_schedulers', 'meta'}
+    assert all(torch.equal(safe['state_dict'][key], value) for key, value in full['state_dict'].items())
+    buffers = [c['message_hub']['log_scalars']['train/loss'] for c in (safe, full)]
+    assert buffers[0].mean(2) == buffers[1].mean(2)
+    assert np.array_equal(buffers[0].data[0], buffers[1].data[0])
+
+
+@pytest.mark.parametrize('how', ['cut', 'text', 'empty'])
+def test_damaged_file(trained, tmp_path, how):
+    whole = (trained / 'epoch_1.pth').read_bytes()
+    path = tmp_path / 'epoch_1.pth'
+    path.write_bytes(dict(cut=whole[: len(whole) // 2], text=b'no checkpoint', empty=b'')[how])
+    with pytest.raises(UserError, match=r'checkpoint .*epoch_1\.pth (cannot be read|holds more)'):
+        load_checkpoint(path)
+
+
+def test_a_url_is_loaded_the_safe_way(evil, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, path, **_: shutil.copy(evil, path))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    use_safe_loading()
+    with pytest.raises(UserError, match='holds more than'):
+        CheckpointLoader.load_checkpoint('https://example.org/resnet50-12345678.pth', map_location='cpu')
+    assert not (tmp_path / 'written').exists()
+
+
+# Surviving
+
+
+@pytest.mark.parametrize('failure', [OSError(errno.ENOSPC, 'No space left on device'), KeyboardInterrupt()])
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failure):
+    write_whole_files()
+    path = str(tmp_path / 'epoch_1.pth')
+    save_checkpoint(dict(state_dict=dict(a=torch.ones(3))), path)
+    before = Path(path).read_bytes()
+
+    def fail(_):
+        raise failure
+
+    monkeypatch.setattr(checkpoints.os, 'fsync', fail)
+    with pytest.raises(type(failure)):
+        save_checkpoint(dict(state_dict=dict(a=torch.zeros(3))), path)
+    assert Path(path).read_bytes() == before
+    assert os.listdir(tmp_path) == ['epoch_1.pth'], 'nothing half written is left'
+
+
+def test_mmengine_writes_through_it(tmp_path):
+    write_whole_files()
+    assert type(get_file_backend(str(tmp_path / 'a.pth'))) is AtomicLocalBackend
+    assert type(get_file_backend('plain/relative/path')) is AtomicLocalBackend
+
+
+def test_killed_while_writing_leaves_the_old_file(tmp_path):
+    """SIGKILL at random moments of a process that does nothing but write the same checkpoint again and again."""
+    program = (
+        'import sys, torch\n'
+        'from cbam_mmdet.checkpoints import write_whole_files\n'
+        'from mmengine.runner.checkpoint import save_checkpoint\n'
+        'write_whole_files()\n'
+        'i = 0\n'
+        'while True:\n'
+        '    i += 1\n'
+        f'    save_checkpoint(dict(meta=i, state_dict=dict(a=torch.full((2000000,), float(i)))), {str(tmp_path / "iter_1.pth")!r})\n'
+        '    print(i, flush=True)\n'
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, '-c', program], stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=str(ROOT))
+        )
+        process.stdout.readline()
+        time.sleep(rng.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        written = [int(line) for line in process.stdout.read().split() if line.isdigit()]
+        process.wait()
+        checkpoint = load_checkpoint(tmp_path / 'iter_1.pth')
+        assert (checkpoint['state_dict']['a'] == checkpoint['meta']).all()
+        assert checkpoint['meta'] >= max(written, default=1)
+
+
+def test_newest_checkpoint_passes_over_what_is_not_whole(trained, tmp_path):
+    whole = (trained / 'epoch_1.pth').read_bytes()
+    for i, content in enumerate([whole, whole, whole[:2000], b''], start=1):
+        (tmp_path / f'epoch_{i}.pth').write_bytes(content)
+        os.utime(tmp_path / f'epoch_{i}.pth', (i, i))
+    torch.save(torch.load(trained / 'epoch_1.pth', weights_only=False)['state_dict'], tmp_path / 'epoch_5.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_9'))
+    (tmp_path / 'best_coco_epoch_7.pth').write_bytes(whole)
+    path, passed_over = newest_checkpoint(str(tmp_path))
+    assert Path(path).name == 'epoch_2.pth'
+    assert [('epoch_5' in passed_over[0]), ('epoch_4' in passed_over[1]), ('epoch_3' in passed_over[2])] == [True] * 3
+    assert 'lacks the state of the run' in passed_over[0]
+
+
+def test_resume_goes_on_from_the_newest_that_is_whole(run_tool, trained, shapes, tmp_path):
+    work = Path(shutil.copytree(trained, tmp_path / 'work'))
+    (work / 'epoch_2.pth').write_bytes((work / 'epoch_1.pth').read_bytes()[:5000])
+    (work / 'last_checkpoint').write_text(str(work / 'epoch_2.pth'))
+    (work / '.epoch_2.pth.123.unfinished').write_bytes(b'half')
+    options = tiny(work, shapes, 'train_cfg.max_epochs=2')
+    result = run_tool('train.py', DEMO, '--resume', *options)
+    printed = result.out + result.err
+    assert result.code == 0, result.err[-2000:]
+    assert 'passed over' in printed and 'epoch_2.pth' in printed and f'going on from {work}/epoch_1.pth' in printed
+    assert load_checkpoint(work / 'epoch_2.pth')['meta']['epoch'] == 2
+    assert not list(work.glob('.*.unfinished'))
+
+
+def test_old_checkpoint_stays_until_the_new_one_is_there(run_tool, shapes, tmp_path, monkeypatch):
+    """With max_keep_ckpts=1, and a disk that is full at the second checkpoint."""
+    fsync, calls = os.fsync, []
+
+    def full_at_the_second_checkpoint(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 2:  # the first file and its folder
+            raise OSError(errno.ENOSPC, 'No space left on device', 'epoch_2.pth')
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoints.os, 'fsync', full_at_the_second_checkpoint)
+    options = tiny(
+        tmp_path,
+        shapes,
+        'train_cfg.max_epochs=3',
+        'default_hooks.checkpoint.interval=1',
+        'default_hooks.checkpoint.max_keep_ckpts=1',
+    )
+    result = run_tool('train.py', DEMO, *options)
+    assert result.code == 2 and 'Traceback' not in result.err
+    assert 'No space left on device' in result.err
+    assert [p.name for p in tmp_path.glob('*.pth')] == ['epoch_1.pth']
+    assert load_checkpoint(tmp_path / 'epoch_1.pth')['meta']['epoch'] == 1
+    monkeypatch.undo()
+
+
+def test_only_so_many_are_kept(run_tool, shapes, tmp_path):
+    options = tiny(
+        tmp_path,
+        shapes,
+        'train_cfg.max_epochs=3',
+        'default_hooks.checkpoint.interval=1',
+        'default_hooks.checkpoint.max_keep_ckpts=2',
+    )
+    assert run_tool('train.py', DEMO, *options).code == 0
+    assert sorted(p.name for p in tmp_path.glob('*.pth')) == ['epoch_2.pth', 'epoch_3.pth']
