@@ -9,6 +9,7 @@ import importlib.util
 import os
 import pickle
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -23,6 +24,16 @@ class UserError(ValueError):
     """What was given, what was expected and what to do, in words for the person at the keyboard."""
 
 
+class Stopped(Exception):
+    """A training that was told to stop by a signal, and has saved a checkpoint."""
+
+    def __init__(self, number: int, checkpoint: str) -> None:
+        super().__init__(
+            f'stopped by {signal.Signals(number).name}; {checkpoint} is saved, and --resume goes on from there'
+        )
+        self.code = 128 + number
+
+
 def near(name: str, choices: Iterable[str], n: int = 3) -> str:
     """A hint '; did you mean 'a' or 'b'?' for a misspelt name; empty if nothing is near."""
     choices = [choice for choice in choices if choice != name]
@@ -35,6 +46,8 @@ def run_tool(main: Callable[[], int | None]) -> None:
     """Run a tool's main function and exit with its code; turn known failures into one message on stderr."""
     try:
         code = main()
+    except Stopped as stop:
+        _leave(str(stop), stop.code)
     except KeyboardInterrupt:
         _leave('interrupted', INTERRUPTED)
     except Exception as error:

@@ -19,13 +19,21 @@ from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 from . import evaluation, ssd_head  # noqa: F401  (the metrics are registered, SSD is mended)
-from .checkpoints import find_checkpoint, newest_checkpoint, remove_unfinished, use_safe_loading, write_whole_files
+from .checkpoints import (
+    find_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    remove_unfinished,
+    use_safe_loading,
+    write_whole_files,
+)
 from .config import check_optimizer, check_plugins, set_data_root
 from .datasets.checks import check_data
 from .datasets.classes import set_classes
 from .datasets.voc import fit_voc_folders
 from .errors import UserError
 from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook, KeepOldUntilNewHook
+from .resume import ResumeExactlyHook, StopSignalHook
 
 
 def train(
@@ -75,18 +83,27 @@ def train(
         cfg.load_from = _newest(cfg.work_dir) if resume in (True, 'auto') else resume  # 'auto' is MMDetection's word
     if cfg.get('load_from'):
         cfg.load_from = find_checkpoint(cfg.load_from)
+    if resume and not (cfg.get('randomness') or {}).get('seed'):
+        # MMEngine takes the seed of the run that it resumes, but only after the data's order has been drawn.
+        seed = load_checkpoint(cfg.load_from, 'cpu', trust_checkpoint).get('meta', {}).get('seed')
+        cfg.setdefault('randomness', ConfigDict()).seed = seed
     if _is_first_process():
         check_data(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
     hooks = [
         FiniteLossHook(),
         CheckpointFitHook(strict=bool(resume)),
         CheckImagesHook(cfg.get('broken_images', 'skip')),
+        ResumeExactlyHook(),
+        stop := StopSignalHook(),
     ]
     runner = _build_runner(cfg, hooks)
     KeepOldUntilNewHook.replace_in(runner)
     if _is_first_process():
         remove_unfinished(cfg.work_dir)
-    runner.train()
+    try:
+        runner.train()
+    finally:
+        stop.restore()
     return runner
 
 

@@ -1,0 +1,217 @@
+"""Training that goes on after a stop as if there had been none: the same batches, the same random numbers, the same losses.
+
+What is random in an iteration depends on the seed, the rank and the number of the iteration alone, and what is random in an image on
+its place in the run's sequence of images. So nothing of it needs saving, and a run can be taken up in the middle of an epoch, with
+another number of workers, too. MMEngine, left alone, repeats the epoch from its start, and with other random numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import all_reduce, get_rank, get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch.utils.data import DataLoader, get_worker_info
+
+from .errors import Stopped
+
+# Streams of random numbers that must not meet.
+IN_ITERATION, IN_IMAGE = 0, 1
+
+
+def seed_all(*key: int) -> None:
+    """Seed Python, numpy and torch (the CPU, and the GPU if one is in use) by several numbers."""
+    words = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
+class PlacedIndex(int):
+    """The index of an image, and the key of the random numbers that its transforms draw."""
+
+    key: tuple[int, ...]
+
+    def __new__(cls, index: int, key: tuple[int, ...]) -> PlacedIndex:
+        made = super().__new__(cls, index)
+        made.key = key
+        return made
+
+    def __reduce__(self) -> tuple:
+        return PlacedIndex, (int(self), self.key)  # to the workers
+
+
+class PlacedBatches:
+    """A batch sampler whose indices know their place in the run; it can begin behind the batches that are done.
+
+    Args:
+        batches: the batch sampler of a data loader.
+        seed: the run's.
+        rank: of this process.
+    """
+
+    def __init__(self, batches: Any, seed: int, rank: int) -> None:
+        self.batches, self.seed, self.rank = batches, seed, rank
+        self.skip = 0
+        self.epoch = 0  # counted here, unless a loop of epochs sets it
+
+    def __iter__(self) -> Iterator[list[PlacedIndex]]:
+        skip, self.skip = self.skip, 0
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        for number, batch in enumerate(self.batches):
+            if number >= skip:
+                key = (IN_IMAGE, self.seed, self.rank, epoch, number)
+                yield [PlacedIndex(index, (*key, i)) for i, index in enumerate(batch)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'batches':  # not there yet while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.batches, name)
+
+
+class PlacedImages:
+    """A data set that seeds the random numbers before it loads an image, by the image's place in the run."""
+
+    def __init__(self, dataset: Any) -> None:
+        vars(self).update(placed=dataset, in_worker=False)
+
+    def __getitem__(self, index: int) -> Any:
+        if not self.in_worker and get_worker_info() is not None:
+            vars(self)['in_worker'] = True
+            # Signals go to the whole job; the workers go on until the main process has saved and ends them.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if isinstance(index, PlacedIndex):
+            seed_all(*index.key)
+        return self.placed[int(index)]
+
+    def __len__(self) -> int:
+        return len(self.placed)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ('placed', 'in_worker'):
+            raise AttributeError(name)
+        return getattr(self.placed, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.placed, name, value)  # e.g. the pipeline, by MMDetection's PipelineSwitchHook
+
+
+class ResumeExactlyHook(Hook):
+    """Make a training run one that can be taken up anywhere; see this module's docstring.
+
+    The data loader is changed in place, when it is there. Loaders without a batch sampler are left as they are.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self) -> None:
+        self.batches: PlacedBatches | None = None
+        self.seed = 0
+
+    def before_train(self, runner: Runner) -> None:
+        loader = runner.train_dataloader
+        self.seed = runner.seed or 0
+        if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
+            self.batches = PlacedBatches(loader.batch_sampler, self.seed, get_rank())
+            # A DataLoader refuses new attributes of these names, for the sake of workers that run; none does yet.
+            vars(loader)['batch_sampler'] = self.batches
+            vars(loader)['dataset'] = PlacedImages(loader.dataset)
+            if isinstance(runner.train_loop, EpochBasedTrainLoop):
+                self.batches.skip = runner.iter - runner.epoch * len(loader)
+                if self.batches.skip:
+                    print_log(
+                        f'going on behind the first {self.batches.skip} batches of epoch {runner.epoch + 1}',
+                        logger='current',
+                    )
+            elif hasattr(runner.train_loop, 'dataloader_iterator'):
+                # A loop of iterations has begun to load; it will pass over the batches that are done by itself.
+                loader._iterator = None
+                runner.train_loop.dataloader_iterator = type(runner.train_loop.dataloader_iterator)(loader)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        if self.batches and isinstance(runner.train_loop, EpochBasedTrainLoop):
+            self.batches.epoch = runner.epoch
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        seed_all(IN_ITERATION, self.seed, get_rank(), runner.iter)
+
+
+class StopSignalHook(Hook):
+    """On SIGTERM (a cluster's notice of preemption) or Ctrl-C: finish the iteration, save a checkpoint, end.
+
+    A second signal ends at once, without saving.
+
+    Args:
+        interval: with several processes, iterations between two looks whether one of them was told to stop.
+
+    Raises:
+        Stopped: that names the checkpoint; its exit code is 128 + the signal's number, as a shell has it.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self, interval: int = 10) -> None:
+        self.interval = interval
+        self.received: int | None = None
+        self.before: dict[int, Any] = {}
+        self.process = os.getpid()
+
+    def before_train(self, runner: Runner) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def after_train(self, runner: Runner) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the handlers back that were there."""
+        while self.before:
+            signal.signal(*self.before.popitem())
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        if get_world_size() == 1 or self.every_n_train_iters(runner, self.interval):
+            self._stop_if_told(runner, runner.iter + 1)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if get_world_size() == 1 and runner.train_loop is not None:
+            self._stop_if_told(runner, runner.iter)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:
+            return  # a worker that has not begun to load
+        self.received = number
+        self.restore()
+        print_log(
+            f'{signal.Signals(number).name}: stopping at the end of this iteration, with a checkpoint', logger='current'
+        )
+
+    def _stop_if_told(self, runner: Runner, iterations: int) -> None:
+        if get_world_size() > 1:
+            told = torch.tensor(self.received or 0, device=next(runner.model.parameters()).device)
+            all_reduce(told, 'max')
+            self.received = int(told) or None
+        if self.received is None:
+            return
+        name = f'iter_{iterations}.pth'
+        meta = dict(epoch=runner.epoch, iter=iterations)
+        runner.save_checkpoint(runner.work_dir, name, meta=meta, by_epoch=False)
+        if is_main_process():
+            Path(runner.work_dir, 'last_checkpoint').write_text(f'{runner.work_dir}/{name}')
+        raise Stopped(self.received, f'{runner.work_dir}/{name}')

@@ -1,0 +1,178 @@
+"""A run that was stopped anywhere and taken up again gives the losses of one that was not, iteration by iteration."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO, ROOT, tiny
+from torch.utils.data import DataLoader
+
+from cbam_mmdet.checkpoints import load_checkpoint
+from cbam_mmdet.resume import PlacedBatches, PlacedImages
+
+EPOCHS, ITERATIONS = 3, 4  # of an epoch: 8 images in batches of 2
+
+# A hook that sends this process a signal in the middle of a training, where a real one would come from outside.
+HOOK = """
+import os
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module(force=True)
+class SignalHook(Hook):
+    priority = 'LOWEST'  # after the checkpoint
+
+    def __init__(self, at, number):
+        self.at, self.number = at, number
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.at:
+            os.kill(os.getpid(), self.number)
+"""
+
+
+def config(folder, custom_hooks='[]', workers=0):
+    """The demo with photometric and geometric randomness and an EMA, logging every loss and saving by iteration."""
+    (folder / 'signal_hook.py').write_text(HOOK)
+    path = folder / 'resumable.py'
+    path.write_text(
+        f"_base_ = '{DEMO}'\n"
+        "custom_imports = dict(imports=['cbam_mmdet', 'signal_hook'])\n"
+        f"custom_hooks = [dict(type='EMAHook', momentum=0.1)] + {custom_hooks}\n"
+        'train_pipeline = [*_base_.train_pipeline[:2], dict(type="PhotoMetricDistortion"), *_base_.train_pipeline[2:]]\n'
+        'train_dataloader = dict(dataset=dict(pipeline=train_pipeline))\n'
+        'default_hooks = dict(logger=dict(interval=1), checkpoint=dict(by_epoch=False, interval=1, max_keep_ckpts=2))\n'
+        'log_processor = dict(window_size=1)\n'
+        'randomness = dict(_delete_=True)\n'
+    )
+    return path
+
+
+def options(work_dir, shapes, workers=0):
+    chosen = tiny(work_dir, shapes, f'train_cfg.max_epochs={EPOCHS}', 'train_dataloader.batch_size=2', 'train_cfg.val_interval=2',
+                  f'train_dataloader.num_workers={workers}')  # fmt: skip
+    return [
+        o
+        for o in chosen
+        if o not in ('train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=4')
+    ]
+
+
+def losses(work_dir):
+    """Iteration -> every loss, from what the run wrote; a later line of an iteration counts."""
+    found = {}
+    for path in sorted(Path(work_dir).glob('*/vis_data/scalars.json'), key=lambda p: p.stat().st_mtime):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            if 'loss' in row:
+                found[row['step']] = {
+                    key: value for key, value in row.items() if 'loss' in key or key in ('lr', 'acc', 'grad_norm')
+                }
+    return found
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(shapes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('uninterrupted')
+    process = start(folder, shapes, seed=7)
+    assert process.wait(timeout=300) == 0, (folder / 'log').read_text()[-2000:]
+    curve = losses(folder / 'work')
+    assert sorted(curve) == list(range(1, EPOCHS * ITERATIONS + 1))
+    return curve, load_checkpoint(folder / f'work/iter_{EPOCHS * ITERATIONS}.pth')
+
+
+def start(folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=()):
+    command = [
+        sys.executable,
+        ROOT / 'tools/train.py',
+        config(folder, custom_hooks),
+        *resume,
+        *options(folder / 'work', shapes, workers),
+    ]
+    command += [f'randomness.seed={seed}'] if seed is not None else []
+    environment = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}', OMP_NUM_THREADS='1')
+    with (folder / 'log').open('ab') as log:
+        return subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def assert_same(work_dir, uninterrupted):
+    curve, checkpoint = uninterrupted
+    actual = losses(work_dir)
+    assert sorted(actual) == sorted(curve)
+    for iteration, values in curve.items():
+        assert actual[iteration] == values, f'iteration {iteration}'
+    last = load_checkpoint(Path(work_dir) / f'iter_{EPOCHS * ITERATIONS}.pth')
+    for part in ('state_dict', 'ema_state_dict'):
+        assert checkpoint[part]
+        assert all(torch.equal(last[part][key], value) for key, value in checkpoint[part].items())
+
+
+@pytest.mark.parametrize(
+    ('at', 'number', 'workers'),
+    [
+        (ITERATIONS + 1, signal.SIGKILL, 0),  # an epoch's first iteration
+        (ITERATIONS + 2, signal.SIGKILL, 2),  # its middle, with another number of workers than the run without a stop
+        (2 * ITERATIONS, signal.SIGKILL, 0),  # its end, before the validation
+        (ITERATIONS + 3, signal.SIGTERM, 2),
+        (1, signal.SIGINT, 0),
+    ],
+)
+def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, shapes, tmp_path, at, number, workers):
+    hook = f"[dict(type='SignalHook', at={at}, number={int(number)})]"
+    code = start(tmp_path, shapes, hook, workers=workers).wait(timeout=300)
+    log = (tmp_path / 'log').read_text()
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL, log[-2000:]
+    else:
+        assert code == 128 + number, log[-2000:]
+        assert f'stopped by {number.name}' in log and 'Traceback' not in log
+    assert max(losses(tmp_path / 'work')) <= at + 1
+    # The second time the hook is not there; the seed is that of the checkpoint.
+    assert start(tmp_path, shapes, resume=['--resume'], seed=None).wait(timeout=300) == 0, (
+        tmp_path / 'log'
+    ).read_text()[-2000:]
+    assert_same(tmp_path / 'work', uninterrupted)
+
+
+class Numbers:
+    """A data set of what its transforms would draw."""
+
+    metainfo = dict(classes=('a',))
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return index, float(torch.rand(())), float(np.random.rand())
+
+
+def draw(workers, epochs, skip=0, seed=3):
+    loader = DataLoader(Numbers(), batch_size=2, num_workers=workers)
+    batches = PlacedBatches(loader.batch_sampler, seed, 0)
+    batches.epoch, batches.skip = epochs.start, skip
+    vars(loader).update(batch_sampler=batches, dataset=PlacedImages(loader.dataset))
+    return [tuple(map(float, numbers)) for _ in epochs for batch in loader for numbers in zip(*batch, strict=True)]
+
+
+def test_random_numbers_belong_to_the_place_of_an_image():
+    whole = draw(0, range(3))
+    assert len(set(whole)) == len(whole) == 18, 'no two images, and no image twice, draw the same'
+    assert draw(2, range(3)) == whole
+    assert draw(0, range(1, 3)) == whole[6:]
+    assert draw(2, range(1, 3), skip=2) == whole[10:]
+    assert draw(0, range(3), seed=4) != whole
+
+
+def test_the_wrapped_data_set_is_used_as_if_it_were_not():
+    wrapped = PlacedImages(Numbers())
+    assert wrapped.metainfo == Numbers.metainfo and len(wrapped) == 6
+    wrapped.pipeline = 'another'
+    assert wrapped.placed.pipeline == 'another'
+    with pytest.raises(AttributeError):
+        wrapped.nothing  # noqa: B018
