@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import os.path as osp
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from .checkpoints import find_checkpoint
-from .config import check_optimizer, check_plugins, set_data_root
+from .config import check_optimizer, check_plugins, is_first_process, set_data_root
 from .datasets.checks import check_data
+from .datasets.classes import set_classes
+from .datasets.voc import fit_image_suffix, fit_layout
 from .errors import UserError
 from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook
 
@@ -26,6 +28,7 @@ def train(
     cfg: Config,
     *,
     data_root: str | None = None,
+    classes: str | Sequence[str] | None = None,
     work_dir: str | None = None,
     amp: bool = False,
     auto_scale_lr: bool = False,
@@ -36,7 +39,8 @@ def train(
 
     Args:
         cfg: the config.
-        data_root: re-points every dataloader and evaluator (see config.set_data_root).
+        data_root: re-points every dataloader and evaluator (see config.set_data_root and datasets.voc.fit_layout).
+        classes: the data set's own classes, 'a,b,c' or 'auto' (see datasets.classes.set_classes).
         work_dir: for logs and checkpoints; by default the config's, else work_dirs/NAME.
         amp: mixed precision (fp16, on a GPU).
         auto_scale_lr: scale the learning rate to the batch size.
@@ -49,7 +53,7 @@ def train(
     Raises:
         UserError: for whatever in config, data or checkpoint would end in a failure later.
     """
-    _prepare(cfg, data_root, work_dir, launcher)
+    _prepare(cfg, data_root, classes, work_dir, launcher)
     if amp:
         _use_amp(cfg)
     if auto_scale_lr:
@@ -68,7 +72,7 @@ def train(
             )
     if cfg.get('load_from'):
         cfg.load_from = find_checkpoint(cfg.load_from)
-    if _is_first_process():
+    if is_first_process():
         check_data(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
     hooks = [
         FiniteLossHook(),
@@ -85,6 +89,7 @@ def test(
     checkpoint: str,
     *,
     data_root: str | None = None,
+    classes: str | Sequence[str] | None = None,
     work_dir: str | None = None,
     out: str | None = None,
     show: bool = False,
@@ -98,7 +103,8 @@ def test(
     Args:
         cfg: the config.
         checkpoint: the weights: a file, or a work dir for its newest.
-        data_root: re-points every dataloader and evaluator (see config.set_data_root).
+        data_root: re-points every dataloader and evaluator (see config.set_data_root and datasets.voc.fit_layout).
+        classes: the data set's own classes, 'a,b,c' or 'auto' (see datasets.classes.set_classes).
         work_dir: for the log; by default the config's, else work_dirs/NAME.
         out: a .pkl file for the detections of all images.
         show: show each picture in a window.
@@ -116,14 +122,14 @@ def test(
     if out and not out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out {out}: the detections are written as a pickle, the name must end with .pkl')
     cfg.load_from, cfg.resume = find_checkpoint(checkpoint), False
-    _prepare(cfg, data_root, work_dir, launcher)
+    _prepare(cfg, data_root, classes, work_dir, launcher)
     if not all(cfg.get(key) for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
         raise UserError('the config has no test split: it needs test_dataloader, test_cfg and test_evaluator')
     if show or show_dir:
         _draw(cfg, show, show_dir, wait_time)
     if tta:
         _use_tta(cfg)
-    if _is_first_process():
+    if is_first_process():
         check_data(cfg, ['test'])
     # The checkpoint holds every weight: a pretrained backbone would be fetched for nothing.
     model = cfg.model.module if tta else cfg.model
@@ -136,7 +142,9 @@ def test(
     return runner.test()
 
 
-def _prepare(cfg: Config, data_root: str | None, work_dir: str | None, launcher: str) -> None:
+def _prepare(
+    cfg: Config, data_root: str | None, classes: str | Sequence[str] | None, work_dir: str | None, launcher: str
+) -> None:
     setup_cache_size_limit_of_dynamo()
     cfg.setdefault('default_scope', 'mmdet')
     init_default_scope(cfg.default_scope)
@@ -147,6 +155,10 @@ def _prepare(cfg: Config, data_root: str | None, work_dir: str | None, launcher:
         cfg.work_dir = osp.join('work_dirs', Path(cfg.filename).stem)
     if data_root:
         set_data_root(cfg, data_root)
+        fit_layout(cfg)
+    fit_image_suffix(cfg)
+    if classes:
+        set_classes(cfg, classes)
     check_plugins(cfg)
     check_optimizer(cfg)
 
@@ -160,10 +172,6 @@ def _build_runner(cfg: Config, hooks: list[Hook]) -> Runner:
     for hook in hooks:
         runner.register_hook(hook)
     return runner
-
-
-def _is_first_process() -> bool:
-    return int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
 
 
 def _use_amp(cfg: Config) -> None:
@@ -193,7 +201,8 @@ def _use_tta(cfg: Config) -> None:
             type='PackDetInputs',
             meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction'),
         )
-        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+        # The merged sample keeps the boxes of the first view as its ground truth: not those of the flipped one.
+        flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
         cfg.tta_pipeline = [*copy.deepcopy(dataset.pipeline[:-1]), dict(type='TestTimeAug', transforms=[flips, [pack]])]
     dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)

@@ -430,6 +430,23 @@ def test_voc_faults(run_tool, tmp_path):
     assert_refused(run_tool('train.py', config), rf'its annotation {first} does not exist')
 
 
+@pytest.mark.parametrize(
+    ('names', 'patterns'),
+    [
+        ('circle,sqare', ["has no 'sqare'; did you mean 'square'", 'It has: circle, square, triangle']),
+        ('circle,,star', ["--classes circle,,star: expected different names, as in --classes cat,dog, or 'auto'"]),
+        ('circle,circle', ['expected different names']),
+    ],
+)
+def test_classes_that_do_not_fit(run_tool, shapes, tmp_path, names, patterns):
+    assert_refused(run_tool('train.py', DEMO, '--classes', names, *tiny(tmp_path, shapes)), *patterns)
+
+
+def test_classes_of_data_that_are_not_there(run_tool, tmp_path):
+    result = run_tool('train.py', DEMO, '--classes', 'auto', *tiny(tmp_path, tmp_path / 'nowhere'))
+    assert_refused(result, 'the train data set is not there: no folder .*nowhere', 'instances_train2017.json')
+
+
 # Training
 
 

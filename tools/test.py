@@ -15,6 +15,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='checkpoint file, or a work dir for its newest')
     parser.add_argument('--work-dir', metavar='DIR', help='folder for the log (default: work_dirs/CONFIG)')
     parser.add_argument('--data-root', metavar='DIR', help="folder of the data set, in place of the config's")
+    parser.add_argument(
+        '--classes',
+        metavar='A,B,C',
+        help="the data set's own classes; 'auto' reads them from the training annotations",
+    )
     parser.add_argument('--out', metavar='FILE.pkl', help='write the detections of all images')
     parser.add_argument('--show', action='store_true', help='show the detections in a window')
     parser.add_argument('--show-dir', metavar='DIR', help='write pictures with the detections below the work dir')
@@ -43,6 +48,7 @@ def main() -> None:
         cfg,
         args.checkpoint,
         data_root=args.data_root,
+        classes=args.classes,
         work_dir=args.work_dir,
         out=args.out,
         show=args.show,

@@ -14,6 +14,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help="config file, or 'cbam_mmdet::NAME.py' for one that the package ships")
     parser.add_argument('--work-dir', metavar='DIR', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
     parser.add_argument('--data-root', metavar='DIR', help="folder of the data set, in place of the config's")
+    parser.add_argument(
+        '--classes',
+        metavar='A,B,C',
+        help="the data set's own classes; 'auto' reads them from the training annotations",
+    )
     parser.add_argument('--amp', action='store_true', help='mixed precision (fp16; needs a GPU)')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size')
     parser.add_argument(
@@ -46,6 +51,7 @@ def main() -> None:
     train(
         cfg,
         data_root=args.data_root,
+        classes=args.classes,
         work_dir=args.work_dir,
         amp=args.amp,
         auto_scale_lr=args.auto_scale_lr,
