@@ -11,11 +11,12 @@ import mmdet
 import pytest
 import torch
 from conftest import DEMO, ROOT, tiny
-from mmdet.registry import MODELS
+from mmdet.registry import DATASETS, METRICS, MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from cbam_mmdet import CBAM
+from cbam_mmdet.datasets import METAINFO, ensure_shapes
 from cbam_mmdet.startup import disable, enable
 
 CONFIGS = sorted(str(p.relative_to(ROOT / 'configs')) for p in (ROOT / 'configs').rglob('*.py'))
@@ -31,8 +32,8 @@ def build(name):
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) >= 8
-    assert len(TWINS) >= 4
+    assert len(CONFIGS) >= 13
+    assert len(TWINS) >= 6
 
 
 @pytest.mark.parametrize(('name', 'twin'), TWINS)
@@ -80,6 +81,27 @@ def test_freshly_built_detector_equals_the_plain_one(tmp_path):
     with torch.no_grad():
         for mine, theirs in zip(ours.extract_feat(x), plain.extract_feat(x), strict=True):
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if re.fullmatch(r'faster_rcnn_.*voc0712\.py', name)])
+def test_voc_config(name, tmp_path):
+    """The published backbone's depth, small boxes not ignored in training, and both metrics."""
+    ensure_shapes(tmp_path, num_train=12, num_val=1, image_size=64, style='voc', progress=False)
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    depth = re.search(r'_r(\d+)_', name)[1]
+    assert cfg.model.backbone.depth == int(depth)
+    assert cfg.model.backbone.init_cfg.checkpoint == f'torchvision://resnet{depth}'
+    assert cfg.model.backbone.frozen_stages == 0
+    init_default_scope('mmdet')
+    first, second = cfg.train_dataloader.dataset.dataset.datasets
+    assert [part.ann_file[:8] for part in (first, second)] == ['VOC2007/', 'VOC2012/']
+    dataset = DATASETS.build({**first, 'data_root': str(tmp_path), 'metainfo': METAINFO, 'pipeline': []})
+    sides = [min(x2 - x1, y2 - y1) for item in dataset for i in item['instances']
+             for x1, y1, x2, y2 in [i['bbox']] if not i['ignore_flag']]  # fmt: skip
+    assert min(sides) < 32
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        assert [metric.type for metric in evaluator] == ['VOCDetectionMetric', 'SampleCocoMetric']
+        assert all(METRICS.build(metric) for metric in evaluator)
 
 
 def test_base_by_package_name_from_an_unrelated_folder(tmp_path):
