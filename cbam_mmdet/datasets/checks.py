@@ -14,6 +14,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mmdet.datasets import CocoDataset, VOCDataset, XMLDataset
 from mmdet.registry import DATASETS
@@ -245,9 +246,15 @@ def read_voc_ids(path: str) -> list[str]:
         return [line.strip() for line in file if line.strip()]
 
 
-def read_voc(
-    dataset: ConfigDict, path: str, image_id: str
-) -> tuple[tuple[float, float], list[tuple[str, list[float]]]]:
+class VOCObject(NamedTuple):
+    """An object of a VOC data set; its box is xmin, ymin, xmax, ymax in pixels counted from 1, the last one inside."""
+
+    name: str
+    box: tuple[float, float, float, float]
+    difficult: bool
+
+
+def read_voc(dataset: ConfigDict, path: str, image_id: str) -> tuple[tuple[float, float], list[VOCObject]]:
     """One XML file of a VOC data set.
 
     Args:
@@ -256,8 +263,7 @@ def read_voc(
         image_id: the image's name without suffix.
 
     Returns:
-        (width, height), infinite where not given, and for each object its class and [xmin, ymin, xmax, ymax]: pixels counted
-        from 1, the last one inside.
+        (width, height), infinite where not given, and the objects.
 
     Raises:
         UserError: if the file is missing or not in VOC's format.
@@ -266,15 +272,20 @@ def read_voc(
     try:
         tree = ET.parse(xml).getroot()
         width, height = (float(tree.findtext(f'size/{key}', 'inf')) for key in ('width', 'height'))
-        objects = [
-            (item.findtext('name'), [float(item.findtext(f'bndbox/{key}')) for key in ('xmin', 'ymin', 'xmax', 'ymax')])
-            for item in tree.findall('object')
-        ]
+        objects = [_voc_object(item) for item in tree.findall('object')]
     except FileNotFoundError as error:
         raise UserError(f'{path} lists {image_id}, but its annotation {xml} does not exist.') from error
     except (ET.ParseError, TypeError, ValueError) as error:
         raise UserError(f"annotation file {xml} is not in Pascal VOC's format: {error}.") from error
     return (width, height), objects
+
+
+def _voc_object(item: ET.Element) -> VOCObject:
+    name = item.findtext('name')
+    if not name:
+        raise ValueError('an object has no name')
+    box = tuple(float(item.findtext(f'bndbox/{key}')) for key in ('xmin', 'ymin', 'xmax', 'ymax'))
+    return VOCObject(name, box, difficult=bool(int(item.findtext('difficult') or 0)))
 
 
 def _check_voc(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
@@ -283,7 +294,7 @@ def _check_voc(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ..
     found: dict[str, None] = {}
     for image_id in tqdm(ids, desc='reading annotations', disable=None):
         (width, height), objects = read_voc(dataset, path, image_id)
-        for name, (x1, y1, x2, y2) in objects:
+        for name, (x1, y1, x2, y2), _ in objects:
             found[name] = None
             if name in classes:
                 _count(report, image_id, name, (x1 - 1, y1 - 1, x2 - 1, y2 - 1), width, height, True)

@@ -103,7 +103,9 @@ def _coco_classes(path: str) -> tuple[str, ...]:
 
 
 def _voc_classes(dataset: ConfigDict, path: str) -> tuple[str, ...]:
-    return tuple(sorted({name for image_id in read_voc_ids(path) for name, _ in read_voc(dataset, path, image_id)[1]}))
+    return tuple(
+        sorted({item.name for image_id in read_voc_ids(path) for item in read_voc(dataset, path, image_id)[1]})
+    )
 
 
 def _choose(
