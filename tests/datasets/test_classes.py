@@ -75,12 +75,11 @@ def test_auto_keeps_the_order_of_a_coco_file(tmp_path, shapes):
     assert classes_of(cfg, 'test') == [SHAPES]
 
 
-def test_names_are_put_in_the_order_of_a_coco_file(tmp_path, shapes, caplog):
+def test_names_are_put_in_the_order_of_a_coco_file(tmp_path, shapes, logged):
     cfg = config(tmp_path, 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', shapes)
-    with listening(caplog):
-        assert set_classes(cfg, 'cross, circle') == ('circle', 'cross')
-    assert 'in the order of' in caplog.text and 'not in that given (cross, circle)' in caplog.text
-    assert 'classes besides, whose boxes are left out: square, triangle, star, ring' in caplog.text
+    assert set_classes(cfg, 'cross, circle') == ('circle', 'cross')
+    assert 'in the order of' in logged.text and 'not in that given (cross, circle)' in logged.text
+    assert 'classes besides, whose boxes are left out: square, triangle, star, ring' in logged.text
     dataset = DATASETS.build({**split_datasets(cfg, 'train')[0], 'pipeline': []})
     content = json.loads((shapes / 'annotations/instances_train2017.json').read_text())
     numbers = {c['id']: c['name'] for c in content['categories']}
@@ -106,11 +105,10 @@ def test_names_keep_their_order_for_voc(tmp_path, voc_shapes):
         ('deformable_detr/deformable-detr_r50_16xb2-50e_coco.py', ['bbox_head']),
     ],
 )
-def test_every_head_of_the_built_detector_has_the_classes(tmp_path, shapes, caplog, base, keys):
+def test_every_head_of_the_built_detector_has_the_classes(tmp_path, shapes, logged, base, keys):
     cfg = config(tmp_path, f'mmdet::{base}', shapes)
-    with listening(caplog):
-        set_classes(cfg, 'auto')
-    assert re.findall(r'(\w+_head)(?:\[\d\])?\.num_classes=6', caplog.text) == keys
+    set_classes(cfg, 'auto')
+    assert re.findall(r'(\w+_head)(?:\[\d\])?\.num_classes=6', logged.text) == keys
     if 'backbone' in cfg.model:
         cfg.model.backbone.init_cfg = None
     model = MODELS.build(cfg.model)
@@ -150,14 +148,13 @@ def test_palette_is_never_shorter_than_the_classes(tmp_path, shapes, voc_shapes)
             assert len(get_palette(dataset.metainfo.palette, 25)) == 25
 
 
-def test_class_that_training_does_not_know(tmp_path, own_shapes, caplog):
+def test_class_that_training_does_not_know(tmp_path, own_shapes, logged):
     path = own_shapes / 'annotations/instances_val2017.json'
     content = json.loads(path.read_text())
     content['categories'].append(dict(id=7, name='hexagon'))
     path.write_text(json.dumps(content))
-    with listening(caplog):
-        set_classes(config(tmp_path, DEMO, own_shapes), 'auto')
-    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    set_classes(config(tmp_path, DEMO, own_shapes), 'auto')
+    (record,) = [r for r in logged.records if r.levelno == logging.WARNING]
     assert 'instances_val2017.json has classes besides, whose boxes are left out: hexagon' in record.message
 
 
@@ -212,19 +209,3 @@ def test_work_dir_config_needs_no_classes(run_tool, own_shapes, tmp_path):
         'edged',
         'other',
     )
-
-
-class listening:
-    """MMEngine's loggers do not propagate: listen to them directly."""
-
-    def __init__(self, caplog):
-        self.handler = caplog.handler
-
-    def __enter__(self):
-        from mmengine.logging import MMLogger
-
-        self.logger = MMLogger.get_current_instance()
-        self.logger.addHandler(self.handler)
-
-    def __exit__(self, *_):
-        self.logger.removeHandler(self.handler)
