@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 import os.path as osp
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
 from mmengine.registry import OPTIMIZERS
 
 from .errors import UserError, near
@@ -16,6 +19,17 @@ from .errors import UserError, near
 SPLITS = ('train', 'val', 'test')
 CONFIG_DIR = Path(__file__).parent / '.mim' / 'configs'
 PREFIX = 'cbam_mmdet::'
+
+
+def is_first_process() -> bool:
+    """Whether this is the job's only process or its first, also before MMEngine knows."""
+    return int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
+
+
+def log(message: str, level: int = logging.INFO) -> None:
+    """Log what was done to a config: every process does it, the first one tells."""
+    if is_first_process():
+        print_log(message, logger='current', level=level)
 
 
 def config_path(name: str) -> str:
@@ -81,11 +95,6 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f'--cfg-options {cfg_options} does not fit config {path!r}: {error}') from error
     return cfg
-
-
-def class_names(text: str) -> str | list[str]:
-    """The value of --classes: 'auto' as it is, else the names between the commas."""
-    return text if text == 'auto' else text.split(',')
 
 
 def datasets_of(dataset: ConfigDict | list | None) -> Iterator[ConfigDict]:

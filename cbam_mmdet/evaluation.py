@@ -1,133 +1,183 @@
-"""Metrics for data sets in Pascal VOC's format: VOC's mAP in both modes with every class's AP, and COCO's mAP.
+"""Metrics for VOC-style data sets: Pascal VOC's in both of its modes, and COCO's without an annotation file.
 
-A config that uses them imports this module beside the package (MMDetection's metrics take seconds to import):
-`custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.evaluation'])`.
+For configs: `custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.evaluation'])`, as in configs/faster_rcnn_r50_voc0712.py. (MMDetection's
+metrics take seconds to import.)
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from mmdet.evaluation import CocoMetric, VOCMetric, eval_map
+from mmdet.evaluation import CocoMetric, VOCMetric
+from mmdet.evaluation.functional.mean_ap import tpfp_default
 from mmdet.registry import METRICS
 from mmengine.logging import print_log
 from terminaltables import AsciiTable
 
-from .errors import UserError, near
+from .errors import UserError
 
 MODES = ('11points', 'area')
 
 
 @METRICS.register_module()
-class PascalVOCMetric(VOCMetric):
-    """VOC's mean average precision, of the 2007 challenge (11 points) and of the later ones (area), in one evaluation.
+class VOCDetectionMetric(VOCMetric):
+    """Pascal VOC's average precision as its development kit defines it, in both modes, for each class and as their mean.
 
-    It differs from MMDetection's VOCMetric, whose matching it takes, in this: both modes; each class's AP is among the figures,
-    by the names of the data set (VOCMetric prints VOC's 20 names for whatever classes lie in a VOC2007/ folder); nothing is
-    rounded; a recall of exactly 3/10 or 7/10 counts at the points 0.3 and 0.7, where sums of 0.1 miss them by a rounding.
-    As in the devkit, boxes are of whole pixels (a box of x1 = x2 is one pixel wide), and difficult objects neither count nor harm.
-    Classes without an object that counts have no AP and are left out of the mean.
+    Detections are taken by falling score; each belongs to the object of its class that it overlaps most (IoU, with pixels
+    that have a width of 1). It is true if that IoU reaches the threshold and the object was not found before, else false;
+    if the object is marked difficult, it is neither. '11points' (VOC2007) is the mean of the best precision at a recall of at
+    least 0, 0.1, ..., 1; 'area' (from 2010 on) the area under the precision made monotonic.
+
+    What differs from MMDetection's VOCMetric, on which it builds:
+
+    - Both modes, each class's AP, nothing rounded to three digits.
+    - The table names the data set's own classes, also where its folder is called VOC2007.
+    - A recall of exactly 0.3, 0.6 or 0.7 reaches that threshold. Those of `np.arange(0, 1.1, 0.1)` lie a hair above (the first
+      also in the kit's `0:0.1:1`), which with few objects changes an AP by up to 1/11 a threshold.
+    - Equal scores keep their order, as in the kit; numpy's default sort may swap them.
+    - No processes of its own.
+
+    As in VOCMetric, IoUs are float32: one that misses the threshold by less than 1e-7 may be taken either way.
 
     Args:
-        iou_thrs: IoU from which a detection is right; of several, `mAP` is the mean.
-        eval_mode: the mode of `mAP`, `AP50` and the classes: '11points' or 'area'.
-        kwargs: see VOCMetric.
-
-    Figures: `mAP`, `mAP_11points`, `mAP_area`, `AP50` (for iou_thrs=0.5), and `AP_<class>`.
+        eval_mode: what 'mAP' and the 'AP_CLASS' are: '11points' or 'area'.
+        iou_thr: the IoU from which on a detection is true.
+        collect_device: 'cpu' or 'gpu', as BaseMetric's.
+        prefix: of the metrics' names; 'pascal_voc' by default.
     """
 
-    def __init__(self, iou_thrs: float | Sequence[float] = 0.5, eval_mode: str = '11points', **kwargs) -> None:
+    def __init__(
+        self,
+        eval_mode: str = '11points',
+        iou_thr: float = 0.5,
+        collect_device: str = 'cpu',
+        prefix: str | None = None,
+    ) -> None:
         if eval_mode not in MODES:
-            raise UserError(
-                f'PascalVOCMetric: eval_mode={eval_mode!r}, expected one of {list(MODES)}{near(eval_mode, MODES)}'
-            )
-        super().__init__(
-            iou_thrs=[iou_thrs] if isinstance(iou_thrs, float) else list(iou_thrs), eval_mode=eval_mode, **kwargs
-        )
+            raise UserError(f'VOCDetectionMetric: eval_mode={eval_mode!r}: expected one of {MODES}')
+        super().__init__(iou_thrs=float(iou_thr), eval_mode=eval_mode, collect_device=collect_device, prefix=prefix)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        if self.metric != 'mAP':
-            return super().compute_metrics(results)
-        truths, detections = zip(*results, strict=True)
-        names = self.dataset_meta['classes']
-        figures: dict[str, float] = {}
-        by_class: dict[str, list[float]] = {}
-        means: dict[str, list[float]] = {mode: [] for mode in MODES}
-        for threshold in self.iou_thrs:
-            _, classes = eval_map(
-                detections, truths, iou_thr=threshold, dataset=names, logger='silent', use_legacy_coordinate=True
+        """The metrics from what `process` collected.
+
+        Args:
+            results: for each image its annotations (dict of bboxes (n, 4), labels (n,), bboxes_ignore, labels_ignore) and its
+                detections, an array (m, 5) of x1, y1, x2, y2, score for each class.
+
+        Returns:
+            mAP (in the main mode), mAP_11points and mAP_area over the classes with an object that is not difficult (NaN if no
+            class has one), and AP_CLASS for each of these, in the main mode.
+        """
+        classes = self.dataset_meta['classes']
+        curves = {name: _curve(results, label, self.iou_thrs[0]) for label, name in enumerate(classes)}
+        scored = {name: curve for name, curve in curves.items() if curve.num_objects}
+        means = {mode: float(np.mean([c.ap(mode) for c in scored.values()])) if scored else np.nan for mode in MODES}
+        print_log(_table(curves, means), logger='current')
+        left_out = [name for name in classes if name not in scored]
+        if left_out:
+            print_log(
+                f'no object to find, hence not part of the mAP: {", ".join(left_out)}',
+                logger='current',
+                level=logging.WARNING,
             )
-            aps = {mode: [average_precision(c['recall'], c['precision'], mode) for c in classes] for mode in MODES}
-            counted = [i for i, c in enumerate(classes) if c['num_gts']]
-            for mode in MODES:
-                means[mode].append(float(np.mean([aps[mode][i] for i in counted])) if counted else 0.0)
-            for i in counted:
-                by_class.setdefault(names[i], []).append(aps[self.eval_mode][i])
-            figures[f'AP{round(threshold * 100):02d}'] = means[self.eval_mode][-1]
-            self._print(threshold, names, classes, aps, {mode: values[-1] for mode, values in means.items()})
-        mean = {mode: float(np.mean(values)) for mode, values in means.items()}
         return {
-            'mAP': mean[self.eval_mode],
-            **{f'mAP_{mode}': value for mode, value in mean.items()},
-            **figures,
-            **{f'AP_{name}': float(np.mean(values)) for name, values in by_class.items()},
+            'mAP': means[self.eval_mode],
+            **{f'mAP_{mode}': means[mode] for mode in MODES},
+            **{f'AP_{name}': curve.ap(self.eval_mode) for name, curve in scored.items()},
         }
 
-    def _print(self, threshold: float, names: Sequence[str], classes: list[dict], aps: dict, mean: dict) -> None:
-        rows = [['class', 'objects', 'detections', 'recall', 'AP (11 points)', 'AP (area)']]
-        for i, (name, c) in enumerate(zip(names, classes, strict=True)):
-            recall = c['recall'][-1] if c['recall'].size else 0.0
-            figures = [f'{value:.3f}' for value in (recall, *(aps[mode][i] for mode in MODES))]
-            rows.append([name, c['num_gts'], c['num_dets'], *(figures if c['num_gts'] else '---')])
-        rows.append(['mean', '', '', '', *(f'{mean[mode]:.3f}' for mode in MODES)])
-        table = AsciiTable(rows)
-        table.inner_footing_row_border = True
-        print_log(f'\nPascal VOC, IoU >= {threshold}\n{table.table}', logger='current')
-        lacking = [name for name, c in zip(names, classes, strict=True) if not c['num_gts']]
-        if lacking:
-            message = f'left out of the mean, as they have no object (that is not difficult): {", ".join(lacking)}'
-            print_log(message, logger='current', level=logging.WARNING)
 
+@dataclass
+class _Curve:
+    """One class: how many true and false detections there are among the first, second, ... of its detections.
 
-def average_precision(recall: np.ndarray, precision: np.ndarray, mode: str) -> float:
-    """AP of one class, as the devkit's VOCap.m (area) or VOCevaldet.m of 2007 (11 points) defines it.
-
-    Args:
-        recall, precision: shape (num_detections,), after each detection in the order of descending score.
-        mode: '11points', the mean over t = 0, 0.1, ..., 1 of the best precision at a recall of at least t; or 'area', the
-            area under the precision, made monotonous from the right, over the recall.
+    Those of difficult objects are in neither count. Arrays of shape (m,).
     """
-    best = np.maximum.accumulate(precision[::-1].astype(np.float64))[::-1]
-    if mode == '11points':
-        # The recall rises, so the best precision at a recall of at least t stands at the first such place.
-        first = np.searchsorted(recall, np.arange(11) / 10)
-        return float(np.append(best, 0.0)[first].sum() / 11)
-    return float((np.diff(recall, prepend=0.0) * best).sum())
+
+    num_objects: int
+    num_difficult: int
+    true: np.ndarray
+    false: np.ndarray
+
+    @property
+    def recall(self) -> float:
+        return self.true[-1] / self.num_objects if self.num_objects and len(self.true) else 0.0
+
+    def ap(self, mode: str) -> float:
+        precision = self.true / np.maximum(self.true + self.false, 1)
+        best = np.maximum.accumulate(precision[::-1])[::-1]  # from here on, hence at this recall or more
+        if mode == 'area':
+            return float(np.sum(np.diff(self.true, prepend=0) * best) / self.num_objects)
+        # In integers: recall >= t / 10, without the rounding of 3 * 0.1.
+        reached = [best[self.true * 10 >= t * self.num_objects] for t in range(11)]
+        return sum(float(b[0]) for b in reached if len(b)) / 11
+
+
+def _curve(results: list, label: int, iou_thr: float) -> _Curve:
+    detections = [found[label] for _, found in results]
+    objects = [truth['bboxes'][truth['labels'] == label] for truth, _ in results]
+    difficult = [truth['bboxes_ignore'][truth['labels_ignore'] == label] for truth, _ in results]
+    order = np.argsort(-np.concatenate([d[:, 4] for d in detections]), kind='stable')
+    # The place in the order stands for the score: no two are equal, so MMDetection's unstable sort cannot swap them.
+    place = np.empty(len(order))
+    place[order] = np.arange(len(order))
+    true, false, start = np.zeros(len(order), int), np.zeros(len(order), int), 0
+    for found, wanted, ignored in zip(detections, objects, difficult, strict=True):
+        if len(found):
+            part = slice(start, start := start + len(found))
+            ranked = np.column_stack([found[:, :4], -place[part]])
+            hit, miss = tpfp_default(ranked, wanted, ignored, iou_thr, use_legacy_coordinate=True)
+            true[part], false[part] = hit[0], miss[0]
+    return _Curve(
+        num_objects=sum(map(len, objects)),
+        num_difficult=sum(map(len, difficult)),
+        true=true[order].cumsum(),
+        false=false[order].cumsum(),
+    )
+
+
+def _table(curves: dict[str, _Curve], means: dict[str, float]) -> str:
+    rows = [['class', 'objects', 'difficult', 'detections', 'recall', *(f'AP {mode}' for mode in MODES)]]
+    for name, curve in curves.items():
+        figures = [f'{v:.3f}' for v in (curve.recall, *map(curve.ap, MODES))] if curve.num_objects else ['-'] * 3
+        rows.append([name, curve.num_objects, curve.num_difficult, len(curve.true), *figures])
+    rows.append(['mAP', '', '', '', '', *(f'{means[mode]:.3f}' for mode in MODES)])
+    table = AsciiTable(rows)
+    table.inner_footing_row_border = True
+    return f'\n{table.table}'
 
 
 @METRICS.register_module()
-class VOCCocoMetric(CocoMetric):
-    """COCO's twelve figures on a data set that has no COCO annotation file, such as one in Pascal VOC's format.
+class SampleCocoMetric(CocoMetric):
+    """COCO's metric for data sets without a COCO annotation file: the truth comes with each sample.
 
-    The truth is taken from what the test pipeline loads (after Resize, so that the boxes are those of the original image, as
-    all of MMDetection's test pipelines do). Difficult objects are treated as COCO's crowds: ignored.
+    MMDetection's CocoMetric can do without the file only if the test pipeline packs 'instances'; this one takes the boxes that
+    `LoadAnnotations` put there, so any pipeline that VOCMetric works with will do. Difficult objects become COCO's
+    crowds (`iscrowd`): whoever finds one is neither rewarded nor punished. A box's area is width times height.
 
     Args:
-        kwargs: see MMDetection's CocoMetric. Unlike there, `proposal_nums` is COCO's own (1, 10, 100) by default.
+        **kwargs: as CocoMetric's, but for ann_file.
     """
 
-    def __init__(self, proposal_nums: Sequence[int] = (1, 10, 100), **kwargs) -> None:
-        super().__init__(proposal_nums=proposal_nums, **kwargs)
+    def __init__(self, **kwargs) -> None:
+        if kwargs.get('ann_file'):
+            raise UserError('SampleCocoMetric takes no ann_file; with one, use CocoMetric')
+        super().__init__(**kwargs)
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        super().process(data_batch, [{**copy.copy(sample), 'instances': _instances(sample)} for sample in data_samples])
+        """Collect detections and truth of a batch.
+
+        Args:
+            data_batch: not used.
+            data_samples: each with `pred_instances`, `gt_instances` and `ignored_instances`.
+        """
+        super().process(data_batch, [{**sample, 'instances': _instances(sample)} for sample in data_samples])
 
 
 def _instances(sample: dict) -> list[dict]:
-    """The truth of one image, as MMDetection's data sets write it."""
     return [
         dict(bbox=box, bbox_label=label, ignore_flag=flag)
         for flag, key in enumerate(('gt_instances', 'ignored_instances'))

@@ -141,20 +141,19 @@ class KeepOldUntilNewHook(CheckpointHook):
                 hook.__class__ = cls
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        before, limit = list(self.keep_ckpt_ids), self.max_keep_ckpts
-        self.max_keep_ckpts = -1  # nothing is removed; the list forgets its first by itself
-        if limit > 0 and step not in before:
-            self.keep_ckpt_ids.append(step)
+        limit = self.max_keep_ckpts
+        if limit <= 0:
+            return super()._save_checkpoint_with_step(runner, step, meta)
+        before = list(self.keep_ckpt_ids)
+        if step not in before:
+            self.keep_ckpt_ids.append(step)  # and forgets its first, if it is full
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        self.max_keep_ckpts = -1  # for MMEngine: remove nothing
         try:
             super()._save_checkpoint_with_step(runner, step, meta)
-        except BaseException:
-            self.keep_ckpt_ids.clear()
-            self.keep_ckpt_ids.extend(before)
-            raise
         finally:
             self.max_keep_ckpts = limit
-        if limit > 0 and is_main_process():
+        if is_main_process():
             for old in set(before) - set(self.keep_ckpt_ids):
                 path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
                 if self.file_backend.isfile(path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import os.path as osp
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +26,10 @@ from .checkpoints import (
     use_safe_loading,
     write_whole_files,
 )
-from .config import check_optimizer, check_plugins, set_data_root
+from .config import check_optimizer, check_plugins, is_first_process, set_data_root
 from .datasets.checks import check_data
 from .datasets.classes import set_classes
-from .datasets.voc import fit_voc_folders
+from .datasets.voc import fit_image_suffix, fit_layout
 from .errors import UserError
 from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook, KeepOldUntilNewHook
 from .resume import ResumeExactlyHook, StopSignalHook
@@ -52,7 +51,7 @@ def train(
 
     Args:
         cfg: the config.
-        data_root: re-points every dataloader and evaluator (see config.set_data_root); parts of VOC that are not there are left out.
+        data_root: re-points every dataloader and evaluator (see config.set_data_root and datasets.voc.fit_layout).
         classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
         work_dir: for logs and checkpoints; by default the config's, else work_dirs/NAME.
         amp: mixed precision (fp16, on a GPU).
@@ -87,7 +86,7 @@ def train(
         # MMEngine takes the seed of the run that it resumes, but only after the data's order has been drawn.
         seed = load_checkpoint(cfg.load_from, 'cpu', trust_checkpoint).get('meta', {}).get('seed')
         cfg.setdefault('randomness', ConfigDict()).seed = seed
-    if _is_first_process():
+    if is_first_process():
         check_data(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
     hooks = [
         FiniteLossHook(),
@@ -98,7 +97,7 @@ def train(
     ]
     runner = _build_runner(cfg, hooks)
     KeepOldUntilNewHook.replace_in(runner)
-    if _is_first_process():
+    if is_first_process():
         remove_unfinished(cfg.work_dir)
     try:
         runner.train()
@@ -127,7 +126,7 @@ def test(
     Args:
         cfg: the config.
         checkpoint: the weights: a file, or a work dir for its newest.
-        data_root: re-points every dataloader and evaluator (see config.set_data_root); parts of VOC that are not there are left out.
+        data_root: re-points every dataloader and evaluator (see config.set_data_root and datasets.voc.fit_layout).
         classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
         work_dir: for the log; by default the config's, else work_dirs/NAME.
         out: a .pkl file for the detections of all images.
@@ -155,7 +154,7 @@ def test(
         _draw(cfg, show, show_dir, wait_time)
     if tta:
         _use_tta(cfg)
-    if _is_first_process():
+    if is_first_process():
         check_data(cfg, ['test'])
     # The checkpoint holds every weight: a pretrained backbone would be fetched for nothing.
     model = cfg.model.module if tta else cfg.model
@@ -172,11 +171,12 @@ def point_at_data(cfg: Config, data_root: str | None, classes: str | Sequence[st
     """What --data-root and --classes do to a config, in place; None leaves the config's own.
 
     Raises:
-        UserError: see config.set_data_root and datasets.classes.set_classes.
+        UserError: see config.set_data_root, datasets.voc.fit_layout and datasets.classes.set_classes.
     """
     if data_root:
         set_data_root(cfg, data_root)
-        fit_voc_folders(cfg)
+        fit_layout(cfg)
+    fit_image_suffix(cfg)
     if classes:
         set_classes(cfg, classes)
 
@@ -218,10 +218,6 @@ def _newest(work_dir: str) -> str:
     return path
 
 
-def _is_first_process() -> bool:
-    return int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
-
-
 def _use_amp(cfg: Config) -> None:
     if not torch.cuda.is_available():
         raise UserError('--amp: fp16 training needs a GPU, and torch sees none here')
@@ -249,7 +245,8 @@ def _use_tta(cfg: Config) -> None:
             type='PackDetInputs',
             meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction'),
         )
-        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+        # The merged sample keeps the boxes of the first view as its ground truth: not those of the flipped one.
+        flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
         cfg.tta_pipeline = [*copy.deepcopy(dataset.pipeline[:-1]), dict(type='TestTimeAug', transforms=[flips, [pack]])]
     dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)

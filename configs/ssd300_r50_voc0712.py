@@ -22,5 +22,5 @@ model = dict(
 )
 
 # VOC's mAP in both modes with each class's AP, and COCO's figures.
-val_evaluator = [dict(type='PascalVOCMetric', eval_mode='11points'), dict(type='VOCCocoMetric')]
+val_evaluator = [dict(type='VOCDetectionMetric', eval_mode='11points'), dict(type='SampleCocoMetric', proposal_nums=(1, 10, 100))]
 test_evaluator = val_evaluator

@@ -62,6 +62,16 @@ def run_tool(monkeypatch, capfd):
     return run
 
 
+@pytest.fixture
+def logged(caplog):
+    """What MMEngine logs; its loggers do not propagate, so pytest's caplog alone hears nothing."""
+    forget_earlier_runs()
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 @pytest.fixture(scope='session')
 def shapes(tmp_path_factory):
     """A tiny data set in COCO's layout: 8 + 4 images of 64x64. Not to be written to."""

@@ -437,19 +437,24 @@ def test_voc_faults(run_tool, tmp_path):
     assert_refused(run_tool('train.py', config), rf'its annotation {first} does not exist')
 
 
+@pytest.mark.parametrize(
+    ('names', 'patterns'),
+    [
+        ('circle,sqare', ["has no 'sqare'; did you mean 'square'", 'It has: circle, square, triangle']),
+        ('circle,,star', ["--classes circle,,star: expected different names, as in --classes cat,dog, or 'auto'"]),
+        ('circle,circle', ['expected different names']),
+    ],
+)
+def test_classes_that_do_not_fit(run_tool, shapes, tmp_path, names, patterns):
+    assert_refused(run_tool('train.py', DEMO, '--classes', names, *tiny(tmp_path, shapes)), *patterns)
+
+
+def test_classes_of_data_that_are_not_there(run_tool, tmp_path):
+    result = run_tool('train.py', DEMO, '--classes', 'auto', *tiny(tmp_path, tmp_path / 'nowhere'))
+    assert_refused(result, 'the train data set is not there: no folder .*nowhere', 'instances_train2017.json')
+
+
 # Training
-
-
-@pytest.mark.skipif(not BCCD.is_dir(), reason='the BCCD images are not there')
-def test_voc_images_of_another_suffix(run_tool, tmp_path):
-    for part in ('Annotations', 'ImageSets'):
-        shutil.copytree(BCCD / 'VOC2007' / part, tmp_path / part)
-    (tmp_path / 'JPEGImages').mkdir()
-    for name in (BCCD / 'VOC2007/ImageSets/Main/trainval.txt').read_text().split():
-        (tmp_path / f'JPEGImages/{name}.png').write_bytes(b'')
-    result = run_tool('train.py', ROOT / 'configs/ssd300_vgg16_cbam_voc0712.py', '--data-root', tmp_path, '--classes', 'auto',
-                      '--work-dir', tmp_path / 'work')  # fmt: skip
-    assert_refused(result, r'are BloodImage_\d+\.png', r'must end with \.jpg')
 
 
 def test_loss_that_is_not_finite(train, tmp_path):

@@ -11,12 +11,13 @@ import mmdet
 import pytest
 import torch
 from conftest import DEMO, ROOT, tiny
-from mmdet.registry import MODELS
+from mmdet.registry import DATASETS, METRICS, MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from cbam_mmdet import CBAM
+from cbam_mmdet.datasets import METAINFO, ensure_shapes
 from cbam_mmdet.startup import disable, enable
 
 CONFIGS = sorted(str(p.relative_to(ROOT / 'configs')) for p in (ROOT / 'configs').rglob('*.py'))
@@ -135,6 +136,38 @@ def test_ssd_on_a_resnet_gives_the_maps_that_its_anchors_expect():
     outputs = model.bbox_head(maps)
     for scores, priors, m in zip(outputs[0], anchors, maps, strict=True):
         assert scores.shape[1] // 21 * m.shape[-1] ** 2 == len(priors)
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if re.fullmatch(r'faster_rcnn_.*voc0712\.py', name)])
+def test_voc_config(name, tmp_path):
+    """The published backbone's depth, small boxes not ignored in training, and both metrics."""
+    ensure_shapes(tmp_path, num_train=12, num_val=1, image_size=64, style='voc', progress=False)
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    depth = re.search(r'_r(\d+)_', name)[1]
+    backbone = cfg.model.backbone.get('backbone') or cfg.model.backbone
+    assert backbone.depth == int(depth)
+    assert backbone.init_cfg.checkpoint == f'torchvision://resnet{depth}'
+    assert backbone.frozen_stages == 0
+    init_default_scope('mmdet')
+    first, second = cfg.train_dataloader.dataset.dataset.datasets
+    assert [part.ann_file[:8] for part in (first, second)] == ['VOC2007/', 'VOC2012/']
+    dataset = DATASETS.build({**first, 'data_root': str(tmp_path), 'metainfo': METAINFO, 'pipeline': []})
+    sides = [
+        min(x2 - x1, y2 - y1)
+        for item in dataset
+        for i in item['instances']
+        for x1, y1, x2, y2 in [i['bbox']]
+        if not i['ignore_flag']
+    ]
+    assert min(sides) < 32
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if 'voc0712' in name or 'bccd' in name])
+def test_voc_is_scored_in_all_ways(name):
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        assert [metric.type for metric in evaluator] == ['VOCDetectionMetric', 'SampleCocoMetric']
+        assert all(METRICS.build(metric) for metric in evaluator)
 
 
 def test_cbam_sits_after_the_last_norm_before_the_addition():

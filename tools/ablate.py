@@ -12,7 +12,6 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from cbam_mmdet.config import class_names
 from cbam_mmdet.errors import run_tool
 
 
@@ -28,9 +27,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--data-root', metavar='DIR', help="folder of the data set, in place of the configs'")
     parser.add_argument(
         '--classes',
-        type=class_names,
         metavar='A,B,C',
-        help="class names of your data set; 'auto' reads them from its training annotations",
+        help="the data set's own classes; 'auto' reads them from the training annotations",
     )
     parser.add_argument(
         '--cfg-options',

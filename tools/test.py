@@ -5,7 +5,7 @@ import os
 
 from mmengine.config import DictAction
 
-from cbam_mmdet.config import class_names, load_config
+from cbam_mmdet.config import load_config
 from cbam_mmdet.errors import run_tool
 
 
@@ -17,9 +17,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--data-root', metavar='DIR', help="folder of the data set, in place of the config's")
     parser.add_argument(
         '--classes',
-        type=class_names,
         metavar='A,B,C',
-        help="class names of your data set; 'auto' reads them from its training annotations",
+        help="the data set's own classes; 'auto' reads them from the training annotations",
     )
     parser.add_argument('--out', metavar='FILE.pkl', help='write the detections of all images')
     parser.add_argument('--show', action='store_true', help='show the detections in a window')

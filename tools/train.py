@@ -5,7 +5,7 @@ import os
 
 from mmengine.config import DictAction
 
-from cbam_mmdet.config import class_names, load_config
+from cbam_mmdet.config import load_config
 from cbam_mmdet.errors import run_tool
 
 
@@ -16,9 +16,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--data-root', metavar='DIR', help="folder of the data set, in place of the config's")
     parser.add_argument(
         '--classes',
-        type=class_names,
         metavar='A,B,C',
-        help="class names of your data set; 'auto' reads them from its training annotations",
+        help="the data set's own classes; 'auto' reads them from the training annotations",
     )
     parser.add_argument('--amp', action='store_true', help='mixed precision (fp16; needs a GPU)')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size')

@@ -14,6 +14,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mmdet.datasets import CocoDataset, VOCDataset, XMLDataset
 from mmdet.registry import DATASETS
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from ..config import evaluators_of, split_datasets
 from ..errors import UserError, near
+from .voc import AnySuffixVOCDataset, image_files, voc_folder, voc_image_folder
 
 COCO_LAYOUT = """\
     {root}/
@@ -86,32 +88,56 @@ def _check_num_classes(node: object, dataset: ConfigDict, where: str, inside_hea
         if inside_head and classes and isinstance(count, int) and count != len(classes):
             raise UserError(
                 f'{where}.num_classes={count}, but the data set ({dataset.get("ann_file")}) has {len(classes)} classes: '
-                f'{abridge(classes)}. Set {where}.num_classes={len(classes)}, or metainfo=dict(classes=(...)) in each data set.'
+                f'{_abridge(classes)}. Set {where}.num_classes={len(classes)}, or metainfo=dict(classes=(...)) in each data set.'
             )
         for key, value in node.items():
             _check_num_classes(value, dataset, f'{where}.{key}', inside_head=key == 'bbox_head')
 
 
-def _check_dataset(dataset: ConfigDict, split: str, done: dict[tuple, Report]) -> None:
-    root, ann_file = dataset.get('data_root') or '', dataset.get('ann_file') or ''
-    path = ann_file if osp.isabs(ann_file) else osp.join(root, ann_file)
+def annotation_format(dataset: ConfigDict) -> str | None:
+    """'coco' or 'voc'; None for other kinds (LVIS, panoptic, ...), which have formats of their own, and for remote files."""
+    if '://' in annotation_file(dataset):
+        return None
     kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
-    is_coco, is_voc = kind is CocoDataset, kind is VOCDataset or kind is XMLDataset
-    if not (is_coco or is_voc) or '://' in path:
-        return  # LVIS, panoptic and other kinds have formats of their own
-    layout = (COCO_LAYOUT if is_coco else VOC_LAYOUT).format(root=root.rstrip('/') or '.')
+    if kind is CocoDataset:
+        return 'coco'
+    return 'voc' if kind in (XMLDataset, VOCDataset, AnySuffixVOCDataset) else None
+
+
+def annotation_file(dataset: ConfigDict) -> str:
+    """The path of a data set's annotation file, which for VOC is the list of its images."""
+    return osp.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+
+
+def require_annotation_file(dataset: ConfigDict, split: str) -> str:
+    """The path of a data set's annotation file.
+
+    Raises:
+        UserError: if it is not there, with the layout expected.
+    """
+    root, path = dataset.get('data_root') or '', annotation_file(dataset)
+    layout = COCO_LAYOUT if annotation_format(dataset) == 'coco' else VOC_LAYOUT
+    layout = layout.format(root=root.rstrip('/') or '.')
     if root and not osp.isdir(root):
         raise UserError(
             f'the {split} data set is not there: no folder {root} (in {os.getcwd()}). Expected:\n{layout}\n{HELP}'
         )
     if not osp.isfile(path):
         raise UserError(f'the {split} data set has no annotation file {path}. Expected:\n{layout}\n{HELP}')
+    return path
+
+
+def _check_dataset(dataset: ConfigDict, split: str, done: dict[tuple, Report]) -> None:
+    style = annotation_format(dataset)
+    if style is None:
+        return
+    path, root = require_annotation_file(dataset, split), dataset.get('data_root') or ''
     classes = dataset_classes(dataset)
     key = (path, split == 'train', classes, str(dataset.get('data_prefix')))
     if key in done:
         return
     print_log(f'checking {path} ...', logger='current')
-    report = (_check_coco if is_coco else _check_voc)(path, root, dataset, classes, split)
+    report = (_check_coco if style == 'coco' else _check_voc)(path, root, dataset, classes, split)
     if not report.images:
         raise UserError(f'annotation file {path} lists no image.')
     if not report.boxes:
@@ -121,7 +147,7 @@ def _check_dataset(dataset: ConfigDict, split: str, done: dict[tuple, Report]) -
             f'annotation file {path} holds no usable box for {split}{also}: there is nothing to learn or to score.'
         )
     done[key] = report
-    if is_voc and split == 'train' and report.degenerate:
+    if style == 'voc' and split == 'train' and report.degenerate:
         # MMDetection would train on them; this marks them as to be ignored.
         dataset.setdefault('filter_cfg', ConfigDict()).setdefault('bbox_min_size', 1)
 
@@ -136,7 +162,12 @@ def dataset_classes(dataset: ConfigDict) -> tuple[str, ...]:
     return (classes,) if isinstance(classes, str) else tuple(classes)
 
 
-def read_json(path: str) -> dict:
+def read_coco(path: str) -> dict:
+    """The content of an annotation file in COCO's format.
+
+    Raises:
+        UserError: if it is not JSON, or lacks a list.
+    """
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
@@ -155,7 +186,7 @@ def read_json(path: str) -> dict:
 
 
 def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
-    content, report = read_json(path), Report(path, split)
+    content, report = read_coco(path), Report(path, split)
     try:
         images = {image['id']: image for image in content['images']}
         names = {category['id']: category['name'] for category in content['categories']}
@@ -209,34 +240,75 @@ def _number(value: object) -> float:
     return value
 
 
-def _check_voc(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
-    report = Report(path, split)
-    folder = osp.join(root, (dataset.get('data_prefix') or {}).get('sub_data_root', ''))
+def read_voc_ids(path: str) -> list[str]:
+    """The names of the images, without suffix, that a VOC image set lists."""
     with open(path, encoding='utf-8') as file:
-        ids = [line.strip() for line in file if line.strip()]
+        return [line.strip() for line in file if line.strip()]
+
+
+class VOCObject(NamedTuple):
+    """An object of a VOC data set; its box is xmin, ymin, xmax, ymax in pixels counted from 1, the last one inside."""
+
+    name: str
+    box: tuple[float, float, float, float]
+    difficult: bool
+
+
+def read_voc(dataset: ConfigDict, path: str, image_id: str) -> tuple[tuple[float, float], list[VOCObject]]:
+    """One XML file of a VOC data set.
+
+    Args:
+        dataset: the data set's config.
+        path: the image set that lists the image, for the error.
+        image_id: the image's name without suffix.
+
+    Returns:
+        (width, height), infinite where not given, and the objects.
+
+    Raises:
+        UserError: if the file is missing or not in VOC's format.
+    """
+    xml = osp.join(voc_folder(dataset), dataset.get('ann_subdir', 'Annotations'), f'{image_id}.xml')
+    try:
+        tree = ET.parse(xml).getroot()
+        width, height = (float(tree.findtext(f'size/{key}', 'inf')) for key in ('width', 'height'))
+        objects = [_voc_object(item) for item in tree.findall('object')]
+    except FileNotFoundError as error:
+        raise UserError(f'{path} lists {image_id}, but its annotation {xml} does not exist.') from error
+    except (ET.ParseError, TypeError, ValueError) as error:
+        raise UserError(f"annotation file {xml} is not in Pascal VOC's format: {error}.") from error
+    return (width, height), objects
+
+
+def _voc_object(item: ET.Element) -> VOCObject:
+    name = item.findtext('name')
+    if not name:
+        raise ValueError('an object has no name')
+    box = tuple(float(item.findtext(f'bndbox/{key}')) for key in ('xmin', 'ymin', 'xmax', 'ymax'))
+    return VOCObject(name, box, difficult=bool(int(item.findtext('difficult') or 0)))
+
+
+def _check_voc(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
+    report, ids = Report(path, split), read_voc_ids(path)
     report.images = len(ids)
-    annotations = osp.join(folder, dataset.get('ann_subdir', 'Annotations'))
     found: dict[str, None] = {}
     for image_id in tqdm(ids, desc='reading annotations', disable=None):
-        xml = osp.join(annotations, f'{image_id}.xml')
-        try:
-            tree = ET.parse(xml).getroot()
-            width, height = (float(tree.findtext(f'size/{key}', 'inf')) for key in ('width', 'height'))
-            for item in tree.findall('object'):
-                name = item.findtext('name')
-                found[name] = None
-                box = [float(item.findtext(f'bndbox/{key}')) for key in ('xmin', 'ymin', 'xmax', 'ymax')]
-                if name in classes:
-                    x1, y1, x2, y2 = box  # 1-based pixels, the last one inside
-                    _count(report, image_id, name, (x1 - 1, y1 - 1, x2 - 1, y2 - 1), width, height, True)
-        except FileNotFoundError as error:
-            raise UserError(f'{path} lists {image_id}, but its annotation {xml} does not exist.') from error
-        except (ET.ParseError, TypeError, ValueError) as error:
-            raise UserError(f"annotation file {xml} is not in Pascal VOC's format: {error}.") from error
+        (width, height), objects = read_voc(dataset, path, image_id)
+        for name, (x1, y1, x2, y2), _ in objects:
+            found[name] = None
+            if name in classes:
+                _count(report, image_id, name, (x1 - 1, y1 - 1, x2 - 1, y2 - 1), width, height, True)
     if ids:
         _compare_classes(path, list(found), classes, ordered=False)
-    images = osp.join(folder, dataset.get('img_subdir', 'JPEGImages'))
-    _check_image_files(path, split, images, [f'{image_id}.jpg' for image_id in ids])
+    images = voc_image_folder(dataset)
+    files = image_files(images) if osp.isdir(images) else {}
+    others = [files[i] for i in ids if not files.get(i, '.jpg').endswith('.jpg')]
+    if others and dataset['type'] in ('XMLDataset', XMLDataset):
+        raise UserError(
+            f"{len(others)} images that {path} lists are not .jpg (the first: {others[0]}), and MMDetection's XMLDataset reads no "
+            "other: set type='VOCDataset' in the data set, for which the tools read any suffix, or convert the images."
+        )
+    _check_image_files(path, split, images, [files.get(i, f'{i}.jpg') for i in ids])
     return report
 
 
@@ -256,7 +328,7 @@ def _count(
 def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], ordered: bool = True) -> None:
     """MMDetection numbers the classes in the file's order, and names them in the config's: both must be the same."""
     shared = [name for name in found if name in classes]
-    what = f'annotation file {path} has the classes {abridge(found)}, the config expects {abridge(classes)}'
+    what = f'annotation file {path} has the classes {_abridge(found)}, the config expects {_abridge(classes)}'
     fix = "Set metainfo=dict(classes=(...)) in each dataset to the file's names, and num_classes in the model's heads to their number."
     if not shared:
         hints = [near(name, found, n=1) for name in classes[:20]]
@@ -265,12 +337,12 @@ def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], orde
         return
     lacking = [name for name in classes if name not in found]
     if lacking:
-        raise UserError(f'{what}: {abridge(lacking)} are not in the file{near(lacking[0], found, n=1)}. {fix}')
+        raise UserError(f'{what}: {_abridge(lacking)} are not in the file{near(lacking[0], found, n=1)}. {fix}')
     if shared != list(classes):
         raise UserError(f"{what}: in another order, and the file's order is the one that numbers them. {fix}")
 
 
-def abridge(names: Sequence[str], most: int = 8) -> str:
+def _abridge(names: Sequence[str], most: int = 8) -> str:
     head = ', '.join(map(repr, names[:most]))
     return f'[{head}]' if len(names) <= most else f'[{head}, ... ({len(names)} in all)]'
 
@@ -281,16 +353,11 @@ def _check_image_files(path: str, split: str, folder: str, names: list[str]) -> 
     present = set(os.listdir(folder))
     missing = [name for name in names if name not in present and not osp.isfile(osp.join(folder, name))]
     if names and len(missing) == len(names):
-        stem, suffix = osp.splitext(names[0])
-        others = [name for name in sorted(present) if osp.splitext(name)[0] == stem]
-        if others:
-            raise UserError(
-                f'the images of {path} are {others[0]}, ... in {folder}, but MMDetection reads {names[0]}, ...: in a data set of this kind '
-                f'their names must end with {suffix}. Convert them (`mogrify -format {suffix[1:]} *{osp.splitext(others[0])[1]}` of ImageMagick does).'
-            )
         raise UserError(f'none of the {len(names)} images that {path} lists is in {folder} (the first: {names[0]}).')
     if missing:
-        what = f'{len(missing)} of the {len(names)} images that {path} lists are not in {folder}: {abridge(missing, 3)}'
+        what = (
+            f'{len(missing)} of the {len(names)} images that {path} lists are not in {folder}: {_abridge(missing, 3)}'
+        )
         if split != 'train':
             raise UserError(f'{what}. Without them the score would not be that of the whole {split} set.')
         print_log(what, logger='current', level=logging.WARNING)

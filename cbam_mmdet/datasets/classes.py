@@ -1,140 +1,180 @@
-"""A config for other classes: those of a user's own data set, in every data set and every head of the config."""
+"""Own classes: `--classes` sets every key of a config that depends on them."""
 
 from __future__ import annotations
 
+import logging
 import os.path as osp
-import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from mmdet.datasets import CocoDataset, XMLDataset
 from mmdet.registry import DATASETS
+from mmdet.visualization.palette import get_palette
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import print_log
 
-from ..config import SPLITS, split_datasets
+from ..config import SPLITS, log, split_datasets
 from ..errors import UserError, near
-from .checks import COCO_LAYOUT, HELP, VOC_LAYOUT, abridge, read_json
+from .checks import annotation_file, annotation_format, read_coco, read_voc, read_voc_ids, require_annotation_file
 
 AUTO = 'auto'
 HEADS = ('bbox_head', 'mask_head')
 
 
 def set_classes(cfg: Config, classes: str | Sequence[str]) -> tuple[str, ...]:
-    """Set the class names of every data set and `num_classes` of every head; print what was done.
+    """Make a config detect other classes than its own: the heads' num_classes and the data sets' metainfo; log what was set.
 
     Args:
         cfg: the config, with its data roots as they will be used.
-        classes: names, or 'auto' for all that the annotations of the training data sets hold: of XML files sorted, of a COCO file in
-            the file's order (which is the order by which MMDetection numbers them, so names that are given are put into it, too).
+        classes: names, also as 'a,b,c'; or 'auto' for those of the training annotations: of VOC data sets all that occur, sorted,
+            of COCO data sets the file's categories. MMDetection numbers COCO's classes in the file's order whatever metainfo
+            says, so names given in another order are put in that one.
 
     Returns:
-        The names.
+        The names, in the order that numbers them.
 
     Raises:
-        UserError: for a name that the annotations lack, with near ones; annotations that are not there; a model without heads.
+        UserError: for a name that the annotations lack, for training files that disagree, and for what cannot be read.
     """
-    found, sources, ordered = _training_classes(cfg)
-    if classes == AUTO:
-        names = tuple(found)
-    else:
-        names = tuple(dict.fromkeys(name.strip() for name in classes if name.strip()))
-        lacking = [name for name in names if name not in found]
-        if lacking or not names:
-            what = f'{abridge(lacking)} not in' if lacking else 'no name given;'
-            hint = near(lacking[0], found, n=1) if lacking else ''
-            raise UserError(f'--classes: {what} the annotations {sources}, which have {abridge(found)}{hint}')
-        if ordered:
-            names = tuple(name for name in found if name in names)
-    keys = list(_set_num_classes(cfg.model, 'model', len(names)))
+    asked = None if classes == AUTO else _parse(classes)
+    found = _find(cfg, required=asked is None)
+    split = next((split for split in SPLITS if found[split]), 'train')
+    names = _choose(asked, found[split], split)
+    sources = ' and '.join(path for path, _, _ in found[split])
+
+    keys = _set_num_classes(cfg.model, len(names), 'model')
     if not keys:
         raise UserError(
-            f'--classes: the model ({cfg.model.get("type")}) has no {" or ".join(HEADS)} to set num_classes in'
+            f'--classes: the model has no {" and no ".join(HEADS)}: set its number of classes ({len(names)}) by --cfg-options'
         )
-    for split in SPLITS:
-        for dataset in split_datasets(cfg, split):
-            dataset.metainfo = ConfigDict(classes=names)
-            if len(names) > len(getattr(_kind(dataset), 'METAINFO', {}).get('palette', ())):
-                dataset.metainfo.palette = 'random'  # the type's own has too few colours, and drawing would fail
-    origin = f'read from {sources}' if classes == AUTO else f'checked against {sources}'
-    order = ", in the file's order" if ordered else ''
-    print_log(
-        f'--classes: {len(names)} classes {abridge(names)} ({origin}{order}): metainfo of every data set; num_classes={len(names)} of '
-        f'{", ".join(keys)}',
-        logger='current',
+    splits = [split for split in SPLITS if split_datasets(cfg, split)]
+    for dataset in (dataset for split in splits for dataset in split_datasets(cfg, split)):
+        _set_metainfo(dataset, names)
+    origin = f'read from {sources}' if asked is None else 'as given'
+    log(
+        f'--classes: {len(names)} classes, {origin}: {", ".join(names)}. Set: {", ".join(f"{key}={len(names)}" for key in keys)}, '
+        f'and metainfo.classes of the data sets for {", ".join(splits)}'
     )
+    if asked is not None and names != asked:
+        log(
+            f'--classes: in the order of {sources}, which numbers the classes, and not in that given ({", ".join(asked)})'
+        )
+    for path, has in dict.fromkeys((path, has) for files in found.values() for path, _, has in files):
+        unknown = [name for name in has if name not in names]
+        if unknown:
+            log(f'{path} has classes besides, whose boxes are left out: {", ".join(unknown)}', logging.WARNING)
     return names
 
 
-def _kind(dataset: ConfigDict) -> type | None:
-    return DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+def _parse(classes: str | Sequence[str]) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in (classes.split(',') if isinstance(classes, str) else classes))
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError(f"--classes {','.join(names)}: expected different names, as in --classes cat,dog, or 'auto'")
+    return names
 
 
-def _training_classes(cfg: Config) -> tuple[list[str], str, bool]:
-    """The names in the training annotations, the files they come from, and whether their order is the file's."""
-    found: list[list[str]] = []
-    files, ordered = [], False
-    for dataset in split_datasets(cfg, 'train'):
-        kind, root, ann_file = _kind(dataset), dataset.get('data_root') or '', dataset.get('ann_file') or ''
-        path = osp.join(root, ann_file)
-        is_coco = isinstance(kind, type) and issubclass(kind, CocoDataset)
-        if not is_coco and not (isinstance(kind, type) and issubclass(kind, XMLDataset)):
-            raise UserError(
-                f'--classes: the classes of a data set of type {dataset["type"]} cannot be read; set them in the config'
-            )
-        if not osp.isfile(path):
-            layout = (COCO_LAYOUT if is_coco else VOC_LAYOUT).format(root=root.rstrip('/') or '.')
-            raise UserError(f'the train data set has no annotation file {path}. Expected:\n{layout}\n{HELP}')
-        files.append(path)
-        found.append(_coco_classes(path) if is_coco else _voc_classes(path, root, dataset))
-        ordered |= is_coco
-    if not found:
-        raise UserError('--classes: the config has no training data set to read classes from')
-    if ordered and any(names != found[0] for names in found):
-        raise UserError(
-            f'--classes: the training files {files} have different classes; they must be the same, in the same order'
-        )
-    names = found[0] if ordered else sorted({name for names in found for name in names})
-    if not names:
-        raise UserError(f'--classes: {", ".join(files)}: the annotations name no class')
-    return names, ', '.join(files), ordered
+def _find(cfg: Config, required: bool) -> dict[str, list[tuple[str, str, tuple[str, ...]]]]:
+    """For each split its annotation files, each with its format and the classes in it; files that are not there are left out,
+    but for those of training if they are required.
+    """
+    found: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {split: [] for split in SPLITS}
+    read: dict[str, tuple[str, ...]] = {}
+    for split in SPLITS:
+        for dataset in split_datasets(cfg, split):
+            style, path = annotation_format(dataset), annotation_file(dataset)
+            if required and split == 'train':
+                if style is None:
+                    raise UserError(
+                        f'--classes auto: the training data set is a {dataset["type"]}, of which the classes cannot be read; name them'
+                    )
+                require_annotation_file(dataset, split)
+            if style is None or not osp.isfile(path):
+                continue
+            if path not in read:
+                read[path] = _coco_classes(path) if style == 'coco' else _voc_classes(dataset, path)
+            found[split].append((path, style, read[path]))
+    if required and not found['train']:
+        raise UserError('--classes auto: the config has no training data set to read them from; name them')
+    return found
 
 
-def _coco_classes(path: str) -> list[str]:
+def _coco_classes(path: str) -> tuple[str, ...]:
     try:
-        return [category['name'] for category in read_json(path)['categories']]
+        return tuple(category['name'] for category in read_coco(path)['categories'])
     except (KeyError, TypeError) as error:
-        raise UserError(f'annotation file {path}: a category has no name ({type(error).__name__}: {error})') from error
+        raise UserError(f'annotation file {path}: a category is malformed; each needs id and name.') from error
 
 
-def _voc_classes(path: str, root: str, dataset: ConfigDict) -> list[str]:
-    folder = osp.join(
-        root, (dataset.get('data_prefix') or {}).get('sub_data_root', ''), dataset.get('ann_subdir', 'Annotations')
+def _voc_classes(dataset: ConfigDict, path: str) -> tuple[str, ...]:
+    return tuple(
+        sorted({item.name for image_id in read_voc_ids(path) for item in read_voc(dataset, path, image_id)[1]})
     )
-    names: set[str] = set()
-    with open(path, encoding='utf-8') as file:
-        for image_id in filter(None, map(str.strip, file)):
-            xml = osp.join(folder, f'{image_id}.xml')
-            try:
-                names |= {item.findtext('name') or '' for item in ET.parse(xml).getroot().findall('object')}
-            except FileNotFoundError as error:
-                raise UserError(f'{path} lists {image_id}, but its annotation {xml} does not exist.') from error
-            except ET.ParseError as error:
-                raise UserError(f"annotation file {xml} is not in Pascal VOC's format: {error}.") from error
-    return sorted(names - {''})
 
 
-def _set_num_classes(node: object, where: str, num_classes: int) -> Iterator[str]:
-    """Set it in every box and mask head below a part of the model's config; yield their keys."""
+def _choose(
+    asked: tuple[str, ...] | None, files: list[tuple[str, str, tuple[str, ...]]], split: str
+) -> tuple[str, ...]:
+    """The classes in the order that numbers them, from what was asked for and what the annotation files of a split have."""
+    if not files:
+        return asked
+    coco = [(path, names) for path, style, names in files if style == 'coco']
+    available = coco[0][1] if coco else tuple(sorted({name for _, _, names in files for name in names}))
+    lacking = [name for name in asked or () if name not in available]
+    if lacking:
+        where = ' and '.join(path for path, _, _ in files)
+        raise UserError(
+            f'--classes: {where} ({split}) has no {lacking[0]!r}{near(lacking[0], available) or "."} It has: {", ".join(available)}'
+        )
+    if not available:
+        raise UserError(f'--classes: {" and ".join(path for path, _, _ in files)} holds no object, hence no class')
+    names = available if asked is None else asked
+    orders = {path: tuple(name for name in has if name in names) for path, has in coco}
+    if len(set(orders.values())) > 1 or (asked is None and len({has for _, has in coco}) > 1):
+        lists = '; '.join(f'{path}: {", ".join(has)}' for path, has in coco)
+        raise UserError(
+            f'--classes: the {split} annotation files disagree on the classes or their order, which numbers them ({lists})'
+        )
+    return next(iter(orders.values())) if coco else names
+
+
+def _set_num_classes(node: object, count: int, where: str) -> list[str]:
+    """Set num_classes in every box and mask head below a part of the model.
+
+    Returns:
+        The keys that were set.
+    """
     if isinstance(node, (list, tuple)):
-        for i, item in enumerate(node):
-            yield from _set_num_classes(item, f'{where}[{i}]', num_classes)
-    elif isinstance(node, dict):
-        for key, value in node.items():
-            if key in HEADS:
-                heads = value if isinstance(value, (list, tuple)) else [value]
-                for i, head in enumerate(heads):
-                    if isinstance(head, dict):
-                        head['num_classes'] = num_classes
-                        yield f'{where}.{key}' + (f'[{i}]' if heads is value else '')
-            else:
-                yield from _set_num_classes(value, f'{where}.{key}', num_classes)
+        return [key for i, item in enumerate(node) for key in _set_num_classes(item, count, f'{where}[{i}]')]
+    if not isinstance(node, dict):
+        return []
+    keys = []
+    for name, value in node.items():
+        if name in HEADS:
+            several = isinstance(value, (list, tuple))
+            for i, head in enumerate(value if several else [value]):
+                if isinstance(head, dict):
+                    head['num_classes'] = count
+                    keys.append(f'{where}.{name}{f"[{i}]" if several else ""}.num_classes')
+                    keys += _reset_num_classes(head, count, keys[-1].removesuffix('.num_classes'))
+        else:
+            keys += _set_num_classes(value, count, f'{where}.{name}')
+    return keys
+
+
+def _reset_num_classes(head: ConfigDict, count: int, where: str) -> list[str]:
+    """Some losses inside a head state the number, too."""
+    keys = []
+    for name, value in head.items():
+        if isinstance(value, dict):
+            if isinstance(value.get('num_classes'), int):
+                value['num_classes'] = count
+                keys.append(f'{where}.{name}.num_classes')
+            keys += _reset_num_classes(value, count, f'{where}.{name}')
+    return keys
+
+
+def _set_metainfo(dataset: ConfigDict, names: tuple[str, ...]) -> None:
+    meta = dict(dataset.get('metainfo') or {}, classes=names)
+    kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+    palette = meta.pop('palette', None) or getattr(kind, 'METAINFO', {}).get('palette')
+    if not isinstance(palette, list) or len(palette) < len(names):
+        # MMDetection draws no picture with fewer colours than classes.
+        palette = [tuple(map(int, colour)) for colour in get_palette('random', len(names))]
+    dataset['metainfo'] = dict(meta, palette=palette[: len(names)])

@@ -1,69 +1,158 @@
-"""VOC configs on folders that do not hold all of VOC2007/ and VOC2012/."""
+"""Pascal VOC's layout as one's own data have it: one year only, a flat folder, other splits, other images than .jpg."""
 
 from __future__ import annotations
 
+import os
 import os.path as osp
 
-from mmdet.datasets import XMLDataset
+from mmdet.datasets import VOCDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import print_log
 
-from ..config import SPLITS, split_datasets
+from ..config import SPLITS, log, split_datasets
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 
-def fit_voc_folders(cfg: Config) -> None:
-    """Leave out the parts of VOC that a --data-root lacks, and find one without a VOC2007/ level; print what was done.
+def voc_folder(dataset: ConfigDict) -> str:
+    """The folder of a VOC data set that holds Annotations/, ImageSets/ and JPEGImages/."""
+    return osp.join(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('sub_data_root', ''))
 
-    A training set of several folders (VOC2007/ and VOC2012/) keeps those that are there. A folder with JPEGImages/, Annotations/ and
-    ImageSets/ directly in it takes the place of VOC2007/. Where neither is found, nothing is changed: the check of the data says what
-    is missing.
-    """
+
+def voc_image_folder(dataset: ConfigDict) -> str:
+    """The folder of a VOC data set's images."""
+    return osp.join(voc_folder(dataset), dataset.get('img_subdir', 'JPEGImages'))
+
+
+def image_files(folder: str) -> dict[str, str]:
+    """The image files in a folder by their names without suffix; of several with one name, the .jpg."""
+    stems: dict[str, str] = {}
+    for name in sorted(os.listdir(folder)):
+        stem, suffix = osp.splitext(name)
+        if suffix.lower() in SUFFIXES and (stem not in stems or suffix == '.jpg'):
+            stems[stem] = name
+    return stems
+
+
+@DATASETS.register_module()
+class AnySuffixVOCDataset(VOCDataset):
+    """MMDetection's VOCDataset for images of any suffix; the original takes each image to be a .jpg."""
+
+    def load_data_list(self) -> list[dict]:
+        self.files = image_files(osp.join(self.sub_data_root, self.img_subdir))
+        return super().load_data_list()
+
+    def parse_data_info(self, img_info: dict) -> dict:
+        image_id = img_info['img_id']
+        file_name = osp.join(self.img_subdir, self.files.get(image_id, f'{image_id}.jpg'))
+        return super().parse_data_info({**img_info, 'file_name': file_name})
+
+
+def fit_image_suffix(cfg: Config) -> None:
+    """Have VOC data sets that hold images with another suffix than .jpg read by :class:`AnySuffixVOCDataset`."""
+    changed = set()
     for split in SPLITS:
         for dataset in split_datasets(cfg, split):
-            if (
-                _is_voc(dataset)
-                and not osp.isdir(_folder(dataset))
-                and osp.isdir(osp.join(dataset.data_root, 'ImageSets/Main'))
-            ):
-                prefix = dataset.data_prefix.sub_data_root
-                dataset.data_prefix.sub_data_root = ''
-                dataset.ann_file = dataset.ann_file.removeprefix(prefix)
-                print_log(f'--data-root: {split} data set {prefix} is {dataset.data_root} itself', logger='current')
-    _leave_out((cfg.get('train_dataloader') or {}).get('dataset'))
+            folder = voc_image_folder(dataset)
+            if dataset['type'] not in ('VOCDataset', VOCDataset) or not osp.isdir(folder):
+                continue
+            others = {osp.splitext(name)[1] for name in image_files(folder).values()} - {'.jpg'}
+            if others:
+                dataset['type'] = 'AnySuffixVOCDataset'
+                changed.add((folder, ', '.join(sorted(others))))
+    if changed:
+        imports = cfg.setdefault('custom_imports', ConfigDict(imports=[]))
+        imports['imports'] = [*imports['imports'], __name__]  # for programs that read the work dir's copy
+    for folder, suffixes in sorted(changed):
+        log(f'{folder} holds {suffixes}: read by AnySuffixVOCDataset')
 
 
-def _is_voc(dataset: ConfigDict) -> bool:
-    kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
-    return (
-        isinstance(kind, type)
-        and issubclass(kind, XMLDataset)
-        and bool((dataset.get('data_prefix') or {}).get('sub_data_root'))
-    )
+def fit_layout(cfg: Config) -> None:
+    """Fit a config's VOC data sets to what is in the folder that --data-root gave; log a line for each change.
+
+    - A flat folder (Annotations/, ImageSets/, JPEGImages/ directly in it) serves for any year.
+    - A training set whose year is not there is left out, if another one is there.
+    - A validation or test set whose year is not there is taken from the year that is.
+    - Where ImageSets/Main has no test.txt but a val.txt, val.txt is tested on, and train.txt trained on in place of trainval.txt;
+      where it has no trainval.txt, train.txt is trained on.
+
+    What still lacks after that is left to `check_data`, which names it.
+    """
+    notes: dict[str, None] = {}
+    for split in SPLITS:
+        for dataset in _voc_datasets(cfg, split):
+            if not osp.isdir(voc_folder(dataset)) and _is_flat(dataset.data_root):
+                _move(dataset, '')
+                notes[f'{dataset.data_root} holds JPEGImages/ itself: read as one VOC data set'] = None
+    if cfg.get('train_dataloader'):
+        _prune(cfg.train_dataloader.dataset, notes)
+    years = [d.data_prefix.sub_data_root for d in _voc_datasets(cfg, 'train') if osp.isdir(voc_folder(d))]
+    for split in ('val', 'test'):
+        for dataset in _voc_datasets(cfg, split):
+            if years and not osp.isdir(voc_folder(dataset)):
+                notes[f'no {voc_folder(dataset)}: validation and test use {years[0]}'] = None
+                _move(dataset, years[0])
+    _fit_image_sets(cfg, notes)
+    for note in notes:
+        log(f'--data-root: {note}')
 
 
-def _folder(dataset: ConfigDict) -> str:
-    return osp.join(dataset.get('data_root') or '', dataset.data_prefix.sub_data_root)
+def _voc_datasets(cfg: Config, split: str) -> list[ConfigDict]:
+    return [d for d in split_datasets(cfg, split) if 'sub_data_root' in (d.get('data_prefix') or {})]
 
 
-def _leave_out(dataset: ConfigDict | None) -> None:
-    """Take parts that are not there, or there already, out of a concatenated data set."""
-    while dataset and dataset.get('dataset'):
-        dataset = dataset.dataset
-    parts = (dataset or {}).get('datasets')
-    if not parts:
+def _is_flat(root: str) -> bool:
+    return all(osp.isdir(osp.join(root, folder)) for folder in ('Annotations', 'ImageSets'))
+
+
+def _move(dataset: ConfigDict, folder: str) -> None:
+    """Re-point a data set at another folder below its root."""
+    dataset.ann_file = folder + dataset.ann_file.removeprefix(dataset.data_prefix.sub_data_root)
+    dataset.data_prefix.sub_data_root = folder
+
+
+def _prune(node: ConfigDict, notes: dict[str, None]) -> None:
+    """Take what is not there, or is there twice, out of a ConcatDataset, unless nothing would remain."""
+    if node.get('dataset'):
+        _prune(node.dataset, notes)
+    if not node.get('datasets'):
         return
-    kept, seen = [], set()
-    for part in parts:
-        place = (part.get('data_root'), part.get('ann_file'))
-        if place not in seen and not (_is_voc(part) and not osp.isdir(_folder(part))):
-            kept.append(part)
-            seen.add(place)
-        elif place not in seen:
-            left_out = _folder(part)
-            if len(parts) > 1:
-                print_log(
-                    f'--data-root: no folder {left_out}: that part of the training set is left out', logger='current'
-                )
+    kept, places = [], set()
+    for dataset in node.datasets:
+        is_voc = 'sub_data_root' in (dataset.get('data_prefix') or {})
+        place = (voc_folder(dataset), dataset.get('ann_file')) if is_voc else id(dataset)
+        if place not in places and not (is_voc and not osp.isdir(voc_folder(dataset))):
+            kept.append(dataset)
+            places.add(place)
     if kept:
-        dataset.datasets = kept
+        for dataset in node.datasets:
+            if 'sub_data_root' in (dataset.get('data_prefix') or {}) and not osp.isdir(voc_folder(dataset)):
+                notes[f'no {voc_folder(dataset)}: trained without it'] = None
+        node.datasets = kept
+
+
+def _fit_image_sets(cfg: Config, notes: dict[str, None]) -> None:
+    def exists(dataset: ConfigDict, name: str) -> bool:
+        return osp.isfile(osp.join(dataset.data_root, osp.dirname(dataset.ann_file), name))
+
+    def replace(dataset: ConfigDict, name: str, why: str) -> None:
+        notes[f'{why}: {name} in place of {osp.basename(dataset.ann_file)}'] = None
+        dataset.ann_file = osp.join(osp.dirname(dataset.ann_file), name)
+
+    held_out = set()
+    for split in ('val', 'test'):
+        for dataset in _voc_datasets(cfg, split):
+            if (
+                osp.basename(dataset.ann_file) == 'test.txt'
+                and not exists(dataset, 'test.txt')
+                and exists(dataset, 'val.txt')
+            ):
+                replace(dataset, 'val.txt', f'{voc_folder(dataset)} has no test.txt')
+                held_out.add(voc_folder(dataset))
+    for dataset in _voc_datasets(cfg, 'train'):
+        if osp.basename(dataset.ann_file) != 'trainval.txt' or not exists(dataset, 'train.txt'):
+            continue
+        if voc_folder(dataset) in held_out:
+            replace(dataset, 'train.txt', 'val.txt is tested on')
+        elif not exists(dataset, 'trainval.txt'):
+            replace(dataset, 'train.txt', f'{voc_folder(dataset)} has no trainval.txt')

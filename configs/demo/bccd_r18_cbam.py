@@ -48,7 +48,7 @@ val_dataloader = dict(
     dataset=dict(ann_file='VOC2007/ImageSets/Main/test.txt', test_mode=True, pipeline=test_pipeline, **images)
 )
 test_dataloader = val_dataloader
-val_evaluator = [dict(type='PascalVOCMetric', eval_mode='area'), dict(type='VOCCocoMetric')]
+val_evaluator = [dict(type='VOCDetectionMetric', eval_mode='area'), dict(type='SampleCocoMetric', proposal_nums=(1, 10, 100))]
 test_evaluator = val_evaluator
 
 train_cfg = dict(max_epochs=max_epochs, val_interval=10)

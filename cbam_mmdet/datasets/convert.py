@@ -1,0 +1,157 @@
+"""Annotations from Pascal VOC's format to COCO's and back, with the difficult objects.
+
+A box that spans the pixels xmin to xmax, counted from 1, is COCO's x = xmin - 1 with width xmax - xmin + 1. A difficult object
+is a crowd (`iscrowd`): MMDetection and pycocotools then ignore it, where they would take COCO's `ignore` for background.
+There and back again gives the same classes, boxes and flags; boxes that are not of whole pixels are rounded for VOC.
+"""
+
+from __future__ import annotations
+
+import json
+import os.path as osp
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from mmengine.config import ConfigDict
+from tqdm import tqdm
+
+from ..errors import UserError
+from .checks import read_coco, read_voc, read_voc_ids
+from .loading import read_image
+from .voc import image_files, voc_image_folder
+
+
+def convert(source: str, target: str) -> int:
+    """Write the annotations of one format in the other.
+
+    Args:
+        source: what to read: VOC's image set 'DIR/ImageSets/Main/NAME.txt', or COCO's 'FILE.json'.
+        target: what to write, the other of the two. VOC's XML files go to DIR/Annotations. No image is copied.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        UserError: if the source cannot be read or the target exists.
+    """
+    suffixes = Path(source).suffix, Path(target).suffix
+    if suffixes not in (('.txt', '.json'), ('.json', '.txt')):
+        raise UserError(
+            f'{source} to {target}: expected an image set of VOC (DIR/ImageSets/Main/NAME.txt) and a .json of COCO, or the reverse'
+        )
+    if not osp.isfile(source):
+        raise UserError(f'{source} does not exist')
+    if osp.exists(target):
+        raise UserError(f'{target} exists already: name another one, or remove it')
+    if suffixes[0] == '.txt':
+        content = voc_to_coco(source)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).write_text(json.dumps(content), encoding='utf-8')
+        return len(content['images'])
+    return _write_voc(source, target)
+
+
+def voc_to_coco(image_set: str) -> dict:
+    """The content of a COCO annotation file for one image set of VOC.
+
+    The categories are those of all XML files in the folder, sorted, so that every image set of it gets the same.
+
+    Args:
+        image_set: path of DIR/ImageSets/Main/NAME.txt.
+
+    Raises:
+        UserError: for an XML file that is missing or malformed.
+    """
+    folder = Path(image_set).absolute().parents[2]
+    dataset = ConfigDict(data_root=str(folder))
+    everything = sorted(path.stem for path in (folder / 'Annotations').glob('*.xml'))
+    names = sorted({item.name for image_id in everything for item in read_voc(dataset, image_set, image_id)[1]})
+    number = {name: i for i, name in enumerate(names, start=1)}
+    images_dir = voc_image_folder(dataset)
+    files = image_files(images_dir) if osp.isdir(images_dir) else {}
+    images, annotations = [], []
+    for image_id in tqdm(read_voc_ids(image_set), desc='converting', disable=None):
+        size, objects = read_voc(dataset, image_set, image_id)
+        file_name = files.get(image_id, f'{image_id}.jpg')
+        if float('inf') in size:
+            size = read_image(osp.join(images_dir, file_name)).shape[1::-1]
+        images.append(dict(id=len(images) + 1, file_name=file_name, width=_whole(size[0]), height=_whole(size[1])))
+        for name, (x1, y1, x2, y2), difficult in objects:
+            x, y, width, height = (_whole(v) for v in (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1))
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=len(images),
+                    category_id=number[name],
+                    bbox=[x, y, width, height],
+                    area=width * height,
+                    iscrowd=int(difficult),
+                )
+            )
+    return dict(
+        images=images, annotations=annotations, categories=[dict(id=i, name=name) for name, i in number.items()]
+    )
+
+
+def coco_to_voc(content: dict) -> dict[str, ET.Element]:
+    """The content of VOC's XML files, by the names of the images without suffix, for a COCO annotation file.
+
+    Args:
+        content: a COCO annotation file's.
+
+    Raises:
+        UserError: for an annotation that is malformed, and for images whose names differ only by folder or suffix.
+    """
+    try:
+        names = {category['id']: category['name'] for category in content['categories']}
+        stems = {image['id']: Path(image['file_name']).stem for image in content['images']}
+        roots = {image['id']: _image_element(image) for image in content['images']}
+        for annotation in content['annotations']:
+            difficult = bool(annotation.get('iscrowd') or annotation.get('ignore'))
+            _add_object(roots[annotation['image_id']], names[annotation['category_id']], annotation['bbox'], difficult)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the annotations are not in COCO's format: {type(error).__name__}: {error}") from error
+    if len(set(stems.values())) < len(stems):
+        raise UserError(
+            'some images share their name without folder and suffix, which VOC has no place for: rename them'
+        )
+    return {stems[image_id]: root for image_id, root in roots.items()}
+
+
+def _write_voc(source: str, image_set: str) -> int:
+    files = coco_to_voc(read_coco(source))
+    annotations = Path(image_set).absolute().parents[2] / 'Annotations'
+    there = [name for name in files if (annotations / f'{name}.xml').exists()]
+    if there:
+        raise UserError(f'{annotations / there[0]}.xml exists already: choose another folder')
+    for folder in (annotations, Path(image_set).parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, root in files.items():
+        ET.indent(root)
+        (annotations / f'{name}.xml').write_bytes(ET.tostring(root, encoding='utf-8'))
+    Path(image_set).write_text(''.join(f'{name}\n' for name in files), encoding='utf-8')
+    return len(files)
+
+
+def _image_element(image: dict) -> ET.Element:
+    root = ET.Element('annotation')
+    ET.SubElement(root, 'filename').text = Path(image['file_name']).name
+    size = ET.SubElement(root, 'size')
+    for key in ('width', 'height'):
+        ET.SubElement(size, key).text = str(round(image[key]))
+    ET.SubElement(size, 'depth').text = '3'
+    return root
+
+
+def _add_object(root: ET.Element, name: str, box: list[float], difficult: bool) -> None:
+    x, y, width, height = box
+    item = ET.SubElement(root, 'object')
+    ET.SubElement(item, 'name').text = name
+    ET.SubElement(item, 'difficult').text = str(int(difficult))
+    corners = ET.SubElement(item, 'bndbox')
+    for key, value in zip(('xmin', 'ymin', 'xmax', 'ymax'), (x + 1, y + 1, x + width, y + height), strict=True):
+        ET.SubElement(corners, key).text = str(round(value))
+
+
+def _whole(value: float) -> int | float:
+    return int(value) if value == int(value) else value
