@@ -41,7 +41,7 @@ def config_path(name: str) -> str:
     path = CONFIG_DIR / name
     if not path.is_file():
         shipped = [p.relative_to(CONFIG_DIR).as_posix() for p in sorted(CONFIG_DIR.rglob('*.py'))]
-        raise UserError(f'cbam_mmdet ships no config {name!r}{near(name, shipped)} It has: {", ".join(shipped)}')
+        raise UserError(f'cbam_mmdet ships no config {name!r}{near(name, shipped) or "."} It has: {", ".join(shipped)}')
     return str(path)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from mmcv.cnn import build_plugin_layer
 from mmengine.logging import print_log
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -35,6 +35,7 @@ def PluginBackbone(
     plugins: Sequence[Mapping] | None,
     input_shape: Sequence[int] | None = None,
     init_cfg: Mapping | None = KEEP,
+    **others: Any,
 ) -> nn.Module:
     """Build a backbone, and put plugins into it.
 
@@ -56,19 +57,25 @@ def PluginBackbone(
         UserError: (a ValueError) for a pattern that matches nothing, with near matches; a chosen module whose output is not one tensor
             of shape (N, C, H, W); a plugin that changes the shape.
 
-    Not for a backbone whose BatchNorms are folded away afterwards (fuse_conv_bn): a plugin that follows one goes with it.
+    What to know: a plugin that follows a norm goes with it where that is replaced (fuse_conv_bn folds BatchNorms away) and follows its mode
+    (norm_eval=True holds a plugin's dropout, too); plugins at 'outputs' run where the backbone is called as such, not where a detector
+    calls a part of it (RFP's rfp_forward).
     """
-    backbone = _with_init_cfg(backbone, init_cfg)
-    module = MODELS.build(dict(backbone))
+    module, backbone = _build_inner('backbone', backbone, init_cfg, others)
+    shape = input_shape or (backbone.get('in_channels', 3), 224, 224)
+    if not isinstance(shape, Sequence) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise UserError(f'model.backbone.input_shape={input_shape!r}: expected (channels, height, width)')
 
     def inputs() -> tuple[Tensor]:
-        return (_zeros(module, input_shape or (backbone.get('in_channels', 3), 224, 224)),)
+        return (_zeros(module, shape),)
 
     return add_plugins(module, plugins, inputs, 'model.backbone.plugins', usual_place(module))
 
 
 @MODELS.register_module()
-def PluginNeck(neck: Mapping, plugins: Sequence[Mapping] | None, init_cfg: Mapping | None = KEEP) -> nn.Module:
+def PluginNeck(
+    neck: Mapping, plugins: Sequence[Mapping] | None, init_cfg: Mapping | None = KEEP, **others: Any
+) -> nn.Module:
     """Build a neck, and put plugins into it: as PluginBackbone; the usual place is its outputs, the maps that the heads see.
 
     Args:
@@ -79,8 +86,7 @@ def PluginNeck(neck: Mapping, plugins: Sequence[Mapping] | None, init_cfg: Mappi
     Raises:
         UserError: as PluginBackbone.
     """
-    neck = _with_init_cfg(neck, init_cfg)
-    module = MODELS.build(dict(neck))
+    module, neck = _build_inner('neck', neck, init_cfg, others)
     channels = neck.get('in_channels')
     if not channels:
         raise UserError(f'PluginNeck: a neck with in_channels is expected, got {dict(neck)}')
@@ -170,7 +176,11 @@ def _places(module: nn.Module, plugin: Mapping, where: str, usual: Sequence[str]
             f"{where}: no usual place for a plugin is known in {type(module).__name__}: say it, e.g. after='{OUTPUTS}' (each map that it "
             f"returns) or a pattern of its modules' names, which begin {_some(names, 12)}"
         )
-    patterns = [after] if isinstance(after, str) else list(after)
+    patterns = [after] if isinstance(after, str) else after
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(
+            f"{where}.after={after!r}: expected a pattern of module names, as 'layer*.*.bn2', or a list of patterns"
+        )
     for pattern in patterns:
         if not any(matches(pattern, name) for name in names):
             raise UserError(
@@ -238,13 +248,14 @@ def _dry_run(module: nn.Module, inputs: Callable, names: list[str], where: str) 
     def record(name: str) -> Callable:
         def hook(_: nn.Module, __: tuple, output: Any) -> None:
             many = name == OUTPUTS and isinstance(output, (tuple, list))
-            calls[name] += [_shape(value, name, where, module) for value in (output if many else [output])]
+            values = [value for value in output if value is not None] if many else [output]
+            calls[name] += [_shape(value, name, where, module) for value in values]
 
         return hook
 
     handles = [_at(module, name).register_forward_hook(record(name)) for name in names]
     try:
-        _forward(module, inputs, where)
+        _forward(module, inputs, where, 'the dry run that finds the channels')
     finally:
         for handle in handles:
             handle.remove()
@@ -257,7 +268,7 @@ def _dry_run(module: nn.Module, inputs: Callable, names: list[str], where: str) 
     return calls
 
 
-def _forward(module: nn.Module, inputs: Callable, where: str) -> None:
+def _forward(module: nn.Module, inputs: Callable, where: str, doing: str) -> None:
     with _undisturbed(module):
         try:
             module(*inputs())
@@ -266,8 +277,8 @@ def _forward(module: nn.Module, inputs: Callable, where: str) -> None:
         except Exception as error:  # whatever a stranger's backbone does with an image of this size
             shapes = _shapes(inputs())
             raise UserError(
-                f'{where}: the dry run that finds the channels failed in {type(module).__name__} with an input of {shapes} '
-                f'({type(error).__name__}: {error}). Give the size that it takes: input_shape=(channels, height, width)'
+                f'{where}: {doing} failed in {type(module).__name__} with an input of {shapes} ({type(error).__name__}: {error}). If it is the '
+                'size that does not fit, give one that does: input_shape=(channels, height, width)'
             ) from error
 
 
@@ -283,6 +294,11 @@ def _shape(value: Any, name: str, where: str, module: nn.Module) -> torch.Size:
     if isinstance(value, Tensor) and value.ndim == 4:
         return value.shape
     kind = f'a tensor of shape {tuple(value.shape)}' if isinstance(value, Tensor) else f'a {type(value).__name__}'
+    if name == OUTPUTS:
+        raise UserError(
+            f'{where}: {type(module).__name__} returns {kind} among its outputs; plugins there need tensors of shape (N, C, H, W), one or a '
+            'tuple of them. Choose modules inside.'
+        )
     inside = [child for child, _ in _at(module, name).named_children()]
     advice = f'a module inside ({_some([f"{name}.{child}" for child in inside])})' if inside else 'another module'
     raise UserError(
@@ -313,16 +329,23 @@ class ApplyChildToEach:
     def __call__(self, module: nn.Module, inputs: tuple, outputs: Any) -> Any:
         if isinstance(outputs, Tensor):
             return getattr(module, self.names[0])(outputs)
-        refined = [getattr(module, name)(output) for name, output in zip(self.names, outputs, strict=True)]
-        return type(outputs)(refined)
+        maps = [i for i, output in enumerate(outputs) if output is not None]
+        if len(maps) != len(self.names):
+            raise UserError(
+                f'{type(module).__name__} returns {len(maps)} maps here, and {len(self.names)} in the dry run in eval mode: plugins at '
+                f"'{OUTPUTS}' need the same maps always. Choose modules inside."
+            )
+        refined = list(outputs)
+        for i, name in zip(maps, self.names, strict=True):
+            refined[i] = getattr(module, name)(refined[i])
+        make = getattr(outputs, '_make', type(outputs))  # a NamedTuple, or a tuple or list
+        return make(refined)
 
 
-def _apply_when_registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Whoever takes a plugin as its child applies it.
-
-    The conversion between BatchNorm and SyncBN builds new modules and hands the children over, but not the hooks.
-    """
-    if getattr(child, '_follows_its_parent', False) and name not in _applied(module):
+def _apply_after_conversion(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """The conversion between BatchNorm and SyncBN builds new norms and hands the children over, but not the hooks."""
+    is_norm = 'BatchNorm' in type(module).__name__
+    if is_norm and name == getattr(child, '_follows_its_parent_as', None) and name not in _applied(module):
         module.register_forward_hook(ApplyChild(name))
 
 
@@ -330,7 +353,7 @@ def _applied(module: nn.Module) -> list[str]:
     return [hook.name for hook in module._forward_hooks.values() if isinstance(hook, ApplyChild)]
 
 
-register_module_module_registration_hook(_apply_when_registered)
+register_module_module_registration_hook(_apply_after_conversion)
 
 
 def _insert(module: nn.Module, name: str, cfg: Mapping, shapes: list[torch.Size], where: str) -> list[nn.Module]:
@@ -344,9 +367,10 @@ def _insert(module: nn.Module, name: str, cfg: Mapping, shapes: list[torch.Size]
         parent.register_forward_hook(ApplyChildToEach([child for child, _ in built]))
         return [plugin for _, plugin in built]
     child, plugin = _build(cfg, shapes[0][1], postfix, parent, name, where)
-    # A Sequential runs its last child after the others by itself; all else needs the hook.
-    plugin._follows_its_parent = type(parent).forward is not nn.Sequential.forward
     parent.add_module(child, plugin)
+    if type(parent).forward is not nn.Sequential.forward:  # which runs its last child after the others by itself
+        plugin._follows_its_parent_as = child
+        parent.register_forward_hook(ApplyChild(child))
     return [plugin]
 
 
@@ -378,7 +402,7 @@ def _check_by_dry_run(
 
     handles = [plugin.register_forward_hook(hook) for plugins in added.values() for plugin in plugins]
     try:
-        _forward(module, inputs, where)
+        _forward(module, inputs, where, 'the dry run with the plugins')
     finally:
         for handle in handles:
             handle.remove()
@@ -432,6 +456,8 @@ def _seen_loading(plugins: Sequence[nn.Module]) -> Iterator[set[nn.Module]]:
 
 
 def _reach_by_init_weights(module: nn.Module, plugins: Sequence[nn.Module]) -> None:
+    if isinstance(getattr(module, 'init_weights', None), InitWeights):  # there are plugins in it from before
+        plugins = [*module.init_weights.plugins, *plugins]
     if plugins and hasattr(module, 'init_weights'):
         module.init_weights = InitWeights(module, plugins)
 
@@ -444,10 +470,19 @@ def _freeze_as_configured(module: nn.Module) -> None:
         m.training = mode
 
 
-def _with_init_cfg(cfg: Mapping, init_cfg: Mapping | None) -> Mapping:
-    if init_cfg is KEEP:
-        return cfg
-    own = cfg.get('init_cfg')
-    if isinstance(init_cfg, Mapping) and 'type' not in init_cfg and isinstance(own, Mapping):
-        init_cfg = {**own, **init_cfg}
-    return {**cfg, 'init_cfg': init_cfg}
+def _build_inner(what: str, cfg: Mapping, init_cfg: Mapping | None, others: Mapping) -> tuple[nn.Module, Mapping]:
+    """The backbone or neck inside, and its config."""
+    where = f'model.{what}'
+    if not isinstance(cfg, Mapping) or 'type' not in cfg:
+        raise UserError(f"{where}.{what}: expected the {what}'s own config, as dict(type='ResNet', ...), got {cfg!r}")
+    if others:
+        key = next(iter(others))
+        raise UserError(f'{where} has plugins around a {cfg["type"]}: {where}.{key} belongs to {where}.{what}.{key}')
+    if init_cfg is not KEEP:
+        own = cfg.get('init_cfg')
+        if isinstance(init_cfg, Mapping) and 'type' not in init_cfg and isinstance(own, Mapping):
+            init_cfg = {**own, **init_cfg}
+        cfg = {**cfg, 'init_cfg': init_cfg}
+    # Without a scope MMEngine would look among its own models; a name that MMDetection's registry was asked for is MMDetection's.
+    scope = {} if DefaultScope.get_current_instance() else {'_scope_': 'mmdet'}
+    return MODELS.build({**scope, **cfg}), cfg

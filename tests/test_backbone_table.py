@@ -97,6 +97,15 @@ def test_parameters_added_are_the_papers(name, added):
     assert measure(name).added / 1e6 == pytest.approx(added, abs=0.0101)
 
 
+@pytest.mark.slow
+def test_readme_shows_the_whole_table(run_tool):
+    pytest.importorskip('mmpretrain')
+    rows = [line for line in run_tool('list_backbones.py').out.splitlines() if line.startswith('| ')]
+    assert len(rows) == 1 + len(BACKBONES)
+    readme = (ROOT / 'README.md').read_text()
+    assert all(row in readme for row in rows)
+
+
 def test_readme_shows_the_table(run_tool):
     pytest.importorskip('mmpretrain')
     result = run_tool('list_backbones.py', '--only', 'ResNet-18', 'Swin-T')

@@ -1,13 +1,18 @@
 """PluginBackbone: where the plugins go, that they do there what MMDetection's own plugins do, and that nothing else changes."""
 
 import copy
+import os
 import pickle
 import random
+import subprocess
+import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from conftest import ROOT
+from mmengine.model import ExponentialMovingAverage, convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -304,6 +309,57 @@ def test_init_cfg_replaces_the_backbones():
     assert own['init_cfg']['checkpoint'] == 'a.pth', "the caller's config is not changed"
 
 
+def test_what_wraps_a_plugin_does_not_apply_it_again():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    model = shake(build())
+    x = torch.randn(2, 3, 64, 64)
+    expected = [y.detach() for y in model(x)]
+    cbam = model.layer1[0].bn2.cbam
+    features = torch.randn(2, 8, 4, 4)
+    assert torch.equal(nn.Sequential(cbam)(features), cbam(features))
+    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, CBAM))
+    assert type(model.layer1[0].bn2.cbam) is not CBAM
+    assert all(torch.equal(a, b) for a, b in zip(model(x), expected, strict=True))
+
+
+def test_plugins_of_two_calls_keep_their_weights():
+    model = build(dict(R18, zero_init_residual=True), after='layer1.0.bn2')
+    add_plugins(model, [dict(cfg=CBAM_CFG, after='conv1')], lambda: IMAGE)
+    cbams = [model.layer1[0].bn2.cbam, model.conv1.cbam]
+    before = [cbam.channel.fc1.weight.clone() for cbam in cbams]
+    model.init_weights()
+    assert all(torch.equal(cbam.channel.fc1.weight, weight) for cbam, weight in zip(cbams, before, strict=True))
+
+
+def test_exponential_moving_average():
+    model = shake(build())
+    average = ExponentialMovingAverage(model, momentum=0.5)
+    average.update_parameters(model)  # the first only copies
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    average.update_parameters(model)
+    expected = shake(build())
+    expected.load_state_dict(average.module.state_dict())
+    assert all(outputs_equal(expected, average.module))
+    assert not any(outputs_equal(model, average.module))
+
+
+def test_without_a_scope():
+    """As MMDetection's registry is used in a program of one's own."""
+    program = (
+        'import cbam_mmdet, mmdet.models\n'
+        'from mmdet.registry import MODELS\n'
+        "m = MODELS.build(dict(type='PluginBackbone', backbone=dict(type='ResNet', depth=18), plugins=[dict(cfg=dict(type='CBAM'))]))\n"
+        'print(type(m.layer1[0].bn2.cbam).__name__)\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program], capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT))
+    )
+    assert done.stdout.split()[-1:] == ['CBAM'], done.stderr[-1000:]
+
+
 def test_sequential_runs_its_plugin_once():
     model = build(after='layer1', cfg=dict(type='Scale'))
     plain = MODELS.build(R18)
@@ -420,6 +476,56 @@ def test_plugins_that_are_none(plugins, pattern):
 @pytest.mark.parametrize('plugins', [None, []])
 def test_no_plugins(plugins):
     assert not plugged(PluginBackbone(R18, plugins))
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'pattern'),
+    [
+        (dict(backbone=5), 'expected the backbone'),
+        (dict(depth=34), 'model.backbone.depth belongs to model.backbone.backbone.depth'),
+        (dict(input_shape=3), 'input_shape=3: expected'),
+        (dict(plugins=[dict(cfg=CBAM_CFG, after=5)]), 'after=5: expected a pattern'),
+        (dict(plugins=[dict(cfg=CBAM_CFG, after=[5])]), 'expected a pattern'),
+    ],
+)
+def test_arguments_that_do_not_fit(kwargs, pattern):
+    with pytest.raises(UserError, match=pattern):
+        PluginBackbone(**{**dict(backbone=R18, plugins=[dict(cfg=CBAM_CFG, after='conv1')]), **kwargs})
+
+
+class Maps(NamedTuple):
+    fine: torch.Tensor
+    none: None
+    coarse: torch.Tensor
+
+
+class Packs(nn.Module):
+    """A backbone that returns its maps in a container of its own."""
+
+    def __init__(self, pack):
+        super().__init__()
+        self.conv, self.pack = nn.Conv2d(3, 8, 1), pack
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.pack(y, y[..., ::2])
+
+
+def test_outputs_in_containers():
+    plugin = [dict(cfg=dict(type='Scale'), after='outputs')]
+    for pack in (lambda a, b: Maps(a, None, b), lambda a, b: [a, None, b]):
+        plain = Packs(pack)
+        expected = plain(IMAGE[0])
+        outputs = add_plugins(plain, plugin, lambda: IMAGE)(IMAGE[0])
+        assert type(outputs) is type(expected) and outputs[1] is None
+        assert torch.equal(outputs[0], 2 * expected[0]) and torch.equal(outputs[2], 2 * expected[2])
+    with pytest.raises(UserError, match='returns a dict among its outputs'):
+        add_plugins(Packs(lambda a, b: dict(a=a)), plugin, lambda: IMAGE)
+    model = Packs(lambda a, b: (a, b))
+    model.pack = lambda a, b: (a, b) if model.training else (a,)
+    add_plugins(model, plugin, lambda: IMAGE)
+    with pytest.raises(UserError, match='2 maps here, and 1 in the dry run'):
+        model(IMAGE[0])
 
 
 def test_input_shape():

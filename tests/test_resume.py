@@ -116,11 +116,11 @@ def assert_same(work_dir, uninterrupted):
 @pytest.mark.parametrize(
     ('at', 'number', 'workers'),
     [
-        (ITERATIONS + 1, signal.SIGKILL, 0),  # an epoch's first iteration
+        pytest.param(ITERATIONS + 1, signal.SIGKILL, 0, marks=pytest.mark.slow),  # an epoch's first iteration
         (ITERATIONS + 2, signal.SIGKILL, 2),  # its middle, with another number of workers than the run without a stop
-        (2 * ITERATIONS, signal.SIGKILL, 0),  # its end, before the validation
-        (ITERATIONS + 3, signal.SIGTERM, 2),
-        (1, signal.SIGINT, 0),
+        pytest.param(2 * ITERATIONS, signal.SIGKILL, 0, marks=pytest.mark.slow),  # its end, before the validation
+        pytest.param(ITERATIONS + 3, signal.SIGTERM, 2, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGINT, 0, marks=pytest.mark.slow),
     ],
 )
 def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, shapes, tmp_path, at, number, workers):

@@ -24,7 +24,7 @@ def main() -> None:
     for name in args.only or []:
         if name not in BACKBONES:
             raise UserError(
-                f'--only {name}: the table has no such row{near(name, BACKBONES)} It has: {", ".join(BACKBONES)}'
+                f'--only {name}: the table has no such row{near(name, BACKBONES) or "."} It has: {", ".join(BACKBONES)}'
             )
     print(as_markdown(measure_all(args.only or BACKBONES)))
 

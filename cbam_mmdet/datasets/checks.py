@@ -242,8 +242,11 @@ def _number(value: object) -> float:
 
 def read_voc_ids(path: str) -> list[str]:
     """The names of the images, without suffix, that a VOC image set lists."""
-    with open(path, encoding='utf-8') as file:
-        return [line.strip() for line in file if line.strip()]
+    try:
+        with open(path, encoding='utf-8') as file:
+            return [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f'image set {path} is not a text file in UTF-8: {error.reason}.') from error
 
 
 class VOCObject(NamedTuple):
@@ -329,7 +332,10 @@ def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], orde
     """MMDetection numbers the classes in the file's order, and names them in the config's: both must be the same."""
     shared = [name for name in found if name in classes]
     what = f'annotation file {path} has the classes {_abridge(found)}, the config expects {_abridge(classes)}'
-    fix = "Set metainfo=dict(classes=(...)) in each dataset to the file's names, and num_classes in the model's heads to their number."
+    fix = (
+        "Give --classes auto (or their names), or set metainfo=dict(classes=(...)) in each dataset to the file's names, and num_classes in "
+        "the model's heads to their number."
+    )
     if not shared:
         hints = [near(name, found, n=1) for name in classes[:20]]
         raise UserError(f'{what}: none is the same{next(filter(None, hints), "")}. {fix}')

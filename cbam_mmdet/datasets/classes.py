@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os.path as osp
 from collections.abc import Sequence
 
-from mmdet.registry import DATASETS
+from mmdet.registry import DATASETS, MODELS
 from mmdet.visualization.palette import get_palette
 from mmengine.config import Config, ConfigDict
 
@@ -15,7 +16,6 @@ from ..errors import UserError, near
 from .checks import annotation_file, annotation_format, read_coco, read_voc, read_voc_ids, require_annotation_file
 
 AUTO = 'auto'
-HEADS = ('bbox_head', 'mask_head')
 
 
 def set_classes(cfg: Config, classes: str | Sequence[str]) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ def set_classes(cfg: Config, classes: str | Sequence[str]) -> tuple[str, ...]:
     keys = _set_num_classes(cfg.model, len(names), 'model')
     if not keys:
         raise UserError(
-            f'--classes: the model has no {" and no ".join(HEADS)}: set its number of classes ({len(names)}) by --cfg-options'
+            f'--classes: the model has no head that takes num_classes: set its number of classes ({len(names)}) by --cfg-options'
         )
     splits = [split for split in SPLITS if split_datasets(cfg, split)]
     for dataset in (dataset for split in splits for dataset in split_datasets(cfg, split)):
@@ -97,9 +97,15 @@ def _find(cfg: Config, required: bool) -> dict[str, list[tuple[str, str, tuple[s
 
 def _coco_classes(path: str) -> tuple[str, ...]:
     try:
-        return tuple(category['name'] for category in read_coco(path)['categories'])
+        names = tuple(category['name'] for category in read_coco(path)['categories'])
     except (KeyError, TypeError) as error:
         raise UserError(f'annotation file {path}: a category is malformed; each needs id and name.') from error
+    odd = [name for name in names if not isinstance(name, str) or not name.strip() or names.count(name) > 1]
+    if odd:
+        raise UserError(
+            f'annotation file {path}: a category is called {odd[0]!r}; each needs a name, and one of its own.'
+        )
+    return names
 
 
 def _voc_classes(dataset: ConfigDict, path: str) -> tuple[str, ...]:
@@ -135,7 +141,9 @@ def _choose(
 
 
 def _set_num_classes(node: object, count: int, where: str) -> list[str]:
-    """Set num_classes in every box and mask head below a part of the model.
+    """Set num_classes in every head below a part of the model that has one, or whose class takes one.
+
+    Heads of proposals (which know one class) and of semantic segmentation (whose classes are others) are left alone.
 
     Returns:
         The keys that were set.
@@ -146,16 +154,21 @@ def _set_num_classes(node: object, count: int, where: str) -> list[str]:
         return []
     keys = []
     for name, value in node.items():
-        if name in HEADS:
+        if name.endswith('head') and 'rpn' not in name and 'semantic' not in name:
             several = isinstance(value, (list, tuple))
             for i, head in enumerate(value if several else [value]):
-                if isinstance(head, dict):
+                if isinstance(head, dict) and _takes_num_classes(head):
                     head['num_classes'] = count
                     keys.append(f'{where}.{name}{f"[{i}]" if several else ""}.num_classes')
                     keys += _reset_num_classes(head, count, keys[-1].removesuffix('.num_classes'))
-        else:
-            keys += _set_num_classes(value, count, f'{where}.{name}')
+        keys += _set_num_classes(value, count, f'{where}.{name}')
     return keys
+
+
+def _takes_num_classes(head: ConfigDict) -> bool:
+    cls = MODELS.get(head['type']) if isinstance(head.get('type'), str) else head.get('type')
+    bases = getattr(cls, '__mro__', ())
+    return 'num_classes' in head or any('num_classes' in inspect.signature(base.__init__).parameters for base in bases)
 
 
 def _reset_num_classes(head: ConfigDict, count: int, where: str) -> list[str]:

@@ -183,7 +183,7 @@ def test_coco_training_sets_that_disagree(tmp_path, own_shapes):
 
 def test_a_model_without_such_heads(tmp_path, shapes):
     cfg = config(tmp_path, 'mmdet::rpn/rpn_r50_fpn_1x_coco.py', shapes)
-    with pytest.raises(UserError, match='the model has no bbox_head and no mask_head'):
+    with pytest.raises(UserError, match='the model has no head that takes num_classes'):
         set_classes(cfg, 'auto')
 
 
