@@ -11,10 +11,12 @@ import pickle
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 
 from .mmcv_ops import OperatorError
 
+FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -33,11 +35,19 @@ def near(name: str, choices: Iterable[str], n: int = 3) -> str:
 
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a tool's main function and exit with its code; turn known failures into one message on stderr."""
+    if int(os.environ.get('RANK', 0)) > 0:  # the first of several processes prints the same
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+        warnings.simplefilter('ignore')
     try:
         code = main()
     except KeyboardInterrupt:
         _leave('interrupted', INTERRUPTED)
     except Exception as error:
+        if _lost_contact(error):
+            _leave(
+                f'error: process {os.environ.get("RANK")} lost contact with another process of this run: {error}',
+                FAILED,
+            )
         message = explain(error)
         if message is None:
             raise
@@ -69,8 +79,21 @@ def explain(error: BaseException) -> str | None:
 
 def _leave(message: str, code: int) -> None:
     sys.stdout.flush()
-    print(f'\n{message}', file=sys.stderr, flush=True)
+    speaks = True
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        from .distributed import speak_for_all
+
+        speaks, code = speak_for_all(code)
+    if speaks:
+        print(f'\n{message}', file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _lost_contact(error: BaseException) -> bool:
+    """What a collective of gloo or NCCL raises when another process has ended, or cannot be reached."""
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r'gloo/transport|remote process exited|NCCL communicator was aborted', str(error))
+    )
 
 
 def _without_worker_traceback(text: str) -> str:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import copy
-import os
 import os.path as osp
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from . import evaluation, ssd_head  # noqa: F401  (the metrics are registered, SSD is mended)
+from . import amp, evaluation, ssd_head  # noqa: F401  (optim wrapper and metrics are registered, SSD is mended)
 from .checkpoints import find_checkpoint
 from .config import check_optimizer, check_plugins, set_data_root
 from .datasets.checks import check_data
 from .datasets.classes import set_classes
 from .datasets.voc import fit_voc_folders
+from .distributed import in_first_process, join_processes
 from .errors import UserError
 from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook
 
@@ -32,7 +32,7 @@ def train(
     data_root: str | None = None,
     classes: str | Sequence[str] | None = None,
     work_dir: str | None = None,
-    amp: bool = False,
+    amp: str | bool = False,
     auto_scale_lr: bool = False,
     resume: str | bool = False,
     launcher: str = 'none',
@@ -44,9 +44,9 @@ def train(
         data_root: re-points every dataloader and evaluator (see config.set_data_root); parts of VOC that are not there are left out.
         classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
         work_dir: for logs and checkpoints; by default the config's, else work_dirs/NAME.
-        amp: mixed precision (fp16, on a GPU).
-        auto_scale_lr: scale the learning rate to the batch size.
-        resume: a checkpoint to go on from; True for the newest in work_dir.
+        amp: mixed precision: 'fp16' (or True; needs a GPU) or 'bf16'.
+        auto_scale_lr: scale the learning rate to the batch size of all processes together.
+        resume: a checkpoint to go on from; True for the newest in work_dir; 'auto' for the newest if there is one.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Returns:
@@ -57,15 +57,16 @@ def train(
     """
     _prepare(cfg, data_root, classes, work_dir, launcher)
     if amp:
-        _use_amp(cfg)
+        _use_amp(cfg, 'fp16' if amp is True else amp)
     if auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise UserError(
                 '--auto-scale-lr: the config must say for which batch size its lr is: auto_scale_lr.base_batch_size=16'
             )
         cfg.auto_scale_lr.enable = True
+    if resume == 'auto':
+        resume = bool(find_latest_checkpoint(cfg.work_dir))
     if resume:
-        resume = True if resume == 'auto' else resume  # MMDetection's word
         cfg.resume = True
         cfg.load_from = None if resume is True else resume
         if resume is True and not find_latest_checkpoint(cfg.work_dir):
@@ -74,8 +75,7 @@ def train(
             )
     if cfg.get('load_from'):
         cfg.load_from = find_checkpoint(cfg.load_from)
-    if _is_first_process():
-        check_data(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
+    _check_data(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
     hooks = [
         FiniteLossHook(),
         CheckpointFitHook(strict=bool(resume)),
@@ -131,8 +131,7 @@ def test(
         _draw(cfg, show, show_dir, wait_time)
     if tta:
         _use_tta(cfg)
-    if _is_first_process():
-        check_data(cfg, ['test'])
+    _check_data(cfg, ['test'])
     # The checkpoint holds every weight: a pretrained backbone would be fetched for nothing.
     model = cfg.model.module if tta else cfg.model
     if model.get('backbone'):
@@ -164,6 +163,7 @@ def _prepare(
     cfg.setdefault('default_scope', 'mmdet')
     init_default_scope(cfg.default_scope)
     cfg.launcher = launcher
+    join_processes(cfg, launcher)
     if work_dir:
         cfg.work_dir = work_dir
     elif not cfg.get('work_dir'):
@@ -184,15 +184,22 @@ def _build_runner(cfg: Config, hooks: list[Hook]) -> Runner:
     return runner
 
 
-def _is_first_process() -> bool:
-    return int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
+def _check_data(cfg: Config, splits: list[str]) -> None:
+    keys = [f'{split}_dataloader' for split in splits]
+    # The check may set a filter: every process must go on with the same data set.
+    checked = in_first_process(lambda: (check_data(cfg, splits), {key: cfg[key] for key in keys})[1])
+    for key, loader in checked.items():
+        cfg[key] = loader
 
 
-def _use_amp(cfg: Config) -> None:
-    if not torch.cuda.is_available():
-        raise UserError('--amp: fp16 training needs a GPU, and torch sees none here')
-    cfg.optim_wrapper.type = 'AmpOptimWrapper'
-    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+def _use_amp(cfg: Config, dtype: str) -> None:
+    if dtype == 'bf16':
+        cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+    elif get_device() == 'cpu':
+        raise UserError('--amp: fp16 training needs a GPU, and torch sees none here; --amp bf16 works on a CPU, too')
+    else:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
 def _draw(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:

@@ -20,7 +20,14 @@ def parse_args() -> argparse.Namespace:
         metavar='A,B,C',
         help="class names of your data set; 'auto' reads them from its training annotations",
     )
-    parser.add_argument('--amp', action='store_true', help='mixed precision (fp16; needs a GPU)')
+    parser.add_argument(
+        '--amp',
+        nargs='?',
+        const='fp16',
+        default=False,
+        choices=['fp16', 'bf16'],
+        help='mixed precision: fp16 (the default; needs a GPU) or bf16',
+    )
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size')
     parser.add_argument(
         '--resume',
@@ -28,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         const=True,
         default=False,
         metavar='FILE',
-        help='go on from this checkpoint; without FILE, from the newest in the work dir',
+        help="go on from this checkpoint; without FILE, from the newest in the work dir; 'auto': from the newest if there is one",
     )
     parser.add_argument(
         '--cfg-options',
