@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from . import amp, evaluation, ssd_head  # noqa: F401  (optim wrapper and metrics are registered, SSD is mended)
+from . import evaluation, mixed_precision, ssd_head  # noqa: F401  (they register what they hold; SSD is mended)
 from .checkpoints import find_checkpoint
 from .config import check_optimizer, check_plugins, set_data_root
 from .datasets.checks import check_data

@@ -137,9 +137,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         options = torchrun_arguments(args.gpus, dict(os.environ))
-        if int(options[options.index('--max-restarts') + 1]) and args.command[0].endswith('train.py'):
-            if not any(argument.startswith('--resume') for argument in args.command):
-                raise SettingError('MAX_RESTARTS without --resume auto: a restart would begin the training anew')
+        trains = any(argument.endswith('train.py') for argument in args.command[:1])
+        resumes = any(argument.startswith('--resume') for argument in args.command)
+        if trains and not resumes and '--max-restarts 0' not in ' '.join(options):
+            raise SettingError('MAX_RESTARTS without --resume auto: a restart would begin the training anew')
     except SettingError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(USER_ERROR)
