@@ -99,7 +99,7 @@ def in_first_process(function: Callable[[], T]) -> T:
 def speak_for_all(code: int) -> tuple[bool, int]:
     """Ask, on the way out, whether this process is the one to say why; the others end without a word.
 
-    Under torchrun the first one that asks speaks; its agent keeps the answer, also when there is no process group yet.
+    Under torchrun the first one that asks speaks; its store keeps the answer, also when there is no process group yet.
 
     Args:
         code: the exit code of this process.
@@ -107,16 +107,20 @@ def speak_for_all(code: int) -> tuple[bool, int]:
     Returns:
         Whether to speak, and the exit code of the one who does.
     """
-    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+    rank, port = os.environ.get('RANK'), os.environ.get('MASTER_PORT')
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        address, start = f'{os.environ["MASTER_ADDR"]}:{port}', os.environ['TORCHELASTIC_RESTART_COUNT']
+    elif 'TORCHELASTIC_RUN_ID' in os.environ and 'RDZV_ENDPOINT' in os.environ:
+        address, start = os.environ['RDZV_ENDPOINT'], port  # there is a new port for every start
+    else:
         return True, code
-    rank = os.environ['RANK']
-    key = f'cbam_mmdet/spoken/{os.environ["TORCHELASTIC_RESTART_COUNT"]}'
+    host, _, port = address.rpartition(':')
     try:
-        address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
         store = distributed.TCPStore(
-            *address, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=5)
+            host, int(port), is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=5)
         )
-        speaker, _, said = store.compare_set(key, '', f'{rank}:{code}').decode().partition(':')
+        answer = store.compare_set(f'cbam_mmdet/spoken/{start}', '', f'{rank}:{code}')
+        speaker, _, said = answer.decode().partition(':')
     except RuntimeError:  # that agent is gone, and with it whoever else could speak
         return True, code
     return speaker == rank, int(said)

@@ -12,11 +12,12 @@ import re
 import socket
 import sys
 
-from torch.distributed import run
+from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
-USER_ERROR = 2  # as in cbam_mmdet/errors.py
+FAILED, USER_ERROR = 1, 2  # as in cbam_mmdet/errors.py
 DEFAULT_PORT = 29500
 WATCHED = 'torch.distributed.elastic.multiprocessing.api'
 
@@ -115,10 +116,13 @@ def launch(options: list[str], command: list[str]) -> int:
     """Run the command in every process.
 
     Returns:
-        0; or USER_ERROR if a process of this node ended with it; or the code of the first that failed (128 + N for signal N).
+        0; or USER_ERROR if a process of this node ended with it; FAILED if the nodes do not come together; or the code of the first that failed (128 + N for signal N).
     """
     logging.getLogger(WATCHED).addFilter(_is_news)
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # torchrun's default, of which it warns
+    if os.environ.get('RDZV_ENDPOINT'):
+        # The store that torchrun's agents share since 2.5 is announced once: a node that comes back later would wait for it forever.
+        os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
     try:
         run.run(run.parse_args([*options, *command]))
     except ChildFailedError as error:
@@ -127,6 +131,14 @@ def launch(options: list[str], command: list[str]) -> int:
         return 128 - code if code < 0 else code
     except SignalException as stop:
         return 128 + stop.sigval
+    except (DistError, RendezvousError) as error:
+        reason = str(error).splitlines()[0]
+        print(
+            f'error: the rendezvous of the nodes failed ({type(error).__name__}: {reason}). Another node is gone, did not start in time, '
+            'or cannot be reached at this address and port: start the same command again on all nodes',
+            file=sys.stderr,
+        )
+        return FAILED
     return 0
 
 
