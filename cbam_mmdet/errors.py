@@ -70,6 +70,7 @@ def explain(error: BaseException) -> str | None:
         _download_failed,
         _out_of_memory,
         _no_room,
+        _sync_bn_on_cpu,
     ):
         message = explainer(error)
         if message:
@@ -196,3 +197,9 @@ def _no_room(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
         return f'{error.filename or "a file"} cannot be used: {os.strerror(error.errno)}'
     return None
+
+
+def _sync_bn_on_cpu(error: BaseException) -> str | None:
+    if not isinstance(error, ValueError) or 'SyncBatchNorm expected input tensor to be on GPU' not in str(error):
+        return None
+    return "SyncBN needs a GPU: on CPUs leave out sync_bn and norm_cfg=dict(type='SyncBN'), or train in one process"

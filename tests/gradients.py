@@ -1,6 +1,6 @@
 """One training step of a small FCOS with CBAM, in float64, in as many processes as torchrun starts: writes gradients and statistics.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/gradients.py plugins|PluginBackbone OUT.pt
+    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/gradients.py OUT.pt
 
 FCOS, because its losses are divided by the objects of all processes together. The norms are synchronized by AllReduceBN, as
 torch's SyncBatchNorm refuses CPUs; a single process has torch's own BatchNorm.
@@ -13,14 +13,14 @@ import cbam_mmdet  # noqa: F401  # isort: skip  (before mmdet)
 
 import torch
 from mmdet.structures import DetDataSample
-from mmdet.utils import register_all_modules
 from mmengine.model import MMDistributedDataParallel
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 from torch import distributed, nn
 from torch.distributed.nn.functional import all_reduce
 
 BATCH, SIZE, CLASSES = 4, 64, 3
+PLACES = ('plugins', 'PluginBackbone')
 
 
 @MODELS.register_module()
@@ -53,7 +53,7 @@ def build(place, norm):
     head.update(strides=[8, 16, 32], norm_cfg=dict(type='GN', num_groups=2))
     head.update(regress_ranges=((-1, 16), (16, 32), (32, 1e8)), loss_bbox=dict(type='IoULoss'))
     neck = dict(type='mmdet.FPN', in_channels=channels, out_channels=8, start_level=1, num_outs=3)
-    register_all_modules()
+    init_default_scope('mmdet')
     return MODELS.build(dict(type='mmdet.FCOS', backbone=backbone, neck=neck, bbox_head=head))
 
 
@@ -74,13 +74,12 @@ def batch():
 
 
 def step(place):
-    """Gradients of all parameters and the statistics of all norms, after one step on this process's share of the batch."""
+    """In one process or under a process group: gradients of all parameters and the statistics of all norms, after one step on this process's share of the batch."""
     rank, processes = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     torch.manual_seed(0)
     model = build(place, 'AllReduceBN' if processes > 1 else 'BN').double().train()
     run = model
     if processes > 1:
-        distributed.init_process_group('gloo')
         run = MMDistributedDataParallel(model, device_ids=None, broadcast_buffers=False)
     images, samples = batch()
     share = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
@@ -91,6 +90,8 @@ def step(place):
 
 
 if __name__ == '__main__':
-    result = step(sys.argv[1])
-    if int(os.environ['RANK']) == 0:
-        torch.save(result, sys.argv[2])
+    distributed.init_process_group('gloo')
+    result = {place: step(place) for place in PLACES}
+    if distributed.get_rank() == 0:
+        torch.save(result, sys.argv[1])
+    distributed.destroy_process_group()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import gradients
 import numpy as np
 import pytest
 import torch
@@ -97,16 +98,19 @@ def test_two_processes_test_as_one_does(two_processes, odd_shapes, tmp_path, run
     assert figures[0]
 
 
-@pytest.mark.parametrize('place', ['plugins', 'PluginBackbone'])
-def test_gradients_are_those_of_one_process(place, tmp_path):
-    import gradients
-
-    out = tmp_path / 'two.pt'
+@pytest.fixture(scope='module')
+def gradients_of_two(tmp_path_factory):
+    out = tmp_path_factory.mktemp('gradients') / 'two.pt'
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    command = [*torchrun, str(ROOT / 'tests/gradients.py'), place, str(out)]
+    command = [*torchrun, str(ROOT / 'tests/gradients.py'), str(out)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    for one, two in zip(gradients.step(place), torch.load(out), strict=True):
+    return torch.load(out)
+
+
+@pytest.mark.parametrize('place', gradients.PLACES)
+def test_gradients_are_those_of_one_process(gradients_of_two, place):
+    for one, two in zip(gradients.step(place), gradients_of_two[place], strict=True):
         assert one.keys() == two.keys()
         assert any('cbam.spatial.bn' in name for name in one)
         for name in one:
@@ -142,10 +146,12 @@ def test_same_seed_same_curve_in_two_processes(shapes, tmp_path):
 
 @pytest.mark.parametrize('option, message', [
     (['--data-root', '/nowhere'], 'no folder /nowhere/'),  # found by the first process
-    (['--cfg-options', 'no-pair'], 'KEY=VALUE'),  # found by each, before they know of each other
+    pytest.param(['--cfg-options', 'no-pair'], 'KEY=VALUE', marks=pytest.mark.slow),  # by each, before they know of each other
+    # torch's SyncBatchNorm refuses CPUs, in both processes.
+    pytest.param(['--cfg-options', 'sync_bn=torch'], 'SyncBN needs a GPU', marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_one_mistake_one_message(option, message, tmp_path):
-    result = script('dist_train.sh', DEMO, 2, '--work-dir', tmp_path, *option)
+def test_one_mistake_one_message(option, message, shapes, tmp_path):
+    result = script('dist_train.sh', DEMO, 2, *tiny(tmp_path, shapes)[:4], *option)
     assert result.code == 2, result.err
     assert result.err.count('error: ') == 1
     assert message in result.err
@@ -153,6 +159,7 @@ def test_one_mistake_one_message(option, message, tmp_path):
     assert 'torch.distributed' not in result.err
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_alone_ends_all(own_shapes, tmp_path):
     for image in sorted((own_shapes / 'val2017').iterdir())[1:2]:  # the second image goes to the second process
         image.write_bytes(image.read_bytes()[:100])
