@@ -200,6 +200,8 @@ def _no_room(error: BaseException) -> str | None:
 
 
 def _sync_bn_on_cpu(error: BaseException) -> str | None:
-    if not isinstance(error, ValueError) or 'SyncBatchNorm expected input tensor to be on GPU' not in str(error):
+    # DDP's words, and those of the layer itself.
+    told = re.search(r'SyncBatchNorm (layers only work with GPU|expected input tensor to be on GPU)', str(error))
+    if not isinstance(error, ValueError) or not told:
         return None
     return "SyncBN needs a GPU: on CPUs leave out sync_bn and norm_cfg=dict(type='SyncBN'), or train in one process"
