@@ -117,10 +117,14 @@ class SpatialAttention(nn.Module):
 
     def _norm(self, z: Tensor) -> Tensor:
         # One value has no variance and BatchNorm refuses it in training; the running statistics serve instead.
-        if isinstance(self.bn, _BatchNorm) and self.bn.training and self.bn.track_running_stats and z.numel() == 1:
-            bn = self.bn
+        # Not where other processes wait for it.
+        bn = self.bn
+        alone = isinstance(bn, _BatchNorm) and not (
+            isinstance(bn, nn.SyncBatchNorm) and torch.distributed.is_initialized()
+        )
+        if alone and bn.training and bn.track_running_stats and z.numel() == 1:
             return F.batch_norm(z, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
-        return self.bn(z)
+        return bn(z)
 
     @property
     def reduce_weight(self) -> Tensor | None:

@@ -12,10 +12,12 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 
 from .mmcv_ops import OperatorError
 
+FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -44,6 +46,9 @@ def near(name: str, choices: Iterable[str], n: int = 3) -> str:
 
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a tool's main function and exit with its code; turn known failures into one message on stderr."""
+    if int(os.environ.get('RANK', 0)) > 0:  # the first of several processes prints the same
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+        warnings.simplefilter('ignore')
     try:
         code = main()
     except Stopped as stop:
@@ -51,6 +56,11 @@ def run_tool(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         _leave('interrupted', INTERRUPTED)
     except Exception as error:
+        if _lost_contact(error):
+            _leave(
+                f'error: process {os.environ.get("RANK")} lost contact with another process of this run: {error}',
+                FAILED,
+            )
         message = explain(error)
         if message is None:
             raise
@@ -73,6 +83,7 @@ def explain(error: BaseException) -> str | None:
         _download_failed,
         _out_of_memory,
         _no_room,
+        _sync_bn_on_cpu,
     ):
         message = explainer(error)
         if message:
@@ -82,8 +93,21 @@ def explain(error: BaseException) -> str | None:
 
 def _leave(message: str, code: int) -> None:
     sys.stdout.flush()
-    print(f'\n{message}', file=sys.stderr, flush=True)
+    speaks = True
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        from .distributed import speak_for_all
+
+        speaks, code = speak_for_all(code)
+    if speaks:
+        print(f'\n{message}', file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _lost_contact(error: BaseException) -> bool:
+    """What a collective of gloo or NCCL raises when another process has ended, or cannot be reached."""
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r'gloo/transport|remote process exited|NCCL communicator was aborted', str(error))
+    )
 
 
 def _without_worker_traceback(text: str) -> str:
@@ -186,3 +210,11 @@ def _no_room(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
         return f'{error.filename or "a file"} cannot be used: {os.strerror(error.errno)}'
     return None
+
+
+def _sync_bn_on_cpu(error: BaseException) -> str | None:
+    # DDP's words, and those of the layer itself.
+    told = re.search(r'SyncBatchNorm (layers only work with GPU|expected input tensor to be on GPU)', str(error))
+    if not isinstance(error, ValueError) or not told:
+        return None
+    return "SyncBN needs a GPU: on CPUs leave out sync_bn and norm_cfg=dict(type='SyncBN'), or train in one process"

@@ -8,16 +8,15 @@ import os.path as osp
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
-from . import evaluation, ssd_head  # noqa: F401  (the metrics are registered, SSD is mended)
+from . import evaluation, mixed_precision, ssd_head  # noqa: F401  (they register what they hold; SSD is mended)
 from .checkpoints import (
     find_checkpoint,
     load_checkpoint,
@@ -26,10 +25,11 @@ from .checkpoints import (
     use_safe_loading,
     write_whole_files,
 )
-from .config import check_optimizer, check_plugins, is_first_process, set_data_root
+from .config import check_optimizer, check_plugins, is_first_process, log, set_data_root
 from .datasets.checks import check_data
 from .datasets.classes import set_classes
 from .datasets.voc import fit_image_suffix, fit_layout
+from .distributed import in_first_process, join_processes
 from .errors import UserError
 from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook, KeepOldUntilNewHook
 from .resume import ResumeExactlyHook, StopSignalHook
@@ -41,7 +41,7 @@ def train(
     data_root: str | None = None,
     classes: str | Sequence[str] | None = None,
     work_dir: str | None = None,
-    amp: bool = False,
+    amp: str | bool = False,
     auto_scale_lr: bool = False,
     resume: str | bool = False,
     trust_checkpoint: bool = False,
@@ -54,9 +54,9 @@ def train(
         data_root: re-points every dataloader and evaluator (see config.set_data_root and datasets.voc.fit_layout).
         classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
         work_dir: for logs and checkpoints; by default the config's, else work_dirs/NAME.
-        amp: mixed precision (fp16, on a GPU).
-        auto_scale_lr: scale the learning rate to the batch size.
-        resume: a checkpoint to go on from; True for the newest in work_dir that is whole.
+        amp: mixed precision: 'fp16' (or True; needs a GPU) or 'bf16'.
+        auto_scale_lr: scale the learning rate to the batch size of all processes together.
+        resume: a checkpoint to go on from; True for the newest in work_dir that is whole; 'auto' for that if there is one.
         trust_checkpoint: load checkpoints by full unpickling, which runs code from the file (see checkpoints.load_checkpoint).
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
@@ -70,24 +70,29 @@ def train(
     use_safe_loading(trust_checkpoint)
     write_whole_files()
     if amp:
-        _use_amp(cfg)
+        _use_amp(cfg, 'fp16' if amp is True else amp)
     if auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise UserError(
                 '--auto-scale-lr: the config must say for which batch size its lr is: auto_scale_lr.base_batch_size=16'
             )
         cfg.auto_scale_lr.enable = True
+    if resume in (True, 'auto'):
+        newest = _newest(cfg.work_dir)
+        if resume is True and not newest:
+            raise UserError(
+                f'--resume: no checkpoint in {cfg.work_dir} to go on from; leave --resume out to start anew, or give --resume auto'
+            )
+        resume = newest
     if resume:
-        cfg.resume = True
-        cfg.load_from = _newest(cfg.work_dir) if resume in (True, 'auto') else resume  # 'auto' is MMDetection's word
+        cfg.resume, cfg.load_from = True, resume
     if cfg.get('load_from'):
         cfg.load_from = find_checkpoint(cfg.load_from)
     if resume and not (cfg.get('randomness') or {}).get('seed'):
         # MMEngine takes the seed of the run that it resumes, but only after the data's order has been drawn.
         seed = load_checkpoint(cfg.load_from, 'cpu', trust_checkpoint).get('meta', {}).get('seed')
         cfg.setdefault('randomness', ConfigDict()).seed = seed
-    if is_first_process():
-        check_data(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
+    _check_data(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
     hooks = [
         FiniteLossHook(),
         CheckpointFitHook(strict=bool(resume)),
@@ -154,8 +159,7 @@ def test(
         _draw(cfg, show, show_dir, wait_time)
     if tta:
         _use_tta(cfg)
-    if is_first_process():
-        check_data(cfg, ['test'])
+    _check_data(cfg, ['test'])
     # The checkpoint holds every weight: a pretrained backbone would be fetched for nothing.
     model = cfg.model.module if tta else cfg.model
     if model.get('backbone'):
@@ -188,6 +192,7 @@ def _prepare(
     cfg.setdefault('default_scope', 'mmdet')
     init_default_scope(cfg.default_scope)
     cfg.launcher = launcher
+    join_processes(cfg, launcher)
     if work_dir:
         cfg.work_dir = work_dir
     elif not cfg.get('work_dir'):
@@ -208,21 +213,32 @@ def _build_runner(cfg: Config, hooks: list[Hook]) -> Runner:
     return runner
 
 
-def _newest(work_dir: str) -> str:
-    path, passed_over = newest_checkpoint(work_dir)
+def _newest(work_dir: str) -> str | None:
+    """The newest checkpoint of a run that is whole, the same for every process."""
+    path, passed_over = in_first_process(lambda: newest_checkpoint(work_dir))
     for reason in passed_over:
-        print_log(f'--resume: passed over: {reason}', logger='current', level=logging.WARNING)
-    if path is None:
-        raise UserError(f'--resume: no checkpoint in {work_dir} to go on from; leave --resume out to start anew')
-    print_log(f'--resume: going on from {path}', logger='current')
+        log(f'--resume: passed over: {reason}', logging.WARNING)
+    if path:
+        log(f'--resume: going on from {path}')
     return path
 
 
-def _use_amp(cfg: Config) -> None:
-    if not torch.cuda.is_available():
-        raise UserError('--amp: fp16 training needs a GPU, and torch sees none here')
-    cfg.optim_wrapper.type = 'AmpOptimWrapper'
-    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+def _check_data(cfg: Config, splits: list[str]) -> None:
+    keys = [f'{split}_dataloader' for split in splits]
+    # The check may set a filter: every process must go on with the same data set.
+    checked = in_first_process(lambda: (check_data(cfg, splits), {key: cfg[key] for key in keys})[1])
+    for key, loader in checked.items():
+        cfg[key] = loader
+
+
+def _use_amp(cfg: Config, dtype: str) -> None:
+    if dtype == 'bf16':
+        cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+    elif get_device() == 'cpu':
+        raise UserError('--amp: fp16 training needs a GPU, and torch sees none here; --amp bf16 works on a CPU, too')
+    else:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
 def _draw(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:

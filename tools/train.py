@@ -19,7 +19,14 @@ def parse_args() -> argparse.Namespace:
         metavar='A,B,C',
         help="the data set's own classes; 'auto' reads them from the training annotations",
     )
-    parser.add_argument('--amp', action='store_true', help='mixed precision (fp16; needs a GPU)')
+    parser.add_argument(
+        '--amp',
+        nargs='?',
+        const='fp16',
+        default=False,
+        choices=['fp16', 'bf16'],
+        help='mixed precision: fp16 (the default; needs a GPU) or bf16',
+    )
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size')
     parser.add_argument(
         '--resume',
@@ -27,7 +34,7 @@ def parse_args() -> argparse.Namespace:
         const=True,
         default=False,
         metavar='FILE',
-        help='go on from this checkpoint; without FILE, from the newest in the work dir that is whole',
+        help="go on from this checkpoint; without FILE, from the newest in the work dir that is whole; 'auto': from that if there is one",
     )
     parser.add_argument(
         '--trust-checkpoint',

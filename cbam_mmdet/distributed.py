@@ -1,0 +1,126 @@
+"""Training on several processes: the process group, with or without GPUs, and one voice for all of them.
+
+torchrun starts the processes (tools/dist_train.sh), MMEngine's Runner works in them. What is ours: a process group without a
+GPU, where MMEngine knows only CUDA's; work that one process does for all; and that of N processes with the same mistake one
+says so.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
+from mmengine.dist import broadcast_object_list, get_rank, init_dist, is_distributed
+from torch import distributed
+
+from .errors import UserError
+
+T = TypeVar('T')
+HOW = 'start several processes by tools/dist_train.sh CONFIG GPUS, tools/dist_test.sh or tools/slurm_train.sh'
+
+
+def join_processes(cfg: Config, launcher: str) -> None:
+    """Make the process group, before anything is built; on CPUs with gloo.
+
+    Args:
+        cfg: the config; on CPUs its model wrapper is told that there are no devices to name.
+        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Raises:
+        UserError: if the launcher is not there, or there are fewer GPUs than processes.
+    """
+    if launcher == 'none':
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1 and 'TORCHELASTIC_RUN_ID' in os.environ:
+            raise UserError(f'torchrun started this with --launcher none: each process would train alone; {HOW}')
+        return
+    lacking = [name for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if launcher == 'pytorch' and lacking:
+        raise UserError(f'--launcher pytorch: torchrun has not started this ({", ".join(lacking)} not set); {HOW}')
+    dist_cfg = dict(cfg.get('env_cfg', {}).get('dist_cfg', {}))
+    if get_device() == 'cpu':
+        if launcher != 'pytorch':
+            raise UserError(f'--launcher {launcher}: torch sees no GPU here, and on CPUs only torchrun works; {HOW}')
+        if not is_distributed():
+            timeout = datetime.timedelta(seconds=dist_cfg.get('timeout', 1800))
+            distributed.init_process_group('gloo', timeout=timeout)
+        _name_no_devices(cfg)
+    else:
+        gpus, processes = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        if get_device() == 'cuda' and processes > gpus:
+            raise UserError(f'{processes} processes were started here, but torch sees {gpus} GPU(s): one process a GPU')
+        if not is_distributed():
+            init_dist(launcher, **dist_cfg)
+
+
+def _name_no_devices(cfg: Config) -> None:
+    # MMEngine passes device_ids=[LOCAL_RANK] to DDP, which refuses them on a CPU.
+    wrapper = ConfigDict(type='MMDistributedDataParallel', broadcast_buffers=False, device_ids=None)
+    if cfg.get('runner_type') == 'FlexibleRunner':
+        strategy = cfg.setdefault('strategy', ConfigDict(type='DDPStrategy'))
+        if strategy.type == 'DDPStrategy':
+            strategy.model_wrapper = ConfigDict(wrapper, **(strategy.get('model_wrapper') or {}))
+    else:
+        wrapper.find_unused_parameters = cfg.get('find_unused_parameters', False)
+        cfg.model_wrapper_cfg = ConfigDict(wrapper, **(cfg.get('model_wrapper_cfg') or {}))
+
+
+def in_first_process(function: Callable[[], T]) -> T:
+    """Call a function in the first process only, and give its result, or its UserError, to all.
+
+    Args:
+        function: what to do; its result must be picklable.
+
+    Returns:
+        The result, in every process.
+
+    Raises:
+        UserError: that the function raised, in every process.
+    """
+    if not is_distributed():
+        return function()
+    outcome = [None, None]
+    if get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    result, message = outcome
+    if message is not None:
+        raise UserError(message)
+    return result
+
+
+def speak_for_all(code: int) -> tuple[bool, int]:
+    """Ask, on the way out, whether this process is the one to say why; the others end without a word.
+
+    Under torchrun the first one that asks speaks; its store keeps the answer, also when there is no process group yet.
+
+    Args:
+        code: the exit code of this process.
+
+    Returns:
+        Whether to speak, and the exit code of the one who does.
+    """
+    rank, port = os.environ.get('RANK'), os.environ.get('MASTER_PORT')
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        address, start = f'{os.environ["MASTER_ADDR"]}:{port}', os.environ['TORCHELASTIC_RESTART_COUNT']
+    elif 'TORCHELASTIC_RUN_ID' in os.environ and 'RDZV_ENDPOINT' in os.environ:
+        address, start = os.environ['RDZV_ENDPOINT'], port  # there is a new port for every start
+    else:
+        return True, code
+    host, _, port = address.rpartition(':')
+    try:
+        store = distributed.TCPStore(
+            host, int(port), is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=5)
+        )
+        answer = store.compare_set(f'cbam_mmdet/spoken/{start}', '', f'{rank}:{code}')
+        speaker, _, said = answer.decode().partition(':')
+    except RuntimeError:  # that agent is gone, and with it whoever else could speak
+        return True, code
+    return speaker == rank, int(said)
