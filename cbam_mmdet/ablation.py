@@ -409,7 +409,9 @@ def _finish(run: Run, tools: Path, lock: int, title: str) -> str | None:
         why = f'it ended without the validation of its last {run.last_step[0]}, {run.last_step[1]} (stopped early?)'
     else:
         lines = run.log.read_text(encoding='utf-8', errors='replace').split('\n')
-        last = next((line.strip() for line in reversed(lines) if line.strip()), '')
+        # A mistake's message may have several lines, of which the first says what it is.
+        told = next((line for line in reversed(lines) if line.startswith('error: ')), None)
+        last = told or next((line.strip() for line in reversed(lines) if line.strip()), '')
         why = f'exit code {code}: {last}' if code > 0 else f'killed by signal {-code}'
     print(f'{title}: failed', flush=True)
     return f'{run.name}: {why}\n    log: {run.log}'

@@ -19,6 +19,7 @@ from .errors import UserError, near
 SPLITS = ('train', 'val', 'test')
 CONFIG_DIR = Path(__file__).parent / '.mim' / 'configs'
 PREFIX = 'cbam_mmdet::'
+ANY = "Any backbone takes them inside type='PluginBackbone' (README, 'CBAM in any backbone')."
 
 
 def is_first_process() -> bool:
@@ -182,12 +183,14 @@ def check_plugins(cfg: Config) -> None:
     if cls is None:
         return  # the registry says so, with near matches, when it is built
     if not any('plugins' in inspect.signature(base.__init__).parameters for base in cls.__mro__):
-        raise UserError(f'{where}: {backbone.type} takes no plugins; in MMDetection only its Bottleneck ResNets do')
+        raise UserError(
+            f'{where}: {backbone.type} takes no plugins; in MMDetection only its Bottleneck ResNets do. {ANY}'
+        )
     block = getattr(cls, 'arch_settings', {}).get(backbone.get('depth'))
     if isinstance(block, tuple) and getattr(block[0], 'expansion', 0) == 1:
         deep = [depth for depth, (block, _) in cls.arch_settings.items() if block.expansion > 1]
         raise UserError(
-            f'{where}: {backbone.type} of depth {backbone.depth} takes no plugins, its blocks are no Bottlenecks; depth {deep} do'
+            f'{where}: {backbone.type} of depth {backbone.depth} takes no plugins, its blocks are no Bottlenecks; depth {deep} do. {ANY}'
         )
     num_stages = backbone.get('num_stages', 4)
     positions = ('after_conv1', 'after_conv2', 'after_conv3')
@@ -195,6 +198,10 @@ def check_plugins(cfg: Config) -> None:
         key = f'{where}[{i}]'
         if not isinstance(plugin, dict) or not isinstance(plugin.get('cfg'), dict) or 'type' not in plugin['cfg']:
             raise UserError(f"{key}: expected dict(cfg=dict(type='CBAM'), position='after_conv3'), got {plugin}")
+        if 'after' in plugin:
+            raise UserError(
+                f'{key}: `after` is for PluginBackbone; {backbone.type} takes `position`, one of {list(positions)}. {ANY}'
+            )
         position, stages, name = plugin.get('position'), plugin.get('stages'), plugin['cfg']['type']
         if position not in positions:
             raise UserError(

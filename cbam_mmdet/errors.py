@@ -81,6 +81,7 @@ def explain(error: BaseException) -> str | None:
         _no_readable_image,
         _damaged_checkpoint,
         _download_failed,
+        _channels_that_do_not_fit,
         _out_of_memory,
         _no_room,
         _sync_bn_on_cpu,
@@ -190,6 +191,20 @@ def _download_failed(error: BaseException) -> str | None:
         f'a download failed ({error}). Pretrained weights come from the network the first time: connect once, or give a local file '
         '(--cfg-options model.backbone.init_cfg.checkpoint=FILE), or start from random weights '
         '(--cfg-options model.backbone.init_cfg=None).'
+    )
+
+
+def _channels_that_do_not_fit(error: BaseException) -> str | None:
+    """Neighbours in a detector's config that do not fit each other."""
+    found = re.search(
+        r'weight of size \[.*?\], expected input\[.*?\] to have (\d+) channels, but got (\d+) channels', str(error)
+    )
+    if not isinstance(error, RuntimeError) or not found:
+        return None
+    expected, given = found.groups()
+    return (
+        f'a convolution that takes {expected} channels was given {given}. Most often model.neck.in_channels does not say what the backbone '
+        f'returns: set it to the channels of its outputs, level by level ({error})'
     )
 
 

@@ -91,6 +91,16 @@ def test_backbone_of_a_package_that_is_not_installed(train, tmp_path):
     )
 
 
+def test_neck_that_does_not_fit_the_backbone(train):
+    result = train('model.neck.in_channels=[16,32,64,100]')
+    assert_refused(result, 'takes 100 channels was given 128', 'model.neck.in_channels')
+
+
+def test_after_in_place_of_position(train, tmp_path):
+    text = "model = dict(backbone=dict(plugins=[dict(cfg=dict(type='CBAM'), after='layer*.*.bn3')]))"
+    assert_refused(train(config=config_with(tmp_path, text)), '`after` is for PluginBackbone', 'after_conv3')
+
+
 def test_key_that_a_type_does_not_take(train, tmp_path):
     text = "model = dict(backbone=dict(plugins=[dict(cfg=dict(type='CBAM', ratio=8), position='after_conv3')]))"
     assert_refused(train(config=config_with(tmp_path, text)), "type='CBAM'.*does not take the key 'ratio'")
