@@ -92,8 +92,7 @@ class PlacedImages:
     def __getitem__(self, index: int) -> Any:
         if not self.in_worker and get_worker_info() is not None:
             vars(self)['in_worker'] = True
-            # Signals go to the whole job; the workers go on until the main process has saved and ends them.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            # Ctrl-C in a terminal reaches the workers, too: they go on until the main process has saved, and ends them by SIGTERM.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if isinstance(index, PlacedIndex):
             seed_all(*index.key)

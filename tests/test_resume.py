@@ -87,7 +87,7 @@ def uninterrupted(shapes, tmp_path_factory):
     return curve, load_checkpoint(folder / f'work/iter_{EPOCHS * ITERATIONS}.pth')
 
 
-def start(folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=()):
+def start(folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=(), persistent=False):
     command = [
         sys.executable,
         ROOT / 'tools/train.py',
@@ -96,6 +96,7 @@ def start(folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=()):
         *options(folder / 'work', shapes, workers),
     ]
     command += [f'randomness.seed={seed}'] if seed is not None else []
+    command += ['train_dataloader.persistent_workers=True'] if persistent else []
     environment = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}', OMP_NUM_THREADS='1')
     with (folder / 'log').open('ab') as log:
         return subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -138,6 +139,12 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, shapes, tmp_pat
         tmp_path / 'log'
     ).read_text()[-2000:]
     assert_same(tmp_path / 'work', uninterrupted)
+
+
+def test_training_with_workers_that_stay_ends(shapes, tmp_path):
+    """The workers of persistent_workers=True are ended by SIGTERM when the program ends, and must heed it."""
+    process = start(tmp_path, shapes, workers=2, persistent=True)
+    assert process.wait(timeout=240) == 0, (tmp_path / 'log').read_text()[-2000:]
 
 
 class Numbers:
