@@ -36,6 +36,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
+from .checkpoints import AtomicLocalBackend
 from .config import check_plugins, load_config
 from .errors import UserError
 from .inference import load_detector
@@ -83,7 +84,7 @@ class Run:
         return ('epoch', train_cfg.max_epochs) if train_cfg.get('max_epochs') else ('iter', train_cfg.max_iters)
 
     def checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole: MMEngine writes in place, so a kill may leave a part of one."""
+        """The newest checkpoint that is whole; one that another program wrote may be cut off."""
         numbered = [(int(re.search(r'\d+', p.stem)[0]), p) for p in self.work_dir.glob(f'{self.last_step[0]}_*.pth')]
         return next((path for _, path in sorted(numbered, reverse=True) if zipfile.is_zipfile(path)), None)
 
@@ -509,7 +510,4 @@ def _notes(runs: Sequence[Run], costs: dict[str, Cost], rounds: int) -> str:
 
 def _write(path: Path, text: str) -> None:
     """Write a file that is whole or not there, whatever kills the process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
-    unfinished.write_text(text, encoding='utf-8')
-    os.replace(unfinished, path)
+    AtomicLocalBackend().put(text.encode('utf-8'), path)

@@ -253,12 +253,8 @@ def _dry_run(module: nn.Module, inputs: Callable, names: list[str], where: str) 
 
         return hook
 
-    handles = [_at(module, name).register_forward_hook(record(name)) for name in names]
-    try:
-        _forward(module, inputs, where, 'the dry run that finds the channels')
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [(_at(module, name), record(name)) for name in names]
+    _forward(module, inputs, hooks, where, 'the dry run that finds the channels')
     for name, shapes in calls.items():
         channels = {shape[1] for shape in shapes}
         if name != OUTPUTS and len(channels) > 1:
@@ -268,8 +264,13 @@ def _dry_run(module: nn.Module, inputs: Callable, names: list[str], where: str) 
     return calls
 
 
-def _forward(module: nn.Module, inputs: Callable, where: str, doing: str) -> None:
-    with _undisturbed(module):
+def _forward(
+    module: nn.Module, inputs: Callable, hooks: Sequence[tuple[nn.Module, Callable]], where: str, doing: str
+) -> None:
+    """One forward pass that leaves no trace, with forward hooks for its time."""
+    with _undisturbed(module), contextlib.ExitStack() as stack:
+        for hooked, hook in hooks:
+            stack.callback(hooked.register_forward_hook(hook).remove)
         try:
             module(*inputs())
         except UserError:
@@ -400,12 +401,8 @@ def _check_by_dry_run(
                 f'{where}: {type(plugin).__name__} after {name} makes {got} of {tuple(given)}. A plugin must keep the shape: what follows expects it.'
             )
 
-    handles = [plugin.register_forward_hook(hook) for plugins in added.values() for plugin in plugins]
-    try:
-        _forward(module, inputs, where, 'the dry run with the plugins')
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [(plugin, hook) for plugins in added.values() for plugin in plugins]
+    _forward(module, inputs, hooks, where, 'the dry run with the plugins')
     for name, plugins in added.items():
         expected = 1 if name == OUTPUTS else len(calls[name])
         if any(counts.get(plugin, 0) != expected for plugin in plugins):  # e.g. a ModuleDict that loops over its items
@@ -447,12 +444,10 @@ def _seen_loading(plugins: Sequence[nn.Module]) -> Iterator[set[nn.Module]]:
 
         return plugin._register_load_state_dict_pre_hook(hook)
 
-    handles = [watch(plugin) for plugin in plugins]
-    try:
+    with contextlib.ExitStack() as stack:
+        for plugin in plugins:
+            stack.callback(watch(plugin).remove)
         yield loaded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _reach_by_init_weights(module: nn.Module, plugins: Sequence[nn.Module]) -> None:
