@@ -88,10 +88,13 @@ def train(
         cfg.resume, cfg.load_from = True, resume
     if cfg.get('load_from'):
         cfg.load_from = find_checkpoint(cfg.load_from)
-    if resume and not (cfg.get('randomness') or {}).get('seed'):
+    if resume:
         # MMEngine takes the seed of the run that it resumes, but only after the data's order has been drawn.
         seed = load_checkpoint(cfg.load_from, 'cpu', trust_checkpoint).get('meta', {}).get('seed')
-        cfg.setdefault('randomness', ConfigDict()).seed = seed
+        given = cfg.setdefault('randomness', ConfigDict()).get('seed')
+        if seed is not None and given not in (None, seed):
+            log(f'--resume: seed {seed} of the run that is resumed, in place of {given}', logging.WARNING)
+        cfg.randomness.seed = given if seed is None else seed
     _check_data(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
     hooks = [
         FiniteLossHook(),
