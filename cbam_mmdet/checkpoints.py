@@ -42,9 +42,11 @@ def find_checkpoint(path: str) -> str:
         return path
     if os.path.isdir(path):
         newest = find_latest_checkpoint(path)
+        if not newest or not os.path.isfile(newest):  # killed while it was written, or the folder was moved
+            newest, _ = newest_checkpoint(path)
         if newest is None:
             raise UserError(
-                f'{path} is a folder without a last_checkpoint: give a .pth file or the work dir of a training run'
+                f'{path} is a folder without a checkpoint of a training run: give a .pth file or the work dir of a run'
             )
         path = newest
     if not os.path.isfile(path):

@@ -7,11 +7,13 @@ another number of workers, too. MMEngine, left alone, repeats the epoch from its
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +24,7 @@ from mmengine.dist import all_reduce, get_rank, get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 from .errors import Stopped
 
@@ -87,13 +89,9 @@ class PlacedImages:
     """A data set that seeds the random numbers before it loads an image, by the image's place in the run."""
 
     def __init__(self, dataset: Any) -> None:
-        vars(self).update(placed=dataset, in_worker=False)
+        vars(self).update(placed=dataset)
 
     def __getitem__(self, index: int) -> Any:
-        if not self.in_worker and get_worker_info() is not None:
-            vars(self)['in_worker'] = True
-            # Ctrl-C in a terminal reaches the workers, too: they go on until the main process has saved, and ends them by SIGTERM.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if isinstance(index, PlacedIndex):
             seed_all(*index.key)
         return self.placed[int(index)]
@@ -102,7 +100,7 @@ class PlacedImages:
         return len(self.placed)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ('placed', 'in_worker'):
+        if name == 'placed':
             raise AttributeError(name)
         return getattr(self.placed, name)
 
@@ -150,10 +148,36 @@ class ResumeExactlyHook(Hook):
         seed_all(IN_ITERATION, self.seed, get_rank(), runner.iter)
 
 
+class LeaveSignalsToMain:
+    """What a data-loading worker does first: it leaves SIGTERM and Ctrl-C, which often go to all processes, to the main one.
+
+    Otherwise the batches would end before the checkpoint is saved.
+
+    Args:
+        before: the loader's own worker_init_fn, or None.
+        training: shared with the main process; when it is 0, SIGTERM ends the worker, as when the program ends.
+    """
+
+    def __init__(self, before: Callable[[int], None] | None, training: Any) -> None:
+        self.before, self.training = before, training
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._receive)
+        if self.before:
+            self.before(worker)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self.training.value:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
 class StopSignalHook(Hook):
     """On SIGTERM (a cluster's notice of preemption) or Ctrl-C: finish the iteration, save a checkpoint, end.
 
-    A second signal ends at once, without saving.
+    The signal may go to the main process alone, to its group, or to every process of a job. Another one after GRACE seconds ends
+    at once, without saving.
 
     Args:
         interval: with several processes, iterations between two looks whether one of them was told to stop.
@@ -163,22 +187,34 @@ class StopSignalHook(Hook):
     """
 
     priority = 'LOWEST'
+    # The same notice comes by two ways within moments: from Slurm, and once more from torchrun, which passes its own on.
+    GRACE = 2.0
 
     def __init__(self, interval: int = 10) -> None:
         self.interval = interval
         self.received: int | None = None
+        self.received_at = 0.0
         self.before: dict[int, Any] = {}
         self.process = os.getpid()
+        self.training = multiprocessing.RawValue('b', 0)
+        self.validates_in_step = True
 
     def before_train(self, runner: Runner) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.training.value = 1
+        for loop in filter(None, (runner.train_loop, runner.val_loop)):
+            loader = loop.dataloader
+            if isinstance(loader, DataLoader):
+                loader.worker_init_fn = LeaveSignalsToMain(loader.worker_init_fn, self.training)
 
     def after_train(self, runner: Runner) -> None:
         self.restore()
 
     def restore(self) -> None:
-        """Put the handlers back that were there."""
+        """Put the handlers back that were there; the workers heed SIGTERM again."""
+        self.training.value = 0
         while self.before:
             signal.signal(*self.before.popitem())
 
@@ -188,18 +224,30 @@ class StopSignalHook(Hook):
         if get_world_size() == 1 or self.every_n_train_iters(runner, self.interval):
             self._stop_if_told(runner, runner.iter + 1)
 
+    def before_val_epoch(self, runner: Runner) -> None:
+        if self.before and get_world_size() > 1:
+            batches = len(runner.val_dataloader)
+            most = torch.tensor([batches, -batches], device=next(runner.model.parameters()).device)
+            all_reduce(most, 'max')
+            self.validates_in_step = int(most[0]) == -int(most[1])
+
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if get_world_size() == 1 and runner.train_loop is not None:
+        alone = get_world_size() == 1
+        if self.before and (alone or (self.validates_in_step and self.every_n_inner_iters(batch_idx, self.interval))):
             self._stop_if_told(runner, runner.iter)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
             return  # a worker that has not begun to load
-        self.received = number
-        self.restore()
-        print_log(
-            f'{signal.Signals(number).name}: stopping at the end of this iteration, with a checkpoint', logger='current'
-        )
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self.received_at = number, now
+            if is_main_process():  # not by print: the signal may have come in the middle of one
+                name = signal.Signals(number).name
+                os.write(2, f'{name}: stopping at the end of this iteration, with a checkpoint\n'.encode())
+        elif now - self.received_at > self.GRACE:
+            self.restore()
+            os.kill(self.process, number)
 
     def _stop_if_told(self, runner: Runner, iterations: int) -> None:
         if get_world_size() > 1:

@@ -21,6 +21,7 @@ EPOCHS, ITERATIONS = 3, 4  # of an epoch: 8 images in batches of 2
 # A hook that sends this process a signal in the middle of a training, where a real one would come from outside.
 HOOK = """
 import os
+import signal
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -33,7 +34,10 @@ class SignalHook(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if runner.iter + 1 == self.at:
-            os.kill(os.getpid(), self.number)
+            if self.number == signal.SIGKILL:
+                os.kill(os.getpid(), self.number)
+            for _ in range(2):  # as Slurm and torchrun do: to all processes of the group, workers among them, and again
+                os.killpg(0, self.number)
 """
 
 
@@ -99,7 +103,9 @@ def start(folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=(), persi
     command += ['train_dataloader.persistent_workers=True'] if persistent else []
     environment = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}', OMP_NUM_THREADS='1')
     with (folder / 'log').open('ab') as log:
-        return subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(
+            list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
 
 
 def assert_same(work_dir, uninterrupted):
