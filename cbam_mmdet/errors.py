@@ -83,7 +83,8 @@ def explain(error: BaseException) -> str | None:
         _download_failed,
         _channels_that_do_not_fit,
         _out_of_memory,
-        _no_room,
+        _unusable_file,
+        _dead_worker,
         _sync_bn_on_cpu,
     ):
         message = explainer(error)
@@ -219,12 +220,32 @@ def _out_of_memory(error: BaseException) -> str | None:
     )
 
 
-def _no_room(error: BaseException) -> str | None:
+def _unusable_file(error: BaseException) -> str | None:
     import errno
 
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-        return f'{error.filename or "a file"} cannot be used: {os.strerror(error.errno)}'
+    if not isinstance(error, OSError):
+        return None
+    name = error.filename or 'a file'
+    if error.errno == errno.ENOENT and error.filename:
+        return f'{name} does not exist (any more): check the path, and the disk that holds it'
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f'{name} cannot be written: {os.strerror(error.errno)}. Checkpoints that were saved are whole: make room, then --resume'
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE):
+        return f'{name} cannot be used: {os.strerror(error.errno)}'
     return None
+
+
+def _dead_worker(error: BaseException) -> str | None:
+    """What a DataLoader raises when one of its processes is gone."""
+    if not isinstance(error, RuntimeError) or not re.search(
+        r'DataLoader worker \(pid.*\) (is killed|exited)', str(error)
+    ):
+        return None
+    reason = re.search(r'is killed by signal: (.*?)\.', f'{error} {error.__cause__}')
+    return (
+        f'a process that loads images has died ({reason.group(1) if reason else "it ended by itself"}). Most often the machine, or its /dev/shm, '
+        'has no memory left: lower train_dataloader.num_workers or batch_size. --resume goes on from the last checkpoint.'
+    )
 
 
 def _sync_bn_on_cpu(error: BaseException) -> str | None:

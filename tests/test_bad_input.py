@@ -501,6 +501,49 @@ def test_work_dir_that_cannot_be_made(run_tool, shapes, tmp_path):
     )
 
 
+DYING_WORKER = """
+import os, signal
+from mmcv.transforms import BaseTransform
+from mmengine.registry import TRANSFORMS
+from torch.utils.data import get_worker_info
+
+@TRANSFORMS.register_module(force=True)
+class Die(BaseTransform):
+    def transform(self, results):
+        if get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return results
+"""
+
+
+def test_worker_that_dies(run_tool, shapes, tmp_path, monkeypatch):
+    """As one that the kernel kills for want of memory."""
+    (tmp_path / 'dying_worker.py').write_text(DYING_WORKER)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tmp_path / 'own.py'
+    config.write_text(
+        f"_base_ = '{DEMO}'\n"
+        "custom_imports = dict(imports=['cbam_mmdet', 'dying_worker'])\n"
+        "train_dataloader = dict(dataset=dict(pipeline=[*_base_.train_pipeline, dict(type='Die')]))\n"
+    )
+    result = run_tool('train.py', config, *tiny(tmp_path, shapes, 'train_dataloader.num_workers=1'))
+    assert_refused(result, r'a process that loads images has died \(Killed\)', 'num_workers', '--resume')
+
+
+def test_annotation_file_that_disappears_after_the_check(run_tool, own_shapes, tmp_path, monkeypatch):
+    from cbam_mmdet import run
+
+    check = run._check_data
+
+    def check_and_lose(*args):
+        check(*args)
+        (own_shapes / 'annotations/instances_val2017.json').unlink()
+
+    monkeypatch.setattr(run, '_check_data', check_and_lose)
+    result = run_tool('train.py', DEMO, *tiny(tmp_path, own_shapes))
+    assert_refused(result, r'instances_val2017.json does not exist \(any more\)')
+
+
 def test_pretrained_weights_without_a_network(train, tmp_path, monkeypatch):
     from urllib.error import URLError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT, tiny
+from conftest import DEMO, ROOT, forget_earlier_runs, tiny
 from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
@@ -281,6 +281,58 @@ def test_old_checkpoint_stays_until_the_new_one_is_there(run_tool, shapes, tmp_p
     assert [p.name for p in tmp_path.glob('*.pth')] == ['epoch_1.pth']
     assert load_checkpoint(tmp_path / 'epoch_1.pth')['meta']['epoch'] == 1
     monkeypatch.undo()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own: disk(option) mounts it, or mounts it anew with another option."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    mounted = False
+
+    def mount(option):
+        nonlocal mounted
+        options = f'remount,{option}' if mounted else option
+        done = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f'no file system can be mounted here: {done.stderr.strip()}')
+        mounted = True
+        return folder
+
+    yield mount
+    if mounted:
+        forget_earlier_runs()  # a log file of theirs is still open
+        subprocess.run(['umount', '--lazy', folder], check=True)
+
+
+def test_full_disk(run_tool, trained, shapes, disk):
+    size = (trained / 'epoch_1.pth').stat().st_size
+    work_dir = disk(f'size={int(1.5 * size)}')
+    every = ['default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=-1']
+    options = tiny(work_dir, shapes, 'train_cfg.max_epochs=2', *every)
+    result = run_tool('train.py', DEMO, *options)
+    assert result.code == 2 and 'Traceback' not in result.err, result.err[-2000:]
+    assert 'epoch_2.pth' in result.err and 'No space left on device' in result.err and '--resume' in result.err
+    assert not list(work_dir.glob('.*.unfinished')), 'what was not finished does not take the room'
+    assert [p.name for p in work_dir.glob('*.pth')] == ['epoch_1.pth']
+    assert load_checkpoint(work_dir / 'epoch_1.pth')['meta']['epoch'] == 1
+    disk(f'size={4 * size}')
+    result = run_tool('train.py', DEMO, '--resume', *options)
+    assert result.code == 0, result.err[-2000:]
+    assert load_checkpoint(work_dir / 'epoch_2.pth')['meta']['epoch'] == 2
+
+
+def test_folder_that_is_read_only(run_tool, trained, shapes, disk):
+    work_dir = disk('size=100m')
+    shutil.copytree(trained, work_dir, dirs_exist_ok=True)
+    disk('ro')
+    before = {path.name for path in work_dir.iterdir()}
+    for arguments in ([], ['--resume']):
+        result = run_tool('train.py', DEMO, *arguments, *tiny(work_dir, shapes, 'train_cfg.max_epochs=2'))
+        assert result.code == 2 and 'Traceback' not in result.err, result.err[-2000:]
+        assert str(work_dir) in result.err and 'Read-only file system' in result.err
+    assert {path.name for path in work_dir.iterdir()} == before
+    assert load_checkpoint(work_dir / 'epoch_1.pth')['meta']['epoch'] == 1
 
 
 def test_only_so_many_are_kept(run_tool, shapes, tmp_path):
