@@ -45,7 +45,15 @@ class SignalHook(Hook):
 """
 
 
-def config(folder, custom_hooks='[]', workers=0):
+# A loop of iterations, which MMEngine takes up again by passing over the batches that are done.
+BY_ITERATION = f"""
+train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters={EPOCHS * ITERATIONS}, val_interval=8)
+train_dataloader = dict(sampler=dict(type='InfiniteSampler'), dataset=dict(pipeline=train_pipeline))
+log_processor = dict(by_epoch=False)
+"""
+
+
+def config(folder, custom_hooks='[]', more=''):
     """The demo with photometric and geometric randomness and an EMA, logging every loss and saving by iteration."""
     (folder / 'signal_hook.py').write_text(HOOK)
     path = folder / 'resumable.py'
@@ -57,7 +65,7 @@ def config(folder, custom_hooks='[]', workers=0):
         'train_dataloader = dict(dataset=dict(pipeline=train_pipeline))\n'
         'default_hooks = dict(logger=dict(interval=1), checkpoint=dict(by_epoch=False, interval=1, max_keep_ckpts=2))\n'
         'log_processor = dict(window_size=1)\n'
-        'randomness = dict(_delete_=True)\n'
+        'randomness = dict(_delete_=True)\n' + more
     )
     return path
 
@@ -70,6 +78,11 @@ def options(work_dir, shapes, workers=0):
         for o in chosen
         if o not in ('train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=4')
     ]
+
+
+def for_iterations(chosen):
+    """The same options for a loop of iterations."""
+    return [o for o in chosen if not str(o).startswith('train_cfg.')]
 
 
 def losses(work_dir):
@@ -95,17 +108,19 @@ def uninterrupted(shapes, tmp_path_factory):
     return curve, load_checkpoint(folder / f'work/iter_{EPOCHS * ITERATIONS}.pth')
 
 
-def start(folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=(), persistent=False):
-    command = [
-        sys.executable,
-        ROOT / 'tools/train.py',
-        config(folder, custom_hooks),
-        *resume,
-        *options(folder / 'work', shapes, workers),
-    ]
+def start(folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=(), persistent=False, processes=1, more=''):
+    tool = [sys.executable, ROOT / 'tools/train.py']
+    if processes > 1:
+        tool = ['bash', ROOT / 'tools/dist_train.sh']
+    command = [*tool, config(folder, custom_hooks, more)] + ([processes] if processes > 1 else [])
+    chosen = options(folder / 'work', shapes, workers)
+    command += [*resume, *(for_iterations(chosen) if more else chosen)]
     command += [f'randomness.seed={seed}'] if seed is not None else []
     command += ['train_dataloader.persistent_workers=True'] if persistent else []
-    environment = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}', OMP_NUM_THREADS='1')
+    command += [f'train_dataloader.batch_size={2 // processes}'] if processes > 1 else []
+    environment = dict(
+        os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}', OMP_NUM_THREADS='1', PYTHON=sys.executable
+    )
     with (folder / 'log').open('ab') as log:
         return subprocess.Popen(
             list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -149,6 +164,34 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, shapes, tmp_pat
         tmp_path / 'log'
     ).read_text()[-2000:]
     assert_same(tmp_path / 'work', uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('number', 'how'),
+    [
+        (signal.SIGKILL, dict(more=BY_ITERATION, workers=2)),
+        (signal.SIGTERM, dict(more=BY_ITERATION)),
+        (signal.SIGKILL, dict(processes=2)),
+        (signal.SIGTERM, dict(processes=2, workers=2)),
+    ],
+)
+def test_loops_of_iterations_and_several_processes(shapes, tmp_path, number, how):
+    for name in ('whole', 'stopped'):
+        (tmp_path / name).mkdir()
+    assert start(tmp_path / 'whole', shapes, **how).wait(timeout=300) == 0, (tmp_path / 'whole/log').read_text()[-2000:]
+    last = load_checkpoint(tmp_path / f'whole/work/iter_{EPOCHS * ITERATIONS}.pth')
+    hook = f"[dict(type='SignalHook', at=6, number={int(number)})]"
+    code = start(tmp_path / 'stopped', shapes, hook, **how).wait(timeout=300)
+    log = (tmp_path / 'stopped/log').read_text()
+    assert code not in (0, 1, 2), log[-2000:]
+    if number == signal.SIGTERM:
+        assert code == 143 and 'stopped by SIGTERM' in log and 'Traceback' not in log, log[-2000:]
+    assert max(losses(tmp_path / 'stopped/work')) < EPOCHS * ITERATIONS
+    assert start(tmp_path / 'stopped', shapes, resume=['--resume'], seed=None, **how).wait(timeout=300) == 0, (
+        tmp_path / 'stopped/log'
+    ).read_text()[-2000:]
+    assert_same(tmp_path / 'stopped/work', (losses(tmp_path / 'whole/work'), last))
 
 
 def test_training_with_workers_that_stay_ends(shapes, tmp_path):
