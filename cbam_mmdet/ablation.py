@@ -250,7 +250,8 @@ def next_command(run: Run, tools: Path) -> list[str] | None:
         config = run.config.with_name(f'{run.name}.validation.py')
         _write(config, _validation_as_test(run.cfg).pretty_text)
         return [sys.executable, f'{tools}/test.py', str(config), str(checkpoint), '--work-dir', str(run.validation_dir)]
-    resume = ['--resume', str(checkpoint)] if checkpoint else []
+    # Not from `checkpoint`: a training that was told to stop has saved a newer one, whatever unit it counts in.
+    resume = ['--resume', 'auto'] if any(run.work_dir.glob('*.pth')) else []
     return [sys.executable, f'{tools}/train.py', str(run.config), '--work-dir', str(run.work_dir), *resume]
 
 

@@ -101,11 +101,11 @@ def test_iterations_are_counted_in_a_loop_of_iterations(tmp_path):
 def test_training_starts_resumes_and_skips_what_is_cut_off(run):
     train = [sys.executable, f'{TOOLS}/train.py', str(run.config), '--work-dir', str(run.work_dir)]
     assert next_command(run, TOOLS) == train
-    write_checkpoint(run, 1, whole=False)
-    assert next_command(run, TOOLS) == train, 'no whole checkpoint: starts anew'
-    first = write_checkpoint(run, 1)
+    # train.py itself takes the newest that is whole, one that a stop has saved among them, and starts anew if there is none.
+    write_checkpoint(run, 1).rename(run.work_dir / 'iter_7.pth')
+    assert next_command(run, TOOLS) == [*train, '--resume', 'auto']
     write_checkpoint(run, 2, whole=False)
-    assert next_command(run, TOOLS) == [*train, '--resume', str(first)]
+    assert next_command(run, TOOLS) == [*train, '--resume', 'auto'], 'cut off: not the end of the training'
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
@@ -318,7 +318,7 @@ def test_killed_in_the_second_run_it_goes_on_there(ablation):
     out, err = ablation.start('--print-commands').communicate(timeout=120)
     train, work_dir = f'{sys.executable} {ablation.tools}/train.py', ablation.work_dir
     assert out.splitlines() == [  # nothing but commands, and only those that are left
-        f'{train} {work_dir}/configs/second.py --work-dir {work_dir}/second --resume {work_dir}/second/epoch_1.pth',
+        f'{train} {work_dir}/configs/second.py --work-dir {work_dir}/second --resume auto',
         f'{train} {work_dir}/configs/third.py --work-dir {work_dir}/third',
     ], err
     assert not (work_dir / 'third').exists()

@@ -198,6 +198,7 @@ def test_training_with_workers_that_stay_ends(shapes, tmp_path):
     """The workers of persistent_workers=True are ended by SIGTERM when the program ends, and must heed it."""
     process = start(tmp_path, shapes, workers=2, persistent=True)
     assert process.wait(timeout=240) == 0, (tmp_path / 'log').read_text()[-2000:]
+    assert 'Traceback' not in (tmp_path / 'log').read_text()
 
 
 class Numbers:
