@@ -206,14 +206,15 @@ def load_checkpoint(path: str, map_location: str | torch.device | None = None, t
 def use_safe_loading(trust: bool = False) -> None:
     """Let all that MMEngine loads in this process (load_from, resume, Pretrained, init_detector, by file or by URL) go through load_checkpoint.
 
-    MMEngine tries to load safely, too, but falls back to unpickling whatever the file holds.
+    MMEngine tries to load safely, too, but falls back to unpickling whatever the file holds. Checkpoints of the CBAM authors'
+    networks get the keys used here on the way (see weights.from_official).
     """
 
     def load_from_local(filename: str, map_location: str | torch.device | None = None) -> dict:
         filename = os.path.expanduser(filename)
         if not os.path.isfile(filename):
             raise UserError(f'checkpoint {filename} does not exist')
-        return load_checkpoint(filename, map_location, trust)
+        return _translated(load_checkpoint(filename, map_location, trust))
 
     def load_url(
         url: str, model_dir: str | None = None, map_location: str | torch.device | None = None, **kwargs: Any
@@ -223,10 +224,20 @@ def use_safe_loading(trust: bool = False) -> None:
         if not os.path.exists(path):
             os.makedirs(folder, exist_ok=True)
             torch.hub.download_url_to_file(url, path, progress=kwargs.get('progress', True))
-        return load_checkpoint(path, map_location, trust)
+        return _translated(load_checkpoint(path, map_location, trust))
 
     CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
     checkpoint_module.load_url = load_url  # what 'https://', 'torchvision://' and 'open-mmlab://' end in
+
+
+def _translated(checkpoint: dict) -> dict:
+    """The CBAM authors' own checkpoints, in the keys used here."""
+    from .weights import from_official, is_official
+
+    weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else {}
+    if not isinstance(weights, Mapping) or not is_official(weights):
+        return checkpoint
+    return dict(meta={}, state_dict=from_official(weights).state_dict)
 
 
 @contextlib.contextmanager

@@ -118,9 +118,7 @@ def start(folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=(), persi
     command += [f'randomness.seed={seed}'] if seed is not None else []
     command += ['train_dataloader.persistent_workers=True'] if persistent else []
     command += [f'train_dataloader.batch_size={2 // processes}'] if processes > 1 else []
-    environment = dict(
-        os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}', OMP_NUM_THREADS='1', PYTHON=sys.executable
-    )
+    environment = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}', OMP_NUM_THREADS='1', PYTHON=sys.executable)
     with (folder / 'log').open('ab') as log:
         return subprocess.Popen(
             list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True

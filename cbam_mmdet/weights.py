@@ -1,0 +1,308 @@
+"""Weights from elsewhere: the authors' ImageNet checkpoints, and the CBAM modules of timm and MMYOLO.
+
+The authors' networks (github.com/Jongchan/attention-module) are torchvision's ResNets with a CBAM at each block's end:
+
+    theirs                                                    here
+    module.layer1.0.conv1.weight                              layer1.0.conv1.weight
+    module.layer1.0.cbam.ChannelGate.mlp.1.weight             layer1.0.cbam.channel.fc1.weight    (Bottleneck, `plugins=`)
+    module.layer1.0.cbam.ChannelGate.mlp.3.weight             layer1.0.cbam.channel.fc2.weight
+    module.layer1.0.cbam.SpatialGate.spatial.conv.weight      layer1.0.cbam.spatial.conv.weight
+    module.layer1.0.cbam.SpatialGate.spatial.bn.weight        layer1.0.cbam.spatial.bn.weight
+
+With PluginBackbone, as a BasicBlock needs, the CBAM is a child of the norm: layer1.0.bn2.cbam.channel.fc1.weight.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .checkpoints import AtomicLocalBackend, find_checkpoint, load_checkpoint
+from .errors import UserError
+
+DEPTHS = {
+    ('BasicBlock', (2, 2, 2, 2)): 18,
+    ('BasicBlock', (3, 4, 6, 3)): 34,
+    ('Bottleneck', (3, 4, 6, 3)): 50,
+    ('Bottleneck', (3, 4, 23, 3)): 101,
+}
+OFFICIAL_PARTS = {
+    'ChannelGate.mlp.1': 'channel.fc1',
+    'ChannelGate.mlp.3': 'channel.fc2',
+    'SpatialGate.spatial.conv': 'spatial.conv',
+    'SpatialGate.spatial.bn': 'spatial.bn',
+}
+TIMM_PARTS = {
+    'channel.fc1': 'channel.fc1',
+    'channel.fc2': 'channel.fc2',
+    'spatial.conv.conv': 'spatial.conv',
+    'spatial.conv.bn': 'spatial.bn',
+}
+MMYOLO_PARTS = {
+    'channel_attention.fc.0.conv': 'channel.fc1',
+    'channel_attention.fc.1.conv': 'channel.fc2',
+    'spatial_attention.conv.conv': 'spatial.conv',
+}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of a state dict.
+
+    Attributes:
+        state_dict: with the new keys, in the order of the old ones.
+        origins: new key -> the key that it came from; None for one that was added.
+        notes: what could not be carried over, or must be set in the config, in words.
+    """
+
+    state_dict: dict[str, Tensor]
+    origins: dict[str, str | None]
+    notes: tuple[str, ...] = ()
+
+
+def is_official(state_dict: Mapping) -> bool:
+    """Is this a state dict of the authors' networks with CBAM?"""
+    return any('.ChannelGate.mlp.' in str(key) for key in state_dict)
+
+
+def from_official(state_dict: Mapping[str, Tensor], in_norm: bool | None = None) -> Conversion:
+    """The authors' state dict with the keys of MMDetection's ResNet with CBAM.
+
+    Args:
+        state_dict: of a ResNet-18, 34, 50 or 101 with CBAM; the prefix 'module.' of DataParallel may be there or not.
+        in_norm: whether the CBAMs here are children of each block's last norm (PluginBackbone), not of the block (`plugins=`);
+            by default they are for BasicBlocks.
+
+    Raises:
+        UserError: that names the keys which are not of such a network, are missing, or have another shape.
+    """
+    given = {key.removeprefix('module.'): key for key in state_dict}
+    block, _ = _check_official({key: state_dict[old] for key, old in given.items()})
+    in_norm = block == 'BasicBlock' if in_norm is None else in_norm
+    last = ('bn2.' if block == 'BasicBlock' else 'bn3.') if in_norm else ''
+    origins = {}
+    for key, old in given.items():
+        found = _official_cbam(key)
+        new = f'{found[0]}.{last}cbam.{OFFICIAL_PARTS[found[1]]}.{found[2]}' if found else key
+        origins[new] = old
+    return Conversion({new: state_dict[old] for new, old in origins.items()}, origins)
+
+
+def to_official(state_dict: Mapping[str, Tensor]) -> Conversion:
+    """The way back: the keys that the authors' code loads, with DataParallel's prefix.
+
+    Args:
+        state_dict: of a ResNet with CBAM (keys from 'conv1.weight' on), or of a classifier of mmpretrain with one ('backbone.', 'head.fc.').
+
+    Raises:
+        UserError: that names the keys which their networks do not have, lack, or have in another shape.
+    """
+    theirs = {new: old for old, new in OFFICIAL_PARTS.items()}
+    origins = {}
+    for old in state_dict:
+        key = old.removeprefix('backbone.').replace('head.fc.', 'fc.', 1)
+        found = re.fullmatch(r'(layer\d\.\d+)\.(?:bn[23]\.)?cbam\.(\w+\.\w+)\.(\w+)', key)
+        if found and found[2] in theirs:
+            key = f'{found[1]}.cbam.{theirs[found[2]]}.{found[3]}'
+        origins[f'module.{key}'] = old
+    _check_official({new.removeprefix('module.'): state_dict[old] for new, old in origins.items()})
+    return Conversion({new: state_dict[old] for new, old in origins.items()}, origins)
+
+
+def from_timm(state_dict: Mapping[str, Tensor]) -> Conversion:
+    """The state dict of timm's CbamModule, or of a network with such modules, whose other keys stay as they are.
+
+    timm's MLP has no bias by default (zeros are added), its layers are 1x1 convolutions, and its spatial convolution sees
+    [mean; max] where the authors' sees [max; mean]. The outputs are the same.
+    """
+    notes = ['timm.LightCbamModule has the same keys and other equations: from one of those the outputs would differ']
+    return _from_modules(state_dict, TIMM_PARTS, notes)
+
+
+def from_mmyolo(state_dict: Mapping[str, Tensor]) -> Conversion:
+    """The state dict of MMYOLO's CBAM, or of a network with such modules, whose other keys stay as they are.
+
+    Its layers are 1x1 convolutions, and its spatial convolution sees [mean; max], has a bias and no BatchNorm: it fits a CBAM with
+    `norm_cfg=None`.
+    """
+    return _from_modules(state_dict, MMYOLO_PARTS, ['it has no BatchNorm: set norm_cfg=None in the config of CBAM'])
+
+
+def translate(state_dict: Mapping[str, Tensor]) -> Conversion | None:
+    """Whichever of the three sources a state dict is from, in the keys used here; None if from none of them."""
+    if is_official(state_dict):
+        return from_official(state_dict)
+    for parts, convert in ((MMYOLO_PARTS, from_mmyolo), (TIMM_PARTS, from_timm)):
+        if any(f'{_last(parts)}.weight' == _tail(key, parts) for key in state_dict):
+            return convert(state_dict)
+    return None
+
+
+def convert_checkpoint(
+    source: str, target: str, official: bool = False, in_norm: bool | None = None, trust_checkpoint: bool = False
+) -> list[str]:
+    """Convert a file: what tools/convert_checkpoint.py does.
+
+    A network of the authors becomes a classifier in mmpretrain's form, 'backbone.' and 'head.fc.', which a detector's config takes by
+    init_cfg=dict(type='Pretrained', checkpoint=TARGET, prefix='backbone.').
+
+    Args:
+        source: a checkpoint of the authors, timm or MMYOLO, or, with official, one with our keys.
+        target: the file to write.
+        official: convert to the authors' keys.
+        in_norm: see from_official.
+        trust_checkpoint: load the source by full unpickling, which runs code from the file.
+
+    Returns:
+        A line for every key, one for every note, and a summary.
+
+    Raises:
+        UserError: if the source is none of these, or a key of it is left over, missing or misshapen.
+    """
+    checkpoint = load_checkpoint(find_checkpoint(source), 'cpu', trust_checkpoint)
+    state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise UserError(f'{source} holds no weights (a dict of tensors, or one with the key state_dict)')
+    plain = {key: checkpoint[key] for key in ('epoch', 'arch', 'best_prec1', 'best_prec') if key in checkpoint}
+    if official:
+        made = to_official(state_dict)
+        out = dict(**checkpoint.get('meta', {}).get('official', {}), state_dict=made.state_dict)
+    elif is_official(state_dict):
+        made = from_official(state_dict, in_norm)
+        made = replace(
+            made,
+            state_dict={_as_classifier(key): value for key, value in made.state_dict.items()},
+            origins={_as_classifier(key): old for key, old in made.origins.items()},
+        )
+        out = dict(meta=dict(official=plain), state_dict=made.state_dict)
+    else:
+        made = translate(state_dict)
+        if made is None:
+            raise UserError(
+                f"{source} has no CBAM of the authors' networks (layer1.0.cbam.ChannelGate.mlp.1.weight), timm (spatial.conv.conv.weight) or "
+                'MMYOLO (spatial_attention.conv.conv.weight) in it. Weights without CBAM need no conversion: tools/insert_cbam.py'
+            )
+        out = dict(meta={}, state_dict=made.state_dict)
+    buffer = io.BytesIO()
+    torch.save(out, buffer)
+    AtomicLocalBackend().put(buffer.getvalue(), target)
+    lines = [
+        f'{origin or "(zeros)"} -> {key} {tuple(made.state_dict[key].shape)}' for key, origin in made.origins.items()
+    ]
+    left = sorted(set(checkpoint) - {*plain, 'state_dict', 'meta'}) if checkpoint is not state_dict else []
+    notes = [*made.notes, *([f'not carried over: {", ".join(left)}'] if left else [])]
+    return [*lines, *(f'note: {note}' for note in notes), f'{target}: {len(lines)} keys, none left over']
+
+
+def _as_classifier(key: str) -> str:
+    return f'head.{key}' if key.startswith('fc.') else f'backbone.{key}'
+
+
+def _last(parts: Mapping[str, str]) -> str:
+    return next(old for old, new in parts.items() if new == 'spatial.conv')
+
+
+def _tail(key: str, parts: Mapping[str, str]) -> str | None:
+    """What a key says within a CBAM module; None if it is none of its keys."""
+    found = re.search(rf'(?:^|\.)((?:{"|".join(map(re.escape, parts))})\.\w+)$', key)
+    return found[1] if found else None
+
+
+def _from_modules(state_dict: Mapping[str, Tensor], parts: Mapping[str, str], notes: list[str]) -> Conversion:
+    weights, origins, reductions = {}, {}, set()
+    # 'channel.fc1' alone may belong to anything: only what stands beside a spatial convolution is a CBAM.
+    mark = f'{_last(parts)}.weight'
+    modules = {key[: -len(mark)] for key in state_dict if _tail(key, parts) == mark}
+    for old, value in state_dict.items():
+        tail = _tail(old, parts)
+        prefix = old[: -len(tail)] if tail else None
+        if prefix not in modules:
+            weights[old], origins[old] = value, old
+            continue
+        part, _, kind = tail.rpartition('.')
+        new = f'{prefix}{parts[part]}.{kind}'
+        if parts[part].startswith('channel.') and kind == 'weight':
+            if value.dim() != 4 or value.shape[2:] != (1, 1):
+                raise UserError(f'{old} has the shape {tuple(value.shape)}; a 1x1 convolution is expected')
+            value = value.flatten(1)
+            if parts[part] == 'channel.fc1':
+                reductions.add(value.shape[1] // value.shape[0])
+        if parts[part] == 'spatial.conv' and kind == 'weight':
+            if value.dim() != 4 or value.shape[:2] != (1, 2):
+                raise UserError(f'{old} has the shape {tuple(value.shape)}; (1, 2, K, K) is expected')
+            value = value.flip(1)
+        weights[new], origins[new] = value, old
+        bias = f'{prefix}{parts[part]}.bias'
+        if parts[part].startswith('channel.') and f'{prefix}{part}.bias' not in state_dict:
+            weights[bias], origins[bias] = value.new_zeros(value.shape[0]), None
+    notes = [*notes, f'set reduction={", ".join(map(str, sorted(reductions)))} in the config of CBAM']
+    return Conversion(weights, origins, tuple(notes))
+
+
+def _official_cbam(key: str) -> tuple[str, str, str] | None:
+    """('layer1.0', 'ChannelGate.mlp.1', 'weight') of a key of theirs."""
+    found = re.fullmatch(rf'(layer\d\.\d+)\.cbam\.({"|".join(map(re.escape, OFFICIAL_PARTS))})\.(\w+)', key)
+    return found.groups() if found else None
+
+
+def _check_official(state_dict: Mapping[str, Tensor]) -> tuple[str, int]:
+    """Compare with what torchvision's network and CBAM's equations ask for.
+
+    Returns:
+        'BasicBlock' or 'Bottleneck', and the depth.
+    """
+    block = 'Bottleneck' if 'layer1.0.conv3.weight' in state_dict else 'BasicBlock'
+    blocks = {found[0] for key in state_dict if (found := re.match(r'layer([1-4])\.(\d+)\.', key))}
+    counts = tuple(sum(name.startswith(f'layer{stage}.') for name in blocks) for stage in range(1, 5))
+    depth = DEPTHS.get((block, counts))
+    if depth is None:
+        raise UserError(
+            f'these are not the weights of a ResNet-18, 34, 50 or 101: stages of {", ".join(map(str, counts))} {block}s'
+        )
+    expected = _official_shapes(block, depth, state_dict)
+    optional = {key for key in expected if key.endswith('num_batches_tracked') or key.startswith('fc.')}
+    faults = []
+    for what, keys in (
+        ('no such network has', [key for key in state_dict if key not in expected]),
+        ('missing', [key for key in expected if key not in state_dict and key not in optional]),
+        ('of another shape', [k for k, shape in expected.items() if k in state_dict and state_dict[k].shape != shape]),
+    ):
+        if keys:
+            shown = ', '.join(
+                f'{key} ({tuple(state_dict[key].shape)}, expected {tuple(expected[key])})' if 'shape' in what else key
+                for key in keys[:3]
+            )
+            faults.append(f'{len(keys)} keys {what}: {shown}{", ..." if len(keys) > 3 else ""}')
+    if faults:
+        bam = ' A model with BAM has no counterpart here.' if any(key.startswith('bam') for key in state_dict) else ''
+        raise UserError(
+            f"these are not the weights of the authors' ResNet-{depth} with CBAM: {'; '.join(faults)}.{bam}"
+        )
+    return block, depth
+
+
+def _official_shapes(block: str, depth: int, state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    import torchvision
+
+    from .cbam import CBAM
+
+    mlp = state_dict.get('layer1.0.cbam.ChannelGate.mlp.1.weight')
+    reduction = mlp.shape[1] // mlp.shape[0] if mlp is not None and mlp.dim() == 2 else 16
+    classes = len(state_dict['fc.bias']) if 'fc.bias' in state_dict else 1000
+    with torch.device('meta'):
+        network = getattr(torchvision.models, f'resnet{depth}')(num_classes=classes)
+        for stage in range(1, 5):
+            channels = 64 * 2 ** (stage - 1) * (4 if block == 'Bottleneck' else 1)
+            for residual in getattr(network, f'layer{stage}'):
+                residual.cbam = CBAM(channels, reduction=reduction)
+    theirs = {new: old for old, new in OFFICIAL_PARTS.items()}
+    shapes = {}
+    for key, value in network.state_dict().items():
+        found = re.fullmatch(r'(layer\d\.\d+\.cbam)\.(\w+\.\w+)\.(\w+)', key)
+        shapes[f'{found[1]}.{theirs[found[2]]}.{found[3]}' if found else key] = value.shape
+    return shapes

@@ -1,0 +1,42 @@
+"""Weights with CBAM from elsewhere, and back: python tools/convert_checkpoint.py SOURCE TARGET [--to official]"""
+
+import argparse
+
+from cbam_mmdet.errors import run_tool
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Convert the CBAM authors' ImageNet checkpoints (ResNet-18, 34, 50, 101), and state dicts with the CBAM modules of timm or "
+        'MMYOLO, to the keys used here. What the source is, is seen from its keys.'
+    )
+    parser.add_argument('source', help='a .pth file')
+    parser.add_argument('target', help='the .pth file to write')
+    parser.add_argument('--to', choices=['ours', 'official'], default='ours', help="'official': the authors' keys")
+    parser.add_argument(
+        '--in-norm',
+        action='store_true',
+        help='CBAM as a child of the last norm of a Bottleneck (PluginBackbone), not of the block (`plugins=`); a BasicBlock always has it there',
+    )
+    parser.add_argument('--quiet', action='store_true', help='only the summary, not every key')
+    parser.add_argument('--trust-checkpoint', action='store_true', help='load a source that runs code')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    from cbam_mmdet.weights import convert_checkpoint
+
+    lines = convert_checkpoint(
+        args.source,
+        args.target,
+        official=args.to == 'official',
+        in_norm=True if args.in_norm else None,
+        trust_checkpoint=args.trust_checkpoint,
+    )
+    for line in lines[-1:] if args.quiet else lines:
+        print(line)
+
+
+if __name__ == '__main__':
+    run_tool(main)
