@@ -32,6 +32,7 @@ from .datasets.voc import fit_image_suffix, fit_layout
 from .distributed import in_first_process, join_processes
 from .errors import UserError
 from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook, KeepOldUntilNewHook
+from .insertion import say_missing_cbam_in_one_line
 from .resume import ResumeExactlyHook, StopSignalHook
 
 
@@ -68,6 +69,7 @@ def train(
     """
     _prepare(cfg, data_root, classes, work_dir, launcher)
     use_safe_loading(trust_checkpoint)
+    say_missing_cbam_in_one_line()
     write_whole_files()
     if amp:
         _use_amp(cfg, 'fp16' if amp is True else amp)

@@ -1,0 +1,173 @@
+"""CBAM put into a detector that is trained already: a config and a checkpoint to fine-tune from, and what is said of weights without CBAM.
+
+With gate='unit' every CBAM starts as the exact identity (its gates are 2 * sigmoid(0) = 1), so the new detector's outputs are those of the
+plain one, bit for bit.
+
+There is no exact fold back to the paper's sigmoid: 2 * sigmoid reaches above 1, sigmoid does not, and no bias of the last layer makes
+2 * sigmoid(z) = sigmoid(z + b) for all z. Nor can the factors 2 * 2 of the two gates go into the norm before the CBAM: the gates are computed
+from that norm's output and would change with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+from mmengine import runner as runner_module
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.registry import init_default_scope
+from mmengine.runner import checkpoint as checkpoint_module
+from torch import nn
+
+from .backbone_places import usual_place
+from .cbam import CBAM
+from .checkpoints import AtomicLocalBackend, compare_state_dicts, find_checkpoint, load_checkpoint
+from .errors import UserError
+
+_load_state_dict = checkpoint_module.load_state_dict  # MMEngine's own
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """What insert_cbam wrote: two files, the names of the new modules, and how many parameters they have."""
+
+    config: Path
+    checkpoint: Path
+    modules: list[str]
+    parameters: int
+
+
+def insert_cbam(
+    cfg: Config,
+    checkpoint: str,
+    out_dir: str,
+    *,
+    cbam: Mapping[str, Any] | None = None,
+    after: str | list[str] | None = None,
+    seed: int = 0,
+    trust_checkpoint: bool = False,
+) -> Inserted:
+    """Write the config and the checkpoint of the same detector with CBAM in its backbone.
+
+    Args:
+        cfg: the plain detector's config; it is changed in place.
+        checkpoint: its weights, a file or a work dir; every key must fit.
+        out_dir: where NAME_cbam.py and NAME_cbam.pth go, NAME being the config's; the new config's load_from is the new checkpoint.
+        cbam: CBAM's arguments; gate='unit' unless it says otherwise.
+        after: where, as PluginBackbone's `after`; by default the backbone's usual place, without the stages that are frozen.
+        seed: of the weights of CBAM that start at random.
+        trust_checkpoint: load the checkpoint by full unpickling, which runs code from the file.
+
+    Raises:
+        UserError: if the detector has CBAM already or no backbone that takes it, or the checkpoint does not fit the plain config.
+    """
+    name = f'{Path(cfg.filename).stem}_cbam'
+    cfg.setdefault('default_scope', 'mmdet')
+    init_default_scope(cfg.default_scope)
+    backbone = cfg.get('model', {}).get('backbone')
+    if not backbone:
+        raise UserError(f'{cfg.filename} has no model.backbone to put CBAM into')
+    given = load_checkpoint(find_checkpoint(checkpoint), 'cpu', trust_checkpoint)
+    _forget_pretrained(cfg.model)
+    plain = MODELS.build(cfg.model)
+    if any(isinstance(module, CBAM) for module in plain.modules()):
+        raise UserError(f'{cfg.filename} has CBAM in its model already: give the config of the plain detector')
+    compare_state_dicts(given, plain, strict=True, name=checkpoint)
+    wrapped = backbone.type in ('PluginBackbone', 'cbam_mmdet.PluginBackbone')
+    plugin = dict(
+        cfg=dict(type='CBAM', **{'gate': 'unit', **(cbam or {})}), after=after or _trained_places(plain.backbone)
+    )
+    cfg.model.backbone = ConfigDict(
+        type='PluginBackbone',
+        backbone=backbone.backbone if wrapped else backbone,
+        plugins=[*((backbone.get('plugins') or []) if wrapped else []), plugin],
+    )
+    torch.manual_seed(seed)
+    model = MODELS.build(cfg.model)
+    weights = given.get('state_dict', given)
+    left = model.load_state_dict({key.removeprefix('module.'): value for key, value in weights.items()}, strict=False)
+    modules = [key for key, module in model.named_modules() if isinstance(module, CBAM)]
+    others = [key for key in left.missing_keys if not key.startswith(tuple(f'{module}.' for module in modules))]
+    if others or left.unexpected_keys:
+        raise RuntimeError(f'CBAM changed other keys of the model: {others + left.unexpected_keys}')
+    folder = Path(out_dir)
+    new_config, new_checkpoint = folder / f'{name}.py', folder / f'{name}.pth'
+    meta = {key: value for key, value in given.get('meta', {}).items() if key == 'dataset_meta'}
+    buffer = io.BytesIO()
+    torch.save(dict(meta=meta, state_dict=model.state_dict()), buffer)
+    AtomicLocalBackend().put(buffer.getvalue(), new_checkpoint)
+    cfg.load_from, cfg.resume = str(new_checkpoint), False
+    imports = cfg.setdefault('custom_imports', ConfigDict(imports=[]))
+    imports.imports = list(dict.fromkeys([*imports.imports, 'cbam_mmdet']))
+    cfg.pop('work_dir', None)
+    AtomicLocalBackend().put(cfg.pretty_text.encode(), new_config)
+    parameters = sum(p.numel() for key in modules for p in model.get_submodule(key).parameters())
+    return Inserted(new_config, new_checkpoint, modules, parameters)
+
+
+def _forget_pretrained(model: ConfigDict) -> None:
+    """The checkpoint holds every weight: nothing is to be fetched."""
+    model.backbone.init_cfg = None
+    if isinstance(model.backbone.get('backbone'), Mapping):
+        model.backbone.backbone.init_cfg = None
+
+
+def _trained_places(backbone: nn.Module) -> list[str]:
+    """The usual place, but in a ResNet only in the stages that train: a CBAM in a frozen one never would."""
+    patterns = usual_place(backbone)
+    if not patterns:
+        raise UserError(
+            f'where CBAM usually goes in a {type(backbone).__name__} is not known: name the modules by --after (see tools/list_backbones.py)'
+        )
+    frozen = getattr(backbone, 'frozen_stages', -1)
+    if frozen < 1 or not all(pattern.startswith('layer*.') for pattern in patterns):
+        return patterns
+    stages = f'layer[{frozen + 1}-4]' if frozen < 4 else None
+    if stages is None:
+        raise UserError(
+            f'every stage is frozen (frozen_stages={frozen}): CBAM would never train. Set model.backbone.frozen_stages lower'
+        )
+    return [pattern.replace('layer*', stages, 1) for pattern in patterns]
+
+
+def say_missing_cbam_in_one_line() -> None:
+    """In this process, let MMEngine name CBAMs that a checkpoint lacks in one line, in place of every key of theirs.
+
+    Keys that are missing besides, or left over, are named as before.
+    """
+    checkpoint_module.load_state_dict = runner_module.load_state_dict = _load_plain
+
+
+@functools.wraps(_load_state_dict)
+def _load_plain(module: nn.Module, state_dict: Mapping, strict: bool = False, logger: Any = None) -> None:
+    while is_model_wrapper(module):
+        module = module.module
+    names = [name for name, child in module.named_modules() if isinstance(child, CBAM)]
+    lacking = tuple(f'{name}.' for name in names if not any(key.startswith(f'{name}.') for key in state_dict))
+    if strict or not lacking:
+        return _load_state_dict(module, state_dict, strict, logger)
+
+    def drop(_: nn.Module, incompatible: Any) -> None:
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(lacking)]
+
+    hook = module.register_load_state_dict_post_hook(drop)
+    try:
+        _load_state_dict(module, state_dict, strict, logger)
+    finally:
+        hook.remove()
+    unit = sum(module.get_submodule(name[:-1]).unit for name in lacking)
+    print_log(
+        f'the checkpoint has no weights for {len(lacking)} CBAM modules of {len(names)}: they keep their initial ones'
+        + (f' ({unit} of them are the exact identity)' if unit else ''),
+        logger='current',
+        level=logging.INFO,
+    )

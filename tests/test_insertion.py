@@ -1,0 +1,139 @@
+"""CBAM inserted into a detector that is there already."""
+
+import pickle
+
+import pytest
+import torch
+from conftest import DEMO, ROOT, tiny
+from mmdet.registry import MODELS
+from mmengine import runner as runner_module
+from mmengine.config import Config
+from mmengine.runner import checkpoint as checkpoint_module
+
+from cbam_mmdet import CBAM
+from cbam_mmdet.insertion import _load_state_dict, say_missing_cbam_in_one_line
+
+PLAIN = str(ROOT / 'configs/demo/faster_rcnn.py')
+SMALL = ['model.backbone.base_channels=4', 'model.neck.in_channels=[16,32,64,128]']
+
+
+@pytest.fixture(autouse=True)
+def mmengine_as_it_was():
+    yield
+    checkpoint_module.load_state_dict = runner_module.load_state_dict = _load_state_dict
+
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+    """The weights of a plain detector, random ones."""
+    cfg = Config.fromfile(PLAIN)
+    cfg.model.backbone.base_channels, cfg.model.neck.in_channels = 4, [16, 32, 64, 128]
+    torch.manual_seed(1)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    for name, value in model.named_parameters():
+        if '.bn' in name and name.endswith('weight'):
+            torch.nn.init.uniform_(value, 0.5, 1.5)  # a fresh block's last norm is 0, and whatever follows it would not be seen
+    path = tmp_path_factory.mktemp('plain') / 'plain.pth'
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(CLASSES=cfg.classes))), path)
+    return path
+
+
+@pytest.fixture
+def insert(run_tool, plain, tmp_path):
+    def run(*args, config=PLAIN, checkpoint=plain, options=()):
+        return run_tool(
+            'insert_cbam.py',
+            config,
+            checkpoint,
+            '--out-dir',
+            tmp_path / 'new',
+            *args,
+            '--cfg-options',
+            *SMALL,
+            *options,
+        )
+
+    return run
+
+
+def detections(run_tool, config, checkpoint, shapes, folder):
+    """Of every image, whatever their score."""
+    options = tiny(folder, shapes, 'model.test_cfg.rcnn.score_thr=0.0')
+    options = [o for o in options if o not in SMALL] if 'new' in str(config) else options
+    result = run_tool('test.py', config, checkpoint, '--out', folder / 'out.pkl', *options)
+    assert result.code == 0, result.err[-2000:]
+    return [sample['pred_instances'] for sample in pickle.loads((folder / 'out.pkl').read_bytes())]
+
+
+def test_before_any_training_the_detections_are_the_plain_ones(insert, run_tool, plain, shapes, tmp_path):
+    result = insert()
+    assert result.code == 0, result.err
+    assert result.out.startswith('16 CBAM modules, ')
+    config, checkpoint = tmp_path / 'new/faster_rcnn_cbam.py', tmp_path / 'new/faster_rcnn_cbam.pth'
+    before = detections(run_tool, PLAIN, plain, shapes, tmp_path / 'a')
+    after = detections(run_tool, config, checkpoint, shapes, tmp_path / 'b')
+    assert len(before) == len(after) == 4
+    for a, b in zip(before, after, strict=True):
+        assert len(a['scores']) > 0
+        assert all(torch.equal(a[key], b[key]) for key in ('bboxes', 'scores', 'labels')), 'bit for bit'
+
+    options = [o for o in tiny(tmp_path / 'work', shapes) if o not in SMALL]
+    result = run_tool('train.py', config, *options)
+    assert result.code == 0, result.err[-2000:]
+    new, old = (torch.load(p, weights_only=False)['state_dict'] for p in (tmp_path / 'work/epoch_1.pth', checkpoint))
+    moved = [key for key in old if 'cbam' in key and not torch.equal(new[key], old[key])]
+    assert any('channel.fc2' in key for key in moved) and any('spatial.bn' in key for key in moved)
+
+
+def test_the_papers_gate_changes_the_detections(insert, run_tool, plain, shapes, tmp_path):
+    """That the test above can fail."""
+    assert insert('--cbam', 'gate=sigmoid', 'reduction=4').code == 0
+    before = detections(run_tool, PLAIN, plain, shapes, tmp_path / 'a')
+    config, checkpoint = tmp_path / 'new/faster_rcnn_cbam.py', tmp_path / 'new/faster_rcnn_cbam.pth'
+    after = detections(run_tool, config, checkpoint, shapes, tmp_path / 'b')
+    assert not all(torch.equal(a['scores'], b['scores']) for a, b in zip(before, after, strict=True))
+
+
+def test_frozen_stages_get_none(insert, tmp_path):
+    result = insert(options=['model.backbone.frozen_stages=1'])
+    assert result.code == 0, result.err
+    assert result.out.startswith('13 CBAM modules') and 'backbone.layer1' not in result.out
+    cfg = Config.fromfile(tmp_path / 'new/faster_rcnn_cbam.py')
+    assert cfg.model.backbone.plugins[0].after == ['layer[2-4].*.bn3']
+    backbone = MODELS.build(cfg.model).backbone
+    backbone.train()  # freezes
+    assert all(p.requires_grad for m in backbone.modules() if isinstance(m, CBAM) for p in m.parameters())
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        (dict(config=DEMO), 'has CBAM in its model already'),
+        (dict(options=['model.roi_head.bbox_head.num_classes=3']), 'is of another architecture than the config'),
+        (dict(options=['model.backbone.frozen_stages=4']), 'every stage is frozen'),
+        (dict(checkpoint='no.pth'), 'checkpoint no.pth does not exist'),
+    ],
+)
+def test_refused(insert, tmp_path, given, message):
+    result = insert(**given)
+    assert result.code == 2 and message in result.err and 'Traceback' not in result.err, result.err
+    assert not (tmp_path / 'new').exists()
+
+
+def test_missing_cbams_are_said_in_one_line(plain, logged):
+    cfg = Config.fromfile(DEMO)
+    cfg.model.backbone.base_channels, cfg.model.neck.in_channels = 4, [16, 32, 64, 128]
+    cfg.model.backbone.plugins[0].cfg.gate = 'unit'
+    model = MODELS.build(cfg.model)
+    say_missing_cbam_in_one_line()
+    weights = torch.load(plain, weights_only=False)['state_dict']
+    checkpoint_module.load_state_dict(model, weights, logger='current')
+    assert '16 CBAM modules of 16' in logged.text and '16 of them are the exact identity' in logged.text
+    assert 'missing keys' not in logged.text
+    logged.clear()
+    del weights['backbone.conv1.weight']
+    checkpoint_module.load_state_dict(model, weights, logger='current')
+    assert 'backbone.conv1.weight' in logged.text and 'cbam.channel' not in logged.text
+    with pytest.raises(RuntimeError, match=r'cbam\.channel'):
+        checkpoint_module.load_state_dict(model, weights, strict=True)
