@@ -12,6 +12,7 @@ from mmdet.evaluation import DumpDetResults
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.evaluator import DumpResults
 from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
@@ -158,8 +159,10 @@ def test(
     use_safe_loading(trust_checkpoint)
     cfg.load_from, cfg.resume = find_checkpoint(checkpoint), False
     _prepare(cfg, data_root, classes, work_dir, launcher)
-    if not all(cfg.get(key) for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
+    if any(cfg.get(key) is None for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
         raise UserError('the config has no test split: it needs test_dataloader, test_cfg and test_evaluator')
+    if _classifies(cfg) and (show or show_dir or tta):
+        raise UserError('--show, --show-dir and --tta are for detectors; this is the config of a classifier')
     if show or show_dir:
         _draw(cfg, show, show_dir, wait_time)
     if tta:
@@ -172,7 +175,8 @@ def test(
     runner = _build_runner(cfg, [CheckpointFitHook(strict=True), CheckImagesHook()])
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=out))
+        dump = DumpResults if _classifies(cfg) else DumpDetResults
+        runner.test_evaluator.metrics.append(dump(out_file_path=out))
     return runner.test()
 
 
@@ -180,14 +184,24 @@ def point_at_data(cfg: Config, data_root: str | None, classes: str | Sequence[st
     """What --data-root and --classes do to a config, in place; None leaves the config's own.
 
     Raises:
-        UserError: see config.set_data_root, datasets.voc.fit_layout and datasets.classes.set_classes.
+        UserError: see config.set_data_root, datasets.voc.fit_layout and datasets.classes.set_classes; for a classifier
+            classification.point_at_folders.
     """
+    if _classifies(cfg):
+        from .classification import point_at_folders
+
+        return point_at_folders(cfg, data_root, classes)
     if data_root:
         set_data_root(cfg, data_root)
         fit_layout(cfg)
     fit_image_suffix(cfg)
     if classes:
         set_classes(cfg, classes)
+
+
+def _classifies(cfg: Config) -> bool:
+    """Is this a config of mmpretrain, which is imported only then?"""
+    return cfg.get('default_scope') == 'mmpretrain'
 
 
 def _prepare(
@@ -229,6 +243,10 @@ def _newest(work_dir: str) -> str | None:
 
 
 def _check_data(cfg: Config, splits: list[str]) -> None:
+    if _classifies(cfg):
+        from .classification import check_image_folders
+
+        return in_first_process(lambda: check_image_folders(cfg, splits))
     keys = [f'{split}_dataloader' for split in splits]
     # The check may set a filter: every process must go on with the same data set.
     checked = in_first_process(lambda: (check_data(cfg, splits), {key: cfg[key] for key in keys})[1])

@@ -33,7 +33,9 @@ def plain(tmp_path_factory):
     model.init_weights()
     for name, value in model.named_parameters():
         if '.bn' in name and name.endswith('weight'):
-            torch.nn.init.uniform_(value, 0.5, 1.5)  # a fresh block's last norm is 0, and whatever follows it would not be seen
+            torch.nn.init.uniform_(
+                value, 0.5, 1.5
+            )  # a fresh block's last norm is 0, and whatever follows it would not be seen
     path = tmp_path_factory.mktemp('plain') / 'plain.pth'
     torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(CLASSES=cfg.classes))), path)
     return path

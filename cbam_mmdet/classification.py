@@ -1,0 +1,105 @@
+"""ImageNet-1K classification (the paper's section 4.2), by the same tools: configs of mmpretrain, whose default_scope is 'mmpretrain'.
+
+Data: a folder for each split with a folder of images for each class, as torchvision's ImageFolder takes it. The backbone is MMDetection's, so its
+checkpoint goes straight into a detector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+from mmpretrain.evaluation import Accuracy
+from mmpretrain.registry import METRICS
+
+from .config import evaluators_of, log, set_data_root, split_datasets
+from .errors import UserError
+
+SPLITS = ('train', 'val', 'test')
+
+
+@METRICS.register_module()
+class TopKError(Accuracy):
+    """Top-1 and top-5 error in percent, as the paper's tables 4 and 5 give them: 100 less mmpretrain's accuracy."""
+
+    default_prefix = 'error'
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        return {name: 100 - value for name, value in super().compute_metrics(results).items()}
+
+
+def point_at_folders(cfg: Config, data_root: str | None, classes: str | Sequence[str] | None) -> None:
+    """What --data-root and --classes do to a classifier's config, in place.
+
+    Args:
+        data_root: the folder that holds the folders of the splits.
+        classes: 'auto' takes as many classes as the (training) data has folders; names must be those of the folders.
+
+    Raises:
+        UserError: if the folders are not there, or their names are not the classes.
+    """
+    if data_root:
+        set_data_root(cfg, data_root)
+    if not classes:
+        return
+    split = next(split for split in SPLITS if split_datasets(cfg, split))
+    found = class_folders(split_datasets(cfg, split)[0], split)
+    if classes != 'auto':
+        names = sorted(classes.split(',') if isinstance(classes, str) else classes)
+        if names != found:
+            raise UserError(f'--classes {",".join(names)}: the class folders are {_some(found)}')
+    if cfg.model.head.num_classes != len(found):
+        log(f'model.head.num_classes: {cfg.model.head.num_classes} -> {len(found)}, for the classes {_some(found)}')
+        cfg.model.head.num_classes = len(found)
+    for split in ('val', 'test'):
+        for metric in evaluators_of(cfg, split):
+            if metric.get('topk'):
+                metric.topk = tuple(k for k in metric.topk if k < len(found)) or (1,)
+
+
+def check_image_folders(cfg: Config, splits: Sequence[str]) -> None:
+    """Check the folders of every split, and tell how many classes and images they hold.
+
+    Raises:
+        UserError: for a folder that is missing or empty, another number of classes than the head's, or classes that differ between splits.
+    """
+    known: list[str] | None = None
+    for split in splits:
+        for dataset in split_datasets(cfg, split):
+            names = class_folders(dataset, split)
+            if len(names) != cfg.model.head.num_classes:
+                raise UserError(
+                    f'{_folder(dataset)} has {len(names)} class folders ({_some(names)}), model.head.num_classes is '
+                    f'{cfg.model.head.num_classes}: give --classes auto to take the number from the data'
+                )
+            if known is not None and names != known:
+                other = sorted(set(names) ^ set(known))
+                raise UserError(f'the splits have different class folders: {_some(other)} not in all of them')
+            known = names
+            log(f'{_folder(dataset)}: {len(names)} classes')
+
+
+def class_folders(dataset: ConfigDict, split: str) -> list[str]:
+    """The names of a data set's class folders, sorted: class i is the i-th.
+
+    Raises:
+        UserError: that says which layout is expected.
+    """
+    folder = _folder(dataset)
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not names:
+        raise UserError(
+            f'the {split} images: {folder} {"has no class folder" if folder.is_dir() else "does not exist"}; expected: '
+            f'{folder}/CLASS/*.jpg (or .png, ...). Point --data-root at the folder that holds {folder.name}/'
+        )
+    return names
+
+
+def _folder(dataset: ConfigDict) -> Path:
+    prefix = dataset.get('data_prefix', '')
+    return Path(dataset.get('data_root', ''), prefix if isinstance(prefix, str) else prefix.get('img_path', ''))
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ', '.join(names[:most]) + (f', ... ({len(names)})' if len(names) > most else '')

@@ -1,0 +1,5 @@
+"""ResNet-34 with CBAM on ImageNet-1K, the paper's table 4."""
+
+_base_ = './resnet18_cbam_in1k.py'
+
+model = dict(backbone=dict(backbone=dict(depth=34)))
