@@ -20,7 +20,9 @@ from cbam_mmdet import CBAM
 from cbam_mmdet.datasets import METAINFO, ensure_shapes
 from cbam_mmdet.startup import disable, enable
 
-CONFIGS = sorted(str(p.relative_to(ROOT / 'configs')) for p in (ROOT / 'configs').rglob('*.py'))
+CONFIGS = sorted(
+    str(p.relative_to(ROOT / 'configs')) for p in (ROOT / 'configs').rglob('*.py') if p.parent.name != 'imagenet'
+)  # those of classifiers: test_classification.py
 TWINS = [(name, re.sub('_cbam(_heads)?', '', name)) for name in CONFIGS if '_cbam' in name]
 MMDET_TOOLS = Path(mmdet.__file__).parent / '.mim/tools'
 

@@ -1,0 +1,219 @@
+"""Does CBAM help, and how should it be put in? The study behind the README's figures.
+
+    python benchmarks/accuracy/study.py run --data shapes --data-root data/shapes --seeds 0 1 2      # hours; goes on where it stopped
+    python benchmarks/accuracy/study.py table                                                        # what is there so far
+
+For each seed, the detector is trained from scratch plain, with SE, with CBAM as in the paper, and with CBAM's unit gate. Then each is put into the plain
+detector of the same seed, which is fine-tuned with it, and once more without anything, equally long. What is compared is always of
+one seed: the same initial weights of the plain part, the same order of images.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from machine import describe
+from mmengine.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# The arguments of CBAM; SE is its channel branch with one pool.
+ATTENTIONS = {
+    'plain': None,
+    'SE': dict(pools=('avg',), spatial=None),
+    'CBAM': dict(),
+    'CBAM, unit gate': dict(gate='unit'),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set's detector, and how long it is trained."""
+
+    config: str
+    epochs: int
+    finetune_epochs: int
+
+
+DATA = {
+    'shapes': Data('configs/demo/faster_rcnn_cbam.py', 24, 8),
+    'bccd': Data('configs/demo/bccd_r18_cbam.py', 20, 8),
+}
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """A way to put an attention into the trained plain detector."""
+
+    attention: str
+    lr_mult: float = 1.0  # of the attention's parameters
+    decay_mult: float = 1.0
+    last_stages: int = 4  # that get one
+
+
+# The first four are compared with each other; the others vary what fine-tuning leaves open, one thing at a time.
+FINETUNES = {
+    **{name: Finetune(name) for name in ATTENTIONS},
+    'unit gate, lr x 10': Finetune('CBAM, unit gate', lr_mult=10),
+    'unit gate, no weight decay': Finetune('CBAM, unit gate', decay_mult=0),
+    'unit gate, last two stages': Finetune('CBAM, unit gate', last_stages=2),
+}
+FINETUNE_LR = 0.1  # of the rate from scratch
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its folder below the study's, and its config."""
+
+    folder: Path
+    cfg: Config
+    epochs: int
+
+    def metrics(self) -> dict[str, float] | None:
+        """The last validation, if it is that of the last epoch."""
+        for path in sorted(self.folder.glob('*/vis_data/scalars.json'), reverse=True):
+            rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith('}')]
+            for row in reversed(rows):
+                if row.get('step') == self.epochs and 'loss' not in row:
+                    return {key.split('/')[-1]: value for key, value in row.items() if 'mAP' in key}
+        return None
+
+
+def base_config(data: str, attention: str, seed: int, epochs: int, last_stages: int = 4) -> Config:
+    cfg = Config.fromfile(ROOT / DATA[data].config)
+    arguments = ATTENTIONS[attention]
+    plugin = cfg.model.backbone.plugins[0]
+    if arguments is None:
+        cfg.model.backbone.plugins = None
+    else:
+        # The reduction is that of the demo's CBAM, whose layers are narrow.
+        plugin.cfg = dict(type='CBAM', reduction=plugin.cfg.reduction, **arguments)
+        if 'stages' in plugin or 'position' in plugin:
+            plugin.stages = tuple(stage >= 4 - last_stages for stage in range(4))
+        else:
+            plugin.after = plugin.after.replace('layer*', f'layer[{5 - last_stages}-4]')
+    cfg.randomness = dict(seed=seed)
+    cfg.train_cfg.update(max_epochs=epochs, val_interval=epochs)
+    cfg.default_hooks.checkpoint.update(interval=epochs, max_keep_ckpts=1)
+    cosine = cfg.param_scheduler[1]
+    cosine.update(end=epochs, T_max=epochs)
+    return cfg
+
+
+def runs(data: str, seed: int, work_dir: Path) -> dict[tuple[str, str], Run]:
+    """('scratch' or 'finetune', name) -> run, in the order in which they can be made."""
+    folder, settings, made = work_dir / data, DATA[data], {}
+    for name in ATTENTIONS:
+        cfg = base_config(data, name, seed, settings.epochs)
+        made['scratch', name] = Run(folder / 'scratch' / _slug(name) / f'seed{seed}', cfg, settings.epochs)
+    plain = made['scratch', 'plain'].folder / f'epoch_{settings.epochs}.pth'
+    for name, way in FINETUNES.items():
+        cfg = base_config(data, way.attention, seed, settings.finetune_epochs, way.last_stages)
+        cfg.load_from = str(plain)
+        cfg.optim_wrapper.optimizer.lr *= FINETUNE_LR
+        cfg.param_scheduler[1].eta_min *= FINETUNE_LR
+        if (way.lr_mult, way.decay_mult) != (1, 1):
+            keys = dict(cbam=dict(lr_mult=way.lr_mult, decay_mult=way.decay_mult))
+            cfg.optim_wrapper.paramwise_cfg = dict(custom_keys=keys)
+        made['finetune', name] = Run(folder / 'finetune' / _slug(name) / f'seed{seed}', cfg, settings.finetune_epochs)
+    return made
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(',', '').replace(' ', '_')
+
+
+def train(run: Run, data_root: str) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    config = run.folder / 'config.py'
+    config.write_text(run.cfg.pretty_text)
+    command = [sys.executable, ROOT / 'tools/train.py', config, '--work-dir', run.folder, '--data-root', data_root]
+    start = time.monotonic()
+    with (run.folder / 'log').open('ab') as log:
+        done = subprocess.run([*map(str, command), '--resume', 'auto'], stdout=log, stderr=log, env=os.environ)
+    if done.returncode:
+        sys.exit(f'{run.folder}: exit code {done.returncode}\n{(run.folder / "log").read_text()[-2000:]}')
+    with (run.folder / 'seconds').open('a') as file:
+        file.write(f'{time.monotonic() - start:.0f}\n')
+
+
+def table(data: str, work_dir: Path, seeds: list[int], metric: str) -> tuple[list[str], list[dict]]:
+    """Lines of Markdown, and the rows as data, of all runs that are done."""
+    by_seed = {seed: runs(data, seed, work_dir) for seed in seeds}
+    lines = [
+        f'| {data} | seeds | {metric} | standard deviation | less plain, of the same seed | its standard deviation |'
+    ]
+    lines += ['|---|---|---|---|---|---|']
+    rows = []
+    for key in by_seed[seeds[0]]:
+        stage, name = key
+        found = {seed: runs_[key].metrics() for seed, runs_ in by_seed.items()}
+        plain = {seed: runs_[stage, 'plain'].metrics() for seed, runs_ in by_seed.items()}
+        values = {seed: metrics[metric] for seed, metrics in found.items() if metrics}
+        if not values:
+            continue
+        paired = [value - plain[seed][metric] for seed, value in values.items() if plain[seed]]
+        row = dict(data=data, stage=stage, name=name, values=values, paired=[round(d, 4) for d in paired])
+        rows.append(row)
+        what = 'from scratch' if stage == 'scratch' else 'fine-tuned from plain'
+        lines.append(
+            f'| {what}: {name} | {", ".join(map(str, values))} | {_mean(values.values())} | {_spread(values.values())} '
+            f'| {_mean(paired, "+") if name != "plain" else ""} | {_spread(paired) if name != "plain" else ""} |'
+        )
+    return lines, rows
+
+
+def _mean(values, sign: str = '') -> str:
+    values = list(values)
+    return f'{statistics.mean(values):{sign}.3f}' if values else ''
+
+
+def _spread(values) -> str:
+    values = list(values)
+    return f'{statistics.stdev(values):.3f}' if len(values) > 1 else ''
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('what', choices=['run', 'table'])
+    parser.add_argument('--data', nargs='+', choices=list(DATA), default=list(DATA))
+    parser.add_argument('--data-root', help='of the data set that is run')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs/study')
+    parser.add_argument('--metric', default='bbox_mAP')
+    parser.add_argument('--out', type=Path, help='write the table, and the same as .json beside it')
+    args = parser.parse_args()
+    if args.what == 'run':
+        if len(args.data) != 1 or not args.data_root:
+            parser.error('run takes one --data and its --data-root')
+        for seed in args.seeds:
+            for key, run in runs(args.data[0], seed, args.work_dir).items():
+                if run.metrics() is None:
+                    train(run, args.data_root)
+                print(args.data[0], seed, *key, run.metrics(), flush=True)
+        return
+    lines, rows, seconds = [], [], 0.0
+    for data in args.data:
+        more, found = table(data, args.work_dir, args.seeds, args.metric)
+        lines += [*more, '']
+        rows += found
+        seconds += sum(
+            float(x) for p in (args.work_dir / data).glob('*/*/seed*/seconds') for x in p.read_text().split()
+        )
+    print('\n'.join(lines))
+    if args.out:
+        args.out.write_text('\n'.join(lines))
+        record = dict(**describe(), hours=round(seconds / 3600, 2), rows=rows)
+        args.out.with_suffix('.json').write_text(json.dumps(record, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
