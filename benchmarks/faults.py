@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--kills', type=int, default=50)
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
-    parser.add_argument('--epochs', type=int, default=250, help=f'of {EPOCH} iterations; enough for all kills')
+    parser.add_argument('--epochs', type=int, default=200, help=f'of {EPOCH} iterations; enough for all kills')
     parser.add_argument('--out', type=Path, help='write the figures as JSON')
     args = parser.parse_args()
     rng = random.Random(args.seed)

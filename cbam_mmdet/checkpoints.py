@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -15,7 +16,7 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader, find_latest_checkpoint
 from mmengine.runner import checkpoint as checkpoint_module
 from torch import nn
@@ -42,8 +43,13 @@ def find_checkpoint(path: str) -> str:
         return path
     if os.path.isdir(path):
         newest = find_latest_checkpoint(path)
-        if not newest or not os.path.isfile(newest):  # killed while it was written, or the folder was moved
-            newest, _ = newest_checkpoint(path)
+        inside = os.path.join(path, os.path.basename(newest or ''))
+        if os.path.isfile(inside):  # the folder may have been moved or copied
+            newest = inside
+        if not newest or not os.path.isfile(newest):  # killed while it was written
+            newest, passed_over = newest_checkpoint(path)
+            for reason in passed_over:
+                print_log(f'passed over: {reason}', logger='current', level=logging.WARNING)
         if newest is None:
             raise UserError(
                 f'{path} is a folder without a checkpoint of a training run: give a .pth file or the work dir of a run'
@@ -150,25 +156,65 @@ def remove_unfinished(work_dir: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def newest_checkpoint(work_dir: str) -> tuple[str | None, list[str]]:
+def newest_checkpoint(
+    *folders: str, trust: bool = False, templates: Sequence[str] = ('epoch_{}.pth', 'iter_{}.pth')
+) -> tuple[str | None, list[str]]:
     """The newest checkpoint of a training run that can be gone on from.
 
+    That is the one which last_checkpoint names, or one that was written later and is further, as after a kill between the two. If that file is missing or
+    names none that loads: the one written last.
+
+    Args:
+        folders: where the run's checkpoints may lie.
+        trust: load them by full unpickling (see load_checkpoint).
+        templates: their names.
+
     Returns:
-        Its path, None if there is none; and for each newer one why it was passed over.
+        Its path, None if there is none; and for each that was newer, or was named, why it was passed over.
     """
-    passed_over = []
-    files = [p for p in Path(work_dir).glob('*.pth') if re.fullmatch(r'(epoch|iter)_\d+', p.stem)]
-    for path in sorted(files, key=lambda p: (p.stat().st_mtime_ns, int(p.stem.split('_')[1])), reverse=True):
-        try:
-            checkpoint = load_checkpoint(find_checkpoint(str(path)), 'cpu')
-        except UserError as error:
-            passed_over.append(str(error))
-            continue
-        lacking = [key for key in RUN_STATE if key not in checkpoint]
-        if not lacking:
+    names = re.compile('|'.join(re.escape(template).replace(r'\{\}', r'\d+') for template in templates))
+    files = [path for folder in folders for path in Path(folder).glob('*') if names.fullmatch(path.name)]
+    files.sort(key=lambda path: (path.stat().st_mtime_ns, int(re.findall(r'\d+', path.name)[-1])), reverse=True)
+    named = _named_by_last_checkpoint(folders)
+    later = files[: files.index(named)] if named in files else []
+    passed_over: list[str] = []
+    if named in files:
+        done = {path: _iterations(path, trust, passed_over) for path in [*later, named]}
+        if done[named] is not None:
+            return str(max((path for path in done if done[path] is not None), key=lambda path: done[path])), passed_over
+        files = [path for path in files if path != named]
+        passed_over.clear()
+        _iterations(named, trust, passed_over)
+    for path in files:
+        if _iterations(path, trust, passed_over) is not None:
             return str(path), passed_over
-        passed_over.append(f'checkpoint {path} lacks the state of the run ({", ".join(lacking)})')
     return None, passed_over
+
+
+def _named_by_last_checkpoint(folders: Sequence[str]) -> Path | None:
+    for folder in folders:
+        try:
+            name = Path(folder, 'last_checkpoint').read_text().strip()
+        except OSError:
+            continue
+        for place in folders:
+            if name and Path(place, os.path.basename(name)).is_file():
+                return Path(place, os.path.basename(name))
+    return None
+
+
+def _iterations(path: Path, trust: bool, passed_over: list[str]) -> int | None:
+    """How many iterations a checkpoint holds the state after; None, with the reason, if it cannot be gone on from."""
+    try:
+        checkpoint = load_checkpoint(find_checkpoint(str(path)), 'cpu', trust)
+    except UserError as error:
+        passed_over.append(str(error))
+        return None
+    lacking = [key for key in RUN_STATE if key not in checkpoint]
+    if lacking:
+        passed_over.append(f'checkpoint {path} lacks the state of the run ({", ".join(lacking)})')
+        return None
+    return checkpoint['meta'].get('iter', 0)
 
 
 # Loading without running code from the file
@@ -190,17 +236,21 @@ def load_checkpoint(path: str, map_location: str | torch.device | None = None, t
     try:
         with _harmless_globals():
             return torch.load(path, map_location=map_location, weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        found = re.search(r'GLOBAL ([\w.]+)', str(error))
-        named = f' (it names {found.group(1)})' if found else ''
+    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, pickle.UnpicklingError) as error:
+        reason = error
+    except Exception as error:  # a damaged pickle can raise anything; with trust, the file's own code
+        if trust:
+            raise
+        reason = error
+    named = re.search(r'GLOBAL ([\w.]+)', str(reason))
+    if isinstance(reason, pickle.UnpicklingError) and named:
         raise UserError(
-            f'checkpoint {path} holds more than tensors and plain data{named}: loading it would run code from the file, so it was not loaded. '
-            'If you trust where it comes from: --trust-checkpoint.'
-        ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
-        raise UserError(
-            f'checkpoint {path} cannot be read, it is damaged or none of PyTorch ({error}): use an earlier one.'
-        ) from error
+            f'checkpoint {path} holds more than tensors and plain data (it names {named.group(1)}): loading it would run code from the file, '
+            'so it was not loaded. If you trust where it comes from: --trust-checkpoint.'
+        ) from reason
+    raise UserError(
+        f'checkpoint {path} cannot be read, it is damaged or none of PyTorch ({type(reason).__name__}: {reason}): use an earlier one.'
+    ) from reason
 
 
 def use_safe_loading(trust: bool = False) -> None:

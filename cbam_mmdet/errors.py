@@ -27,12 +27,14 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """A training that was told to stop by a signal, and has saved a checkpoint."""
+    """A training that was told to stop by a signal, and has saved a checkpoint, or (None) could not."""
 
-    def __init__(self, number: int, checkpoint: str) -> None:
-        super().__init__(
-            f'stopped by {signal.Signals(number).name}; {checkpoint} is saved, and --resume goes on from there'
-        )
+    def __init__(self, number: int, checkpoint: str | None) -> None:
+        name = signal.Signals(number).name
+        if checkpoint:
+            super().__init__(f'stopped by {name}; {checkpoint} is saved, and --resume goes on from there')
+        else:
+            super().__init__(f'stopped by {name}, without a new checkpoint; --resume goes on from the last one')
         self.code = 128 + number
 
 
@@ -186,7 +188,8 @@ def _wrong_argument(error: BaseException) -> str | None:
 def _download_failed(error: BaseException) -> str | None:
     from urllib.error import URLError
 
-    if not isinstance(error, (URLError, ConnectionError, TimeoutError)) or isinstance(error, BrokenPipeError):
+    broken_off = isinstance(error, (ConnectionError, TimeoutError)) and _came_through(error, 'urllib/request.py')
+    if not isinstance(error, URLError) and not broken_off:
         return None
     return (
         f'a download failed ({error}). Pretrained weights come from the network the first time: connect once, or give a local file '
@@ -223,10 +226,10 @@ def _out_of_memory(error: BaseException) -> str | None:
 def _unusable_file(error: BaseException) -> str | None:
     import errno
 
-    if not isinstance(error, OSError):
+    if not isinstance(error, OSError) or not error.filename or _came_through(error, 'subprocess.py'):
         return None
-    name = error.filename or 'a file'
-    if error.errno == errno.ENOENT and error.filename:
+    name = error.filename
+    if error.errno == errno.ENOENT:
         return f'{name} does not exist (any more): check the path, and the disk that holds it'
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f'{name} cannot be written: {os.strerror(error.errno)}. Checkpoints that were saved are whole: make room, then --resume'
@@ -235,11 +238,20 @@ def _unusable_file(error: BaseException) -> str | None:
     return None
 
 
-def _dead_worker(error: BaseException) -> str | None:
+def _came_through(error: BaseException, *files: str) -> bool:
+    """Whether an exception was raised in, or below, a source file whose path ends so."""
+    return any(frame.f_code.co_filename.endswith(files) for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def is_dead_worker(error: BaseException) -> bool:
     """What a DataLoader raises when one of its processes is gone."""
-    if not isinstance(error, RuntimeError) or not re.search(
-        r'DataLoader worker \(pid.*\) (is killed|exited)', str(error)
-    ):
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r'DataLoader worker \(pid.*\) (is killed|exited)', str(error))
+    )
+
+
+def _dead_worker(error: BaseException) -> str | None:
+    if not is_dead_worker(error):
         return None
     reason = re.search(r'is killed by signal: (.*?)\.', f'{error} {error.__cause__}')
     return (

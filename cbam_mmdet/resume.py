@@ -7,6 +7,7 @@ another number of workers, too. MMEngine, left alone, repeats the epoch from its
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import random
@@ -20,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_rank, get_world_size, is_main_process
-from mmengine.hooks import Hook
+from mmengine.dist import all_reduce, barrier, get_rank, get_world_size, is_main_process
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
@@ -66,12 +67,13 @@ class PlacedBatches:
     def __init__(self, batches: Any, seed: int, rank: int) -> None:
         self.batches, self.seed, self.rank = batches, seed, rank
         self.skip = 0
+        self.first = 0  # the number of the next batch, where the sampler itself has passed over the others
         self.epoch = 0  # counted here, unless a loop of epochs sets it
 
     def __iter__(self) -> Iterator[list[PlacedIndex]]:
-        skip, self.skip = self.skip, 0
+        skip, self.skip, first, self.first = self.skip, 0, self.first, 0
         epoch, self.epoch = self.epoch, self.epoch + 1
-        for number, batch in enumerate(self.batches):
+        for number, batch in enumerate(self.batches, start=first):
             if number >= skip:
                 key = (IN_IMAGE, self.seed, self.rank, epoch, number)
                 yield [PlacedIndex(index, (*key, i)) for i, index in enumerate(batch)]
@@ -119,6 +121,7 @@ class ResumeExactlyHook(Hook):
     def __init__(self) -> None:
         self.batches: PlacedBatches | None = None
         self.seed = 0
+        self.told = False
 
     def before_train(self, runner: Runner) -> None:
         loader = runner.train_dataloader
@@ -136,16 +139,36 @@ class ResumeExactlyHook(Hook):
                         logger='current',
                     )
             elif hasattr(runner.train_loop, 'dataloader_iterator'):
-                # A loop of iterations has begun to load; it will pass over the batches that are done by itself.
+                # A loop of iterations may have begun to load. It will pass over the batches that are done by itself: by drawing
+                # them, or (MMEngine 0.10.12) by telling the sampler, and then they are not counted here.
                 loader._iterator = None
-                runner.train_loop.dataloader_iterator = type(runner.train_loop.dataloader_iterator)(loader)
+                iterator = type(runner.train_loop.dataloader_iterator)(loader)
+                runner.train_loop.dataloader_iterator = iterator
+                if hasattr(iterator, '_resolve_sampler') and iterator._resolve_sampler() is not None:
+                    self.batches.first = runner.iter
 
     def before_train_epoch(self, runner: Runner) -> None:
         if self.batches and isinstance(runner.train_loop, EpochBasedTrainLoop):
             self.batches.epoch = runner.epoch
 
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if not self.told and not between_steps(runner):
+            self.told = True
+            print_log(
+                'this checkpoint falls between two steps of the optimizer (accumulative_counts): gradients that are gathered by now are not in it, '
+                'and a run that goes on from it will differ. Let the checkpoint interval be a multiple of accumulative_counts.',
+                logger='current',
+                level=logging.WARNING,
+            )
+
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         seed_all(IN_ITERATION, self.seed, get_rank(), runner.iter)
+
+
+def between_steps(runner: Runner) -> bool:
+    """Whether all gradients so far have gone into the weights: not in the middle of an accumulation."""
+    wrapper = runner.optim_wrapper
+    return not hasattr(wrapper, 'should_update') or wrapper.should_update()
 
 
 class LeaveSignalsToMain:
@@ -191,8 +214,9 @@ class StopSignalHook(Hook):
 
     def __init__(self, interval: int = 10) -> None:
         self.interval = interval
-        self.received: int | None = None
+        self.received: int | None = None  # by this process
         self.received_at = 0.0
+        self.agreed: int | None = None  # by all
         self.before: dict[int, Any] = {}
         self.process = os.getpid()
         self.training = multiprocessing.RawValue('b', 0)
@@ -221,7 +245,9 @@ class StopSignalHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         if get_world_size() == 1 or self.every_n_train_iters(runner, self.interval):
-            self._stop_if_told(runner, runner.iter + 1)
+            self._agree(runner)
+        if self.agreed is not None and between_steps(runner):
+            self._stop(runner, runner.iter + 1)
 
     def before_val_epoch(self, runner: Runner) -> None:
         if self.before and get_world_size() > 1:
@@ -233,7 +259,12 @@ class StopSignalHook(Hook):
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         alone = get_world_size() == 1
         if self.before and (alone or (self.validates_in_step and self.every_n_inner_iters(batch_idx, self.interval))):
-            self._stop_if_told(runner, runner.iter)
+            self._agree(runner)
+            if self.agreed is not None and between_steps(runner):
+                for hook in runner.hooks:
+                    if isinstance(hook, EMAHook):  # the model has the averaged weights during a validation
+                        hook.after_val_epoch(runner)
+                self._stop(runner, runner.iter)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
@@ -245,19 +276,31 @@ class StopSignalHook(Hook):
                 name = signal.Signals(number).name
                 os.write(2, f'{name}: stopping at the end of this iteration, with a checkpoint\n'.encode())
         elif now - self.received_at > self.GRACE:
+            os.write(2, b'ending at once, without a checkpoint\n')
             self.restore()
             os.kill(self.process, number)
 
-    def _stop_if_told(self, runner: Runner, iterations: int) -> None:
+    def _agree(self, runner: Runner) -> None:
+        """Let every process know of a signal that one of them received."""
+        number = self.received or 0  # a signal may come at any moment: it is read once, and never written here
         if get_world_size() > 1:
-            told = torch.tensor(self.received or 0, device=next(runner.model.parameters()).device)
+            told = torch.tensor(number, device=next(runner.model.parameters()).device)
             all_reduce(told, 'max')
-            self.received = int(told) or None
-        if self.received is None:
-            return
-        name = f'iter_{iterations}.pth'
-        meta = dict(epoch=runner.epoch, iter=iterations)
-        runner.save_checkpoint(runner.work_dir, name, meta=meta, by_epoch=False)
+            number = int(told)
+        if number and self.agreed is None:
+            self.agreed, self.received_at = number, time.monotonic()
+
+    def _stop(self, runner: Runner, iterations: int) -> None:
+        path = Path(runner.work_dir, f'iter_{iterations}.pth')
+        runner.save_checkpoint(
+            runner.work_dir, path.name, meta=dict(epoch=runner.epoch, iter=iterations), by_epoch=False
+        )
         if is_main_process():
-            Path(runner.work_dir, 'last_checkpoint').write_text(f'{runner.work_dir}/{name}')
-        raise Stopped(self.received, f'{runner.work_dir}/{name}')
+            Path(runner.work_dir, 'last_checkpoint').write_text(str(path))
+            hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+            if hooks and all(hook.by_epoch and hook.max_keep_ckpts > 0 for hook in hooks):
+                for earlier in Path(runner.work_dir).glob('iter_*.pth'):  # of earlier stops
+                    if earlier != path:
+                        earlier.unlink()
+        barrier()  # torchrun ends all processes when the first one ends
+        raise Stopped(self.agreed, str(path))

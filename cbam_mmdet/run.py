@@ -31,7 +31,7 @@ from .datasets.checks import check_data
 from .datasets.classes import set_classes
 from .datasets.voc import fit_image_suffix, fit_layout
 from .distributed import in_first_process, join_processes
-from .errors import UserError
+from .errors import Stopped, UserError, is_dead_worker
 from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook, KeepOldUntilNewHook
 from .insertion import say_missing_cbam_in_one_line
 from .resume import ResumeExactlyHook, StopSignalHook
@@ -81,7 +81,7 @@ def train(
             )
         cfg.auto_scale_lr.enable = True
     if resume in (True, 'auto'):
-        newest = _newest(cfg.work_dir)
+        newest = _newest(cfg, trust_checkpoint)
         if resume is True and not newest:
             raise UserError(
                 f'--resume: no checkpoint in {cfg.work_dir} to go on from; leave --resume out to start anew, or give --resume auto'
@@ -93,7 +93,9 @@ def train(
         cfg.load_from = find_checkpoint(cfg.load_from)
     if resume:
         # MMEngine takes the seed of the run that it resumes, but only after the data's order has been drawn.
-        seed = load_checkpoint(cfg.load_from, 'cpu', trust_checkpoint).get('meta', {}).get('seed')
+        seed = in_first_process(
+            lambda: load_checkpoint(cfg.load_from, 'cpu', trust_checkpoint).get('meta', {}).get('seed')
+        )
         given = cfg.setdefault('randomness', ConfigDict()).get('seed')
         if seed is not None and given not in (None, seed):
             log(f'--resume: seed {seed} of the run that is resumed, in place of {given}', logging.WARNING)
@@ -112,6 +114,10 @@ def train(
         remove_unfinished(cfg.work_dir)
     try:
         runner.train()
+    except RuntimeError as error:
+        if stop.received and is_dead_worker(error):  # one that was still starting, and got the same signal
+            raise Stopped(stop.received, None) from error
+        raise
     finally:
         stop.restore()
     return runner
@@ -232,11 +238,23 @@ def _build_runner(cfg: Config, hooks: list[Hook]) -> Runner:
     return runner
 
 
-def _newest(work_dir: str) -> str | None:
+def _newest(cfg: Config, trust_checkpoint: bool) -> str | None:
     """The newest checkpoint of a run that is whole, the same for every process."""
-    path, passed_over = in_first_process(lambda: newest_checkpoint(work_dir))
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    folders = [cfg.work_dir]
+    if hook.get('out_dir') and '://' not in hook.out_dir:
+        folders.append(osp.join(hook.out_dir, osp.basename(osp.normpath(cfg.work_dir))))  # as MMEngine makes it
+    templates = ['epoch_{}.pth', 'iter_{}.pth', *filter(None, [hook.get('filename_tmpl')])]
+    path, passed_over = in_first_process(
+        lambda: newest_checkpoint(*folders, trust=trust_checkpoint, templates=templates)
+    )
     for reason in passed_over:
         log(f'--resume: passed over: {reason}', logging.WARNING)
+    if not path and passed_over:
+        raise UserError(
+            f'--resume: there are {len(passed_over)} checkpoints, but no checkpoint in {" or ".join(folders)} can be gone on from '
+            f'({passed_over[0]}) To start anew, move them away or take another --work-dir.'
+        )
     if path:
         log(f'--resume: going on from {path}')
     return path

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import DEMO, ROOT, forget_earlier_runs, tiny
+from mmengine.config import Config
 from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
@@ -23,12 +25,14 @@ from mmengine.runner.checkpoint import load_from_local, save_checkpoint
 from cbam_mmdet import checkpoints
 from cbam_mmdet.checkpoints import (
     AtomicLocalBackend,
+    find_checkpoint,
     load_checkpoint,
     newest_checkpoint,
     use_safe_loading,
     write_whole_files,
 )
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.inference import load_detector
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +125,22 @@ def test_infer_refuses_code(run_tool, evil, shapes, tmp_path):
     image = next((shapes / 'val2017').iterdir())
     result = run_tool('infer.py', DEMO, evil, image, '--out-dir', tmp_path / 'out', '--cfg-options', *options)
     assert_refused(result, evil)
+
+
+def test_convert_checkpoint_refuses_code(run_tool, evil, tmp_path):
+    assert_refused(run_tool('convert_checkpoint.py', evil, tmp_path / 'out.pth'), evil)
+
+
+def test_insert_cbam_refuses_code(run_tool, evil, tmp_path):
+    plain = ROOT / 'configs/demo/faster_rcnn.py'
+    assert_refused(run_tool('insert_cbam.py', plain, evil, '--out-dir', tmp_path / 'new'), evil)
+
+
+def test_ablate_refuses_code(evil, tmp_path):
+    """It loads what it finds in a work dir that it did not make, to measure the detector's speed."""
+    with pytest.raises(UserError, match='holds more than tensors'):
+        load_detector(Config.fromfile(DEMO), str(evil))
+    assert not (tmp_path / 'written').exists()
 
 
 def test_trust_checkpoint_loads_it_all_the_same(run_tool, evil, shapes, tmp_path):
@@ -241,6 +261,86 @@ def test_newest_checkpoint_passes_over_what_is_not_whole(trained, tmp_path):
     assert Path(path).name == 'epoch_2.pth'
     assert [('epoch_5' in passed_over[0]), ('epoch_4' in passed_over[1]), ('epoch_3' in passed_over[2])] == [True] * 3
     assert 'lacks the state of the run' in passed_over[0]
+
+
+def write_run_checkpoint(path, iterations, time):
+    torch.save(dict(meta=dict(iter=iterations), message_hub={}, optimizer={}, state_dict={}), path)
+    os.utime(path, (time, time))
+
+
+def test_newest_checkpoint_is_that_of_last_checkpoint_or_a_later_further_one(tmp_path):
+    def newest():
+        return Path(newest_checkpoint(str(tmp_path))[0]).name
+
+    for iterations, written in ((5, 3), (10, 2), (15, 1)):  # a folder that was copied without its times
+        write_run_checkpoint(tmp_path / f'iter_{iterations}.pth', iterations, written)
+    assert newest() == 'iter_5.pth', 'nothing but the times to go by'
+    (tmp_path / 'last_checkpoint').write_text('/elsewhere/work/iter_15.pth')
+    assert newest() == 'iter_15.pth'
+    write_run_checkpoint(tmp_path / 'iter_20.pth', 20, 9)
+    assert newest() == 'iter_20.pth', 'killed before last_checkpoint was written'
+    # Gone back to iteration 5 by hand, and on from there: what was written before is of another branch.
+    write_run_checkpoint(tmp_path / 'iter_7.pth', 7, 20)
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_7.pth'))
+    assert newest() == 'iter_7.pth'
+    (tmp_path / 'iter_7.pth').write_bytes(b'')
+    assert newest() == 'iter_20.pth'
+    assert 'iter_7.pth' in newest_checkpoint(str(tmp_path))[1][0]
+
+
+def test_a_copied_work_dir_stands_for_itself(tmp_path):
+    for name in ('original', 'copy'):
+        (tmp_path / name).mkdir()
+        write_run_checkpoint(tmp_path / name / 'iter_5.pth', 5, 1)
+        (tmp_path / name / 'last_checkpoint').write_text(str(tmp_path / 'original/iter_5.pth'))
+    assert find_checkpoint(str(tmp_path / 'copy')) == str(tmp_path / 'copy/iter_5.pth')
+
+
+def test_resume_auto_does_not_start_anew_over_checkpoints_that_do_not_load(run_tool, evil, shapes, tmp_path):
+    work = tmp_path / 'work'
+    work.mkdir()
+    shutil.move(evil, work / 'epoch_1.pth')
+    options = tiny(work, shapes, 'train_cfg.max_epochs=2')
+    result = run_tool('train.py', DEMO, '--resume', 'auto', *options)
+    assert result.code == 2 and 'move them away' in result.err and not (tmp_path / 'written').exists()
+    result = run_tool('train.py', DEMO, '--resume', 'auto', '--trust-checkpoint', *options)
+    assert result.code == 0, result.err[-2000:]
+    assert 'going on from' in result.out + result.err and (tmp_path / 'written').exists()
+
+
+def test_resume_finds_checkpoints_of_another_folder_and_name(run_tool, shapes, tmp_path):
+    hook = ['default_hooks.checkpoint.interval=1', f'default_hooks.checkpoint.out_dir={tmp_path}/elsewhere']
+    hook += ['default_hooks.checkpoint.filename_tmpl=after_{}.pth']
+    assert run_tool('train.py', DEMO, *tiny(tmp_path / 'work', shapes, *hook)).code == 0
+    assert (tmp_path / 'elsewhere/work/after_1.pth').is_file()
+    result = run_tool('train.py', DEMO, '--resume', *tiny(tmp_path / 'work', shapes, 'train_cfg.max_epochs=2', *hook))
+    assert result.code == 0, result.err[-2000:]
+    assert 'elsewhere/work/after_1.pth' in result.out + result.err
+
+
+def test_any_damage_is_a_message(trained, tmp_path):
+    """Bytes of the pickle inside the file are changed at random."""
+    with zipfile.ZipFile(trained / 'epoch_1.pth') as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in members if name.endswith('data.pkl'))
+    rng, path, messages = np.random.default_rng(0), tmp_path / 'epoch_1.pth', []
+    for _ in range(40):
+        content = bytearray(members[pickled])
+        for place in rng.integers(0, len(content), 3):
+            content[place] = rng.integers(256)
+        with zipfile.ZipFile(path, 'w') as archive:
+            for name, data in members.items():
+                if name == pickled or not name.split('/')[-1].isdigit():
+                    archive.writestr(name, bytes(content) if name == pickled else data)
+                else:
+                    archive.writestr(name, data)
+        try:
+            load_checkpoint(path)
+        except UserError as error:
+            messages.append(str(error))
+    assert len(messages) > 10
+    told = [m for m in messages if 'would run code' in m]
+    assert all('it names' in m for m in told) and len(told) < len(messages)
 
 
 def test_resume_goes_on_from_the_newest_that_is_whole(run_tool, trained, shapes, tmp_path):

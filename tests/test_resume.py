@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from conftest import DEMO, ROOT, tiny
 from torch.utils.data import DataLoader
 
+from cbam_mmdet import resume
 from cbam_mmdet.checkpoints import load_checkpoint
 from cbam_mmdet.resume import PlacedBatches, PlacedImages
 
@@ -30,11 +32,14 @@ from mmengine.registry import HOOKS
 class SignalHook(Hook):
     priority = 'LOWEST'  # after the checkpoint
 
-    def __init__(self, at, number):
-        self.at, self.number = at, number
+    def __init__(self, at, number, rank=None):
+        self.at, self.number, self.rank = at, number, rank
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if runner.iter + 1 == self.at and self.number != signal.SIGKILL:
+        if runner.iter + 1 == self.at and self.rank is not None:
+            if int(os.environ['RANK']) == self.rank:
+                os.kill(os.getpid(), self.number)
+        elif runner.iter + 1 == self.at and self.number != signal.SIGKILL:
             # As Slurm and torchrun do: from outside, to all processes of the group, workers among them, and again.
             kill = f'kill -{int(self.number)} -{os.getpgid(0)}'
             subprocess.run(['sh', '-c', f'{kill}; {kill}'], start_new_session=True)
@@ -45,17 +50,29 @@ class SignalHook(Hook):
 """
 
 
-# A loop of iterations, which MMEngine takes up again by passing over the batches that are done.
+# A stop in the middle of a validation, in which the model has the weights of the EMA.
+IN_VALIDATION = """
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+import os, signal
+
+@HOOKS.register_module(force=True)
+class StopInValidationHook(Hook):
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+# A loop of iterations, as MMEngine recommends it: it is taken up again by telling the sampler to skip.
 BY_ITERATION = f"""
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters={EPOCHS * ITERATIONS}, val_interval=8)
-train_dataloader = dict(sampler=dict(type='InfiniteSampler'), dataset=dict(pipeline=train_pipeline))
+train_dataloader = dict(sampler=dict(type='InfiniteSampler'), batch_sampler=None, dataset=dict(pipeline=train_pipeline))
 log_processor = dict(by_epoch=False)
 """
 
 
 def config(folder, custom_hooks='[]', more=''):
     """The demo with photometric and geometric randomness and an EMA, logging every loss and saving by iteration."""
-    (folder / 'signal_hook.py').write_text(HOOK)
+    (folder / 'signal_hook.py').write_text(HOOK + IN_VALIDATION)
     path = folder / 'resumable.py'
     path.write_text(
         f"_base_ = '{DEMO}'\n"
@@ -114,7 +131,7 @@ def start(folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=(), persi
         tool = ['bash', ROOT / 'tools/dist_train.sh']
     command = [*tool, config(folder, custom_hooks, more)] + ([processes] if processes > 1 else [])
     chosen = options(folder / 'work', shapes, workers)
-    command += [*resume, *(for_iterations(chosen) if more else chosen)]
+    command += [*resume, *(for_iterations(chosen) if 'IterBased' in more else chosen)]
     command += [f'randomness.seed={seed}'] if seed is not None else []
     command += ['train_dataloader.persistent_workers=True'] if persistent else []
     command += [f'train_dataloader.batch_size={2 // processes}'] if processes > 1 else []
@@ -172,6 +189,13 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, shapes, tmp_pat
         (signal.SIGTERM, dict(more=BY_ITERATION)),
         (signal.SIGKILL, dict(processes=2)),
         (signal.SIGTERM, dict(processes=2, workers=2)),
+        # Finite samplers too, whose batches are drawn once more to pass over them.
+        (
+            signal.SIGKILL,
+            dict(more=BY_ITERATION.replace("type='InfiniteSampler'), batch_sampler=None", "type='DefaultSampler')")),
+        ),
+        # Gradients of three iterations are one step: it stops after the one that is begun.
+        (signal.SIGTERM, dict(more='optim_wrapper = dict(accumulative_counts=3)\n')),
     ],
 )
 def test_loops_of_iterations_and_several_processes(shapes, tmp_path, number, how):
@@ -179,7 +203,7 @@ def test_loops_of_iterations_and_several_processes(shapes, tmp_path, number, how
         (tmp_path / name).mkdir()
     assert start(tmp_path / 'whole', shapes, **how).wait(timeout=300) == 0, (tmp_path / 'whole/log').read_text()[-2000:]
     last = load_checkpoint(tmp_path / f'whole/work/iter_{EPOCHS * ITERATIONS}.pth')
-    hook = f"[dict(type='SignalHook', at=6, number={int(number)})]"
+    hook = f"[dict(type='SignalHook', at=5, number={int(number)})]"
     code = start(tmp_path / 'stopped', shapes, hook, **how).wait(timeout=300)
     log = (tmp_path / 'stopped/log').read_text()
     assert code not in (0, 1, 2), log[-2000:]
@@ -190,6 +214,54 @@ def test_loops_of_iterations_and_several_processes(shapes, tmp_path, number, how
         tmp_path / 'stopped/log'
     ).read_text()[-2000:]
     assert_same(tmp_path / 'stopped/work', (losses(tmp_path / 'whole/work'), last))
+
+
+@pytest.mark.slow
+def test_stopped_in_a_validation(uninterrupted, shapes, tmp_path):
+    code = start(tmp_path, shapes, "[dict(type='StopInValidationHook')]").wait(timeout=300)
+    assert code == 143, (tmp_path / 'log').read_text()[-2000:]
+    assert max(losses(tmp_path / 'work')) == 2 * ITERATIONS
+    assert start(tmp_path, shapes, resume=['--resume']).wait(timeout=300) == 0
+    assert_same(tmp_path / 'work', uninterrupted)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_told_to_stop(shapes, tmp_path):
+    """And the first one writes the checkpoint slowly: the other must wait."""
+    slow = (
+        'from cbam_mmdet.resume import StopSignalHook\n'
+        'import mmengine.runner.runner as r, time\n'
+        'save = r.Runner.save_checkpoint\n'
+        'def slowly(*args, **kwargs):\n'
+        '    time.sleep(4)\n'
+        '    return save(*args, **kwargs)\n'
+        'r.Runner.save_checkpoint = slowly\n'
+    )
+    (tmp_path / 'slow_saving.py').write_text(slow)
+    hook = f"[dict(type='SignalHook', at=5, number={int(signal.SIGTERM)}, rank=1)]"
+    more = "custom_imports = dict(imports=['cbam_mmdet', 'signal_hook', 'slow_saving'])\ndefault_hooks = dict(checkpoint=dict(by_epoch=False, interval=100), logger=dict(interval=1))\n"
+    code = start(tmp_path, shapes, hook, processes=2, more=more).wait(timeout=300)
+    log = (tmp_path / 'log').read_text()
+    assert code == 143 and 'iter_10.pth is saved' in log, log[-2000:]
+    assert load_checkpoint(tmp_path / 'work/iter_10.pth')['meta']['iter'] == 10
+    assert not list((tmp_path / 'work').glob('.*.unfinished'))
+
+
+def test_a_signal_is_not_lost_while_the_processes_agree(monkeypatch):
+    """It comes after this process has said that it has none, before it knows what the others say."""
+    hook = resume.StopSignalHook()
+    model = torch.nn.Linear(1, 1)
+
+    def all_reduce(tensor, _):
+        hook._receive(signal.SIGTERM, None)
+
+    monkeypatch.setattr(resume, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(resume, 'all_reduce', all_reduce)
+    hook._agree(SimpleNamespace(model=model))
+    assert hook.agreed is None
+    monkeypatch.setattr(resume, 'all_reduce', lambda tensor, _: None)
+    hook._agree(SimpleNamespace(model=model))
+    assert hook.agreed == signal.SIGTERM
 
 
 def test_training_with_workers_that_stay_ends(shapes, tmp_path):
