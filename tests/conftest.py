@@ -13,6 +13,7 @@ import pytest
 import torch
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.logging import MMLogger
+from mmengine.visualization import Visualizer
 
 from cbam_mmdet.datasets import ensure_shapes
 
@@ -31,7 +32,7 @@ def pytest_collection_modifyitems(items):
 
 def forget_earlier_runs():
     """MMEngine's loggers and visualizers live as long as the process, and write to streams that are closed by now."""
-    for manager in (MMLogger, DetLocalVisualizer):
+    for manager in (MMLogger, DetLocalVisualizer, Visualizer):
         manager._instance_dict.clear()
 
 

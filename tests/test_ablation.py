@@ -345,7 +345,7 @@ def test_killed_in_the_second_run_it_goes_on_there(ablation):
 def test_ctrl_c_stops_the_training_too(ablation):
     process, child = ablation.start_until_it_hangs('first')
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130
     assert err.strip().endswith('interrupted')
     with pytest.raises(ProcessLookupError):
