@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -30,13 +29,13 @@ from pathlib import Path
 
 import torch
 from mmdet.registry import DATASETS
-from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from .checkpoints import AtomicLocalBackend
+from .complexity import interleaved_speeds, multiply_adds
 from .config import check_plugins, load_config
 from .errors import UserError
 from .inference import load_detector
@@ -255,38 +254,6 @@ def next_command(run: Run, tools: Path) -> list[str] | None:
     return [sys.executable, f'{tools}/train.py', str(run.config), '--work-dir', str(run.work_dir), *resume]
 
 
-def multiply_adds(detector: nn.Module, image: Tensor, samples: list) -> int:
-    """Multiply-adds of a detector for one image, without post-processing.
-
-    The count is MMEngine's (mmengine.analysis): convolutions, linear layers, matrix products, norms and interpolation, but
-    no pooling and no other elementwise operations. A two-stage detector looks at as many proposals as its test_cfg allows: with
-    fewer found in an image it would look cheaper than another.
-
-    Args:
-        detector: in eval mode.
-        image: (1, 3, H, W).
-        samples: the image's data sample, in a list.
-    """
-    with torch.no_grad(), _all_proposals(detector):  # with gradients the trace would hide what CBAM's own function does
-        counter = FlopAnalyzer(_RawOutputs(detector, samples), (image,))
-        counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        return int(counter.total())
-
-
-def interleaved_speeds(forwards: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Calls a second of each function: the median of rounds that take turns, so that a slow moment meets all."""
-    times: dict[str, list[float]] = {name: [] for name in forwards}
-    for i in range(rounds + 2):
-        for name, forward in forwards.items():
-            _synchronize()
-            start = time.perf_counter()
-            forward()
-            _synchronize()
-            if i >= 2:  # the first two warm up
-                times[name].append(time.perf_counter() - start)
-    return {name: 1 / statistics.median(values) for name, values in times.items()}
-
-
 def measure(runs: Sequence[Run], rounds: int) -> dict[str, Cost]:
     """Cost of every trained detector, on the first image of its validation set.
 
@@ -352,44 +319,12 @@ def as_csv(names: Sequence[str], metrics: dict[str, dict[str, float]], costs: di
     return text.getvalue()
 
 
-class _RawOutputs(nn.Module):
-    """A detector as a function of the image alone, as tracing wants it."""
-
-    def __init__(self, detector: nn.Module, samples: list) -> None:
-        super().__init__()
-        self.detector = detector
-        self.samples = samples
-
-    def forward(self, image: Tensor) -> object:
-        return self.detector(image, self.samples, mode='tensor')
-
-
-@contextlib.contextmanager
-def _all_proposals(detector: nn.Module) -> Iterator[None]:
-    head = getattr(detector, 'rpn_head', None)
-    if head is None:
-        yield
-        return
-    usual, count = head.test_cfg, head.test_cfg.max_per_img
-    nms = dict(type='nms', iou_threshold=2.0)  # no two boxes overlap by more than 1
-    head.test_cfg = ConfigDict(nms_pre=count, max_per_img=count, nms=nms, min_bbox_size=-1)
-    try:
-        yield
-    finally:
-        head.test_cfg = usual
-
-
 def _forward(detector: nn.Module, image: Tensor, samples: list) -> Callable[[], object]:
     @torch.no_grad()
     def forward() -> object:
         return detector(image, samples, mode='predict')
 
     return forward
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _finish(run: Run, tools: Path, lock: int, title: str) -> str | None:

@@ -1,0 +1,142 @@
+"""Complexity: the paper's own figures, counts by hand, and CBAM's share as the difference between a config and its plain twin."""
+
+import csv
+
+import pytest
+import torch
+from conftest import DEMO, ROOT
+from mmengine.config import Config
+from torch import nn
+
+from cbam_mmdet.complexity import count, input_size, measure, peak_memory
+from cbam_mmdet.config import load_config
+from cbam_mmdet.errors import UserError
+
+PLAIN = str(ROOT / 'configs/demo/faster_rcnn.py')
+SSD = str(ROOT / 'configs/ssd300_vgg16_voc0712.py')
+
+
+@pytest.fixture
+def paper_table():
+    pytest.importorskip('mmpretrain')
+    from cbam_mmdet import paper_table
+
+    return paper_table
+
+
+def check(rows):
+    for row in rows:
+        assert abs(row.parameter_difference) < 0.0101, row.name
+        assert abs(row.flops_difference) < 0.005, row.name
+
+
+def test_paper_figures(paper_table):
+    names = [name for name in paper_table.PAPER if name[0] in ('ResNet-18', 'ResNet-50')]
+    rows = paper_table.count_networks(names)
+    assert len(rows) == 6
+    check(rows)
+
+
+@pytest.mark.slow
+def test_every_paper_figure(paper_table):
+    rows = paper_table.count_networks()
+    assert len(rows) == 18
+    check(rows)
+
+
+def test_torchvision_counts_more_as_the_note_says(paper_table):
+    """An independent ResNet-50, whose stride is in the 3x3 convolution."""
+    from torchvision.models import resnet50
+
+    counted = count(paper_table._Classifier(resnet50().eval()), torch.zeros(1, 3, 224, 224), [])
+    assert counted.parameters == 25557032  # torchvision's documentation
+    assert counted.flops_of_layers / 1e9 == pytest.approx(4.089, abs=6e-4)  # and its 4.09 GFLOPS
+    assert '4.089' in paper_table.NOTES
+
+
+@pytest.fixture(scope='module')
+def demo():
+    return measure(load_config(DEMO), 'demo', (64, 96)), measure(load_config(PLAIN), 'plain', (64, 96))
+
+
+def test_cbams_share_is_what_the_plain_twin_lacks(demo):
+    ours, plain = demo
+    assert ours.cbams == 16 and plain.cbams == 0 and plain.stages == []
+    assert ours.parameters - plain.parameters == ours.cbam_parameters
+    assert ours.flops - plain.flops == ours.cbam_flops
+    assert [stage.size for stage in ours.stages] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert [stage.name for stage in ours.stages] == [f'backbone.layer{i}' for i in (1, 2, 3, 4)]
+    assert sum(stage.parameters for stage in ours.stages) == ours.cbam_parameters
+    assert sum(stage.flops for stage in ours.stages) == ours.cbam_flops
+    for stage, (blocks, channels) in zip(ours.stages, ((3, 64), (4, 128), (6, 256), (3, 512)), strict=True):
+        hidden = channels // 4
+        assert stage.cbams == blocks
+        # Two linear layers with biases, a 7x7 convolution of two planes, a BatchNorm's weight and bias.
+        assert stage.parameters == blocks * (2 * channels * hidden + hidden + channels + 98 + 2)
+
+
+def test_norms_are_what_the_papers_count_leaves_out(demo):
+    plain = demo[1]
+    assert plain.flops - plain.flops_of_layers == sum(
+        value for kind, value in plain.operators.items() if 'norm' in kind or 'upsample' in kind
+    )
+
+
+def test_peak_memory_of_a_net_counted_by_hand():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()).eval()
+    image = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        assert peak_memory(lambda: net(image)) == 2 * 8 * 64 * 64 * 4  # both outputs are alive at once
+
+
+def test_image_size_is_the_test_pipelines():
+    assert input_size(load_config(DEMO)) == (128, 128)
+    assert input_size(load_config(str(ROOT / 'configs/faster_rcnn_r50_cbam.py'))) == (800, 1344)
+    assert input_size(load_config(SSD)) == (300, 300)
+    with pytest.raises(UserError, match='--shape'):
+        input_size(Config(dict(model=dict(type='X'))))
+
+
+def test_tool(run_tool, tmp_path):
+    tables = [tmp_path / 'new/table.md', tmp_path / 'table.csv']
+    result = run_tool(
+        'complexity.py',
+        DEMO,
+        PLAIN,
+        '--shape',
+        64,
+        64,
+        '--throughput',
+        2,
+        '--memory',
+        '--device',
+        'cpu',
+        '--out',
+        *tables,
+    )
+    assert result.code == 0, result.err
+    assert result.out == tables[0].read_text()
+    rows = list(csv.DictReader(tables[1].open()))
+    assert [row['config'] for row in rows if not row['stage']] == ['faster_rcnn_cbam', 'faster_rcnn']
+    ours, plain = (row for row in rows if not row['stage'])
+    assert float(ours['images_per_second']) > 0
+    assert int(ours['training_bytes']) > int(ours['inference_bytes']) > 64 * 64 * 3 * 4
+    assert int(ours['parameters']) - int(ours['cbam_parameters']) == int(plain['parameters'])
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['no.py'], "config 'no.py' does not exist"),
+        ([DEMO, '--shape', '0', '5'], 'positive'),
+        ([DEMO, '--paper'], 'give configs, or --paper'),
+        ([], 'give configs, or --paper'),
+        ([DEMO, '--out', 'table.txt'], '.md or .csv'),
+        ([SSD, '--shape', '32', '32'], 'cannot be traced with an image of (32, 32)'),
+    ],
+)
+def test_mistakes_end_in_one_message(run_tool, arguments, message):
+    result = run_tool('complexity.py', *arguments)
+    assert result.code == 2
+    assert message in result.err
+    assert 'Traceback' not in result.err
