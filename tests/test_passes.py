@@ -1,6 +1,7 @@
 """The six passes, on a CPU and as Triton kernels, against the equations in float64 under autograd.
 
-Without a GPU the kernels run under Triton's interpreter, in a process of their own: a kernel is made for it when it is imported.
+Without a GPU the kernels run under Triton's interpreter, in a process of their own (test_kernels.py): a kernel is made for it when it
+is imported.
 """
 
 import copy
@@ -26,6 +27,10 @@ IMPLS = ['eager', pytest.param('fused', marks=[] if INTERPRETED else pytest.mark
 def many_small_blocks(monkeypatch):
     """So that small maps are cut up and shared out, too."""
     monkeypatch.setattr(cpu_passes, 'BLOCK', 4096)
+    if INTERPRETED:  # whose time goes by the number of programs
+        from cbam_mmdet.kernels import triton_passes
+
+        monkeypatch.setattr(triton_passes, 'TILE', 2**15)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
