@@ -86,9 +86,9 @@ def cbam(
     chosen = implementation(x, channel, spatial, order, impl)
     leaves = _leaves_this_process()
     if not leaves and x.numel() and not_covered(channel, spatial, order) is None:
-        passes = _passes(x, chosen)
-        if passes is not None:
-            return _in_passes(x, channel, spatial, passes)
+        how = _passes(x, chosen)
+        if how is not None:
+            return _in_passes(x, channel, spatial, how)
     # A compiler fuses and recomputes by itself, and needs to see the equations for it; without gradients nothing is kept.
     if leaves or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return cbam_reference(x, channel, spatial, order)
@@ -103,9 +103,10 @@ def implementation(
 ) -> str:
     """What :func:`cbam` takes for x: 'fused', the Triton kernels of cbam_mmdet/kernels/, or 'eager', PyTorch's operators.
 
-    'auto' takes the kernels for a CUDA tensor, where Triton is installed and they cover the variant: order 'channel-spatial', spatial 'pool',
-    pools out of 'avg' and 'max', and any gate, norm, kernel size, reduction, shape, layout and dtype. All else is eager. (Under
-    torch.export and torch.jit.trace so is everything: what leaves this process holds PyTorch's own operators.)
+    'auto' takes the kernels for a CUDA tensor (of a GPU of compute capability 8.0 or more), where Triton is installed and they cover the
+    variant: order 'channel-spatial', spatial 'pool', pools out of 'avg' and 'max', and any gate, norm, kernel size, reduction, shape, layout
+    and dtype. All else is eager: on a CPU in blocks (cpu_passes.py) for the same variants, else one operator after the other. Under
+    torch.export and torch.jit.trace, and without any element, it is the equations: what leaves this process holds PyTorch's own operators.
 
     Raises:
         UserError: for impl='fused' where one of these does not hold.
@@ -136,11 +137,15 @@ def _leaves_this_process() -> bool:
     return torch.jit.is_tracing() or (torch.compiler.is_compiling() if exporting is None else exporting)
 
 
+@torch.compiler.assume_constant_result
 def _no_kernels(device: torch.device) -> str | None:
     if not HAS_TRITON:
         return 'needs Triton, which is not installed here'
-    if device.type == 'cuda' or (INTERPRETED and device.type == 'cpu'):
+    if INTERPRETED and device.type == 'cpu':
         return None
+    if device.type == 'cuda':
+        capability = torch.cuda.get_device_capability(device)
+        return None if capability >= (8, 0) else f'needs compute capability 8.0, this GPU has {capability}'
     return f'needs a CUDA tensor, this one is on {device}'
 
 
@@ -164,10 +169,10 @@ def _in_passes(x: Tensor, channel: ChannelAttention, spatial: SpatialAttention, 
         return channel.gate(descriptor if planes == [0, 1] else descriptor[:, planes]).flatten(1)
 
     def spatial_gate(descriptor):
-        planes = descriptor.unflatten(2, shape)
-        if planes.device.type == 'cpu':  # the convolution's gradients take a third of the time in this layout
-            planes = planes.contiguous(memory_format=torch.channels_last)
-        return spatial.gate(planes).flatten(1)
+        descriptor = descriptor.unflatten(2, shape)
+        if x.device.type == 'cpu':  # the convolution's gradients take a third of the time in this layout
+            descriptor = descriptor.contiguous(memory_format=torch.channels_last)
+        return spatial.gate(descriptor).flatten(1)
 
     return passes.apply(pixels, channel_gate, spatial_gate, how).unflatten(2, shape)
 
