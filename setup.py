@@ -38,6 +38,8 @@ setup(
         ],
         # PluginBackbone reaches these packages' backbones too.
         'backbones': ['onedl-mmpretrain', 'timm'],
+        # COCO's evaluation in a fraction of the time, the figures the same: FasterCocoMetric.
+        'fast-eval': ['faster-coco-eval'],
         'dev': ['pytest', 'ruff'],
     },
     classifiers=[

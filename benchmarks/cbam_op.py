@@ -1,21 +1,22 @@
-"""CBAM alone, side by side in one run: time of forward and backward, and bytes kept for the backward pass.
+"""CBAM alone, side by side in one run: time, memory, and bytes kept for the backward pass.
 
-    python benchmarks/cbam_op.py [--dtype bfloat16] [--device cuda] [--out benchmarks/results/NAME.json]
+    python benchmarks/cbam_op.py [--shapes C2 C3 C4 C5] [--batch 2] [--dtypes float32 bfloat16] [--out benchmarks/results/NAME]
 
-Compared are ours and the same equations in plain PyTorch (tests/textbook.py), in both memory layouts, at the four stages of a
-ResNet-50 for 800x1333 images. Times are the medians of rounds that alternate between the two, so that a slow moment of the
-machine meets both. The ratios are what counts; milliseconds belong to one machine.
+Compared are the equations in plain PyTorch (`textbook`, tests/textbook.py), timm's CbamModule where timm is installed, torch.compile of the
+textbook, and ours, eager and fused. Times are medians of rounds that alternate between them, so that a slow moment of the machine meets
+all; on a GPU they are taken by events. The ratios are what counts; milliseconds belong to one machine. `bandwidth` is that of the forward
+pass, counted at 3 reads and 1 write of x, as a share of what copying x reaches here.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import machine, write
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
@@ -25,78 +26,145 @@ from textbook import PlainCBAM
 
 from cbam_mmdet import CBAM
 
-STAGES = {'C2': (256, 200, 334), 'C3': (512, 100, 167), 'C4': (1024, 50, 84), 'C5': (2048, 25, 42)}
+# The four stages of a ResNet-50 for images of 800x1333, the first at the size of the project's first measurements, and SSD300's maps.
+SHAPES = {
+    'C2': (256, 200, 334), 'C3': (512, 100, 167), 'C4': (1024, 50, 84), 'C5': (2048, 25, 42), 'C2half': (256, 100, 168),
+    'SSD38': (512, 38, 38), 'SSD19': (1024, 19, 19), 'SSD10': (512, 10, 10), 'SSD5': (256, 5, 5),
+}  # fmt: skip
+LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
-def measure(modules: dict[str, torch.nn.Module], x: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Median milliseconds of forward + backward for each module."""
-    times = {name: [] for name in modules}
-    grad = torch.randn_like(x)
+def contenders(channels: int, x: torch.Tensor, names: list[str]) -> dict[str, torch.nn.Module]:
+    """The modules to compare, those of the names that there are here."""
+
+    def textbook():
+        return PlainCBAM(channels).to(x.device, x.dtype)
+
+    def timm():
+        from timm.layers.cbam import CbamModule
+
+        return CbamModule(channels).to(x.device, x.dtype)
+
+    makers = {
+        'textbook': textbook,
+        'timm': timm,
+        'compiled': lambda: torch.compile(textbook(), fullgraph=True),
+        'eager': lambda: CBAM(channels, impl='eager').to(x.device),
+        'fused': lambda: CBAM(channels, impl='fused').to(x.device),
+    }
+    modules = {}
+    for name in names:
+        try:
+            modules[name] = makers[name]()
+        except ImportError as error:
+            tqdm.write(f'{name} is left out: {error}')
+    return modules
+
+
+def milliseconds(run: Callable[[], None], device: torch.device) -> float:
+    if device.type == 'cuda':
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def medians(runs: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each, taken in turns."""
+    times = {name: [] for name in runs}
     for i in range(rounds + 2):
-        for name, module in modules.items():
-            x.grad = None
-            synchronize(x)
-            start = time.perf_counter()
-            module(x).backward(grad)
-            synchronize(x)
+        for name, run in runs.items():
+            taken = milliseconds(run, device)
             if i >= 2:  # the first two warm up
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(taken)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def synchronize(x: torch.Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
+def measure(case: dict, names: list[str], device: torch.device, rounds: int) -> list[dict]:
+    """A row for each contender."""
+    channels, *size = SHAPES[case['shape']]
+    dtype = getattr(torch, case['dtype'])
+    x, grad = torch.randn(2, case['batch'], channels, *size, device=device).to(dtype).unbind(0)
+    x, grad = (t.contiguous(memory_format=LAYOUTS[case['layout']]) for t in (x, grad))
+    x.requires_grad_()
+    copy = torch.empty_like(x)
+    modules = contenders(channels, x, names)
+
+    def forward(module):
+        def run():
+            with torch.no_grad():
+                module(x)
+
+        return run
+
+    def both(module):
+        def run():
+            x.grad = None
+            module(x).backward(grad)
+
+        return run
+
+    copying = medians({'copy': lambda: copy.copy_(x.detach())}, device, rounds)['copy']
+    times = {name: medians({k: make(m) for k, m in modules.items()}, device, rounds)
+             for name, make in (('forward', forward), ('both', both))}  # fmt: skip
+    rows = []
+    for name, module in modules.items():
+        row = dict(case, what=name, forward_ms=times['forward'][name], forward_backward_ms=times['both'][name])
+        if 'textbook' in times['both']:
+            row['speedup'] = times['both']['textbook'] / times['both'][name]
+        row['bandwidth'] = 2 * copying / times['forward'][name]
+        row['kept_percent'] = 100 * saved_share(module, x)
+        if device.type == 'cuda':
+            row['extra_mb'] = _peak(both(module)) / 2**20
+        rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+    return rows
+
+
+def _peak(run: Callable[[], None]) -> int:
+    """Bytes that the run takes at its height beyond what was there."""
+    run()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--batch', type=int, default=2)
-    parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16', 'float16'])
+    parser.add_argument('--shapes', nargs='+', default=['C2', 'C3', 'C4', 'C5'], choices=SHAPES)
+    parser.add_argument('--batch', nargs='+', type=int, default=[2])
+    parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=['float32', 'bfloat16', 'float16'])
+    parser.add_argument('--layouts', nargs='+', default=list(LAYOUTS), choices=LAYOUTS)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--what', nargs='+', choices=['textbook', 'timm', 'compiled', 'eager', 'fused'],
+                        help='default: all that run on the device')  # fmt: skip
     parser.add_argument('--rounds', type=int, default=9)
-    parser.add_argument('--out', type=Path, help='write the rows and the machine as JSON')
+    parser.add_argument('--out', type=Path, help='write NAME.json, NAME.md and NAME.png')
     args = parser.parse_args()
 
+    device = torch.device(args.device)
+    names = args.what or ['textbook', 'timm', 'compiled', 'eager', *(['fused'] if device.type == 'cuda' else [])]
+    facts = machine('benchmarks/cbam_op.py', 'timm', 'triton')
+    cases = [dict(shape=shape, batch=batch, dtype=dtype, layout=layout)
+             for shape in args.shapes for batch in args.batch for dtype in args.dtypes for layout in args.layouts]  # fmt: skip
     rows = []
-    cases = [(stage, layout) for stage in STAGES for layout in ('contiguous', 'channels_last')]
-    for stage, layout in tqdm(cases, disable=None):
-        channels, *size = STAGES[stage]
-        x = torch.randn(args.batch, channels, *size, device=args.device, dtype=getattr(torch, args.dtype))
-        if layout == 'channels_last':
-            x = x.to(memory_format=torch.channels_last)
-        x.requires_grad_()
-        modules = {'ours': CBAM(channels).to(args.device), 'plain': PlainCBAM(channels).to(args.device, x.dtype)}
-        ms = measure(modules, x, args.rounds)
-        kept = {name: saved_share(module, x) for name, module in modules.items()}
-        rows.append(dict(stage=stage, layout=layout, **{f'{k}_ms': round(v, 2) for k, v in ms.items()},
-                         speedup=round(ms['plain'] / ms['ours'], 2),
-                         **{f'{k}_kept_percent': round(100 * v, 2) for k, v in kept.items()}))  # fmt: skip
+    for case in tqdm(cases, disable=None):
+        torch._dynamo.reset()
+        rows += measure(case, names, device, args.rounds)
 
-    print(f'| {" | ".join(rows[0])} |\n|{"---|" * len(rows[0])}')
-    for row in rows:
-        print(f'| {" | ".join(map(str, row.values()))} |')
-    mean = statistics.geometric_mean(row['speedup'] for row in rows)
-    print(f'\ngeometric mean of the speedups: {mean:.2f}')
-    if args.out:
-        device = (
-            torch.cuda.get_device_name()
-            if args.device.startswith('cuda')
-            else f'CPU, {torch.get_num_threads()} threads'
-        )
-        record = dict(command=' '.join(['python', 'benchmarks/cbam_op.py', *sys.argv[1:]]), device=device, processor=processor(),
-                      python=platform.python_version(), torch=torch.__version__, batch=args.batch, dtype=args.dtype,
-                      geometric_mean_speedup=round(mean, 2), rows=rows)  # fmt: skip
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + '\n')
-
-
-def processor() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(': ', 1)[1] for line in lines if line.startswith('model name')), platform.machine())
+    means = {}
+    if all('speedup' in row for row in rows):
+        means = {name: round(statistics.geometric_mean(row['speedup'] for row in rows if row['what'] == name), 2)
+                 for name in dict.fromkeys(row['what'] for row in rows)}  # fmt: skip
+    record = dict(facts, threads=torch.get_num_threads(), rounds=args.rounds, geometric_mean_speedup=means, rows=rows)
+    labels = ['\n'.join(map(str, case.values())) for case in cases]
+    bars = {name: [row['forward_backward_ms'] for row in rows if row['what'] == name] for name in names if any(r['what'] == name for r in rows)}  # fmt: skip
+    write(record, args.out, labels, bars, 'ms, forward + backward')
 
 
 if __name__ == '__main__':

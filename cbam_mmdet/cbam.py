@@ -25,7 +25,16 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import UserError, near
-from .functional import CHANNEL_POOLS, ORDERS, cbam, channel_descriptor, spatial_descriptor
+from .functional import (
+    CHANNEL_POOLS,
+    IMPLS,
+    ORDERS,
+    cbam,
+    channel_descriptor,
+    implementation,
+    not_covered,
+    spatial_descriptor,
+)
 
 SPATIAL = ('pool', 'conv', None)
 
@@ -155,6 +164,9 @@ class CBAM(BaseModule):
         gate: 'sigmoid', the paper's, or 'unit', 2 * sigmoid with each branch's last layer starting at zero: the module
             then starts as the exact identity, so a trained backbone is not disturbed by it.
         norm_cfg: the spatial branch's norm; None for none.
+        impl: 'eager', PyTorch's operators; 'fused', the Triton kernels (CUDA; default pools, spatial and order, see
+            functional.implementation), an error where they do not serve; 'auto', the kernels where they serve, else eager.
+            `implementation(x)` tells what it is for x. The weights are the same in all.
         init_cfg: MMEngine's initialization config.
 
     To look at the maps, hook `channel.activation` and `spatial.activation`: they run in every path, while the branches' own
@@ -174,6 +186,7 @@ class CBAM(BaseModule):
         order: str = 'channel-spatial',
         gate: str = 'sigmoid',
         norm_cfg: dict | None = dict(type='BN', momentum=0.01),  # noqa: B006 (MMEngine's idiom; never written to)
+        impl: str = 'auto',
         init_cfg: dict | None = None,
     ):
         super().__init__(init_cfg)
@@ -187,6 +200,7 @@ class CBAM(BaseModule):
         _check_choice('spatial', spatial, SPATIAL)
         _check_choice('order', order, ORDERS)
         _check_choice('gate', gate, tuple(GATES))
+        _check_choice('impl', impl, IMPLS)
         _check_positive('kernel_size', kernel_size)
         if kernel_size % 2 == 0:
             raise UserError(f'CBAM: kernel_size={kernel_size} must be odd, to keep the size of the feature map')
@@ -195,13 +209,21 @@ class CBAM(BaseModule):
         self.unit = gate == 'unit'
         self.channel = ChannelAttention(in_channels, reduction, pools, gate)
         self.spatial = SpatialAttention(in_channels, spatial, kernel_size, gate, norm_cfg) if spatial else None
+        self.impl = impl
+        obstacle = not_covered(self.channel, self.spatial, order)
+        if impl == 'fused' and obstacle:
+            raise UserError(f"CBAM: impl='fused' {obstacle}; impl='auto' takes the eager path for this variant")
         self._fresh = True
         if self.unit:
             self._start_as_identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), H, W >= 1, of x's dtype and memory layout."""
-        return cbam(x, self.channel, self.spatial, self.order)
+        return cbam(x, self.channel, self.spatial, self.order, self.impl)
+
+    def implementation(self, x: Tensor) -> str:
+        """What forward takes for x: 'eager' or 'fused' (see functional.implementation)."""
+        return implementation(x, self.channel, self.spatial, self.order, self.impl)
 
     def init_weights(self) -> None:
         """MMEngine's initialization; a backbone's own (all norms to 1) has gone before and is undone for gate='unit'."""

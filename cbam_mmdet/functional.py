@@ -1,7 +1,9 @@
-"""CBAM as functions: the equations in plain PyTorch, and the same with a backward pass that keeps no feature map.
+"""CBAM as functions: the equations in plain PyTorch, the same with a backward pass that keeps no feature map, and the choice between
+the ways to compute it.
 
 Plain PyTorch keeps ``x * channel_map`` for the backward pass, a second copy of the largest tensors that a detector has.
-:func:`cbam` keeps ``x`` alone (its producer keeps it anyway) and recomputes the rest from the two small maps.
+:func:`cbam` keeps ``x`` alone (its producer keeps it anyway) and recomputes the rest from the two small maps: the paper's module by
+the six passes of passes.py, the variants by :class:`_CBAMFunction`.
 
 Notation: x is (N, C, H, W) and P = H * W. A *descriptor* is what the pools leave of x: (N, K, C) for K channel pools,
 (N, K, H, W) for the K planes of the spatial branch. A *map* is what multiplies x: (N, C, 1, 1) or (N, 1, H, W).
@@ -9,6 +11,8 @@ Notation: x is (N, C, H, W) and P = H * W. A *descriptor* is what the pools leav
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,11 +20,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import cpu_passes, passes
+from .errors import UserError
+from .passes import accumulate_dtype
+
 if TYPE_CHECKING:
     from .cbam import ChannelAttention, SpatialAttention
 
 CHANNEL_POOLS = ('avg', 'max', 'lp', 'lse')
 ORDERS = ('channel-spatial', 'spatial-channel', 'parallel')
+IMPLS = ('auto', 'eager', 'fused')
+# Triton's interpreter, which runs kernels on a CPU, to test them.
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+HAS_TRITON = importlib.util.find_spec('triton') is not None
 
 
 def channel_descriptor(x: Tensor, pools: Sequence[str] = ('avg', 'max')) -> Tensor:
@@ -50,7 +62,11 @@ def spatial_descriptor(x: Tensor, reduce_weight: Tensor | None = None) -> Tensor
 
 
 def cbam(
-    x: Tensor, channel: ChannelAttention, spatial: SpatialAttention | None, order: str = 'channel-spatial'
+    x: Tensor,
+    channel: ChannelAttention,
+    spatial: SpatialAttention | None,
+    order: str = 'channel-spatial',
+    impl: str = 'auto',
 ) -> Tensor:
     """Refine x by both attention maps (equation 1).
 
@@ -59,17 +75,106 @@ def cbam(
         channel: the channel branch.
         spatial: the spatial branch; None leaves it out.
         order: 'channel-spatial' (the paper's), 'spatial-channel', or 'parallel' (both maps computed from x itself).
+        impl: 'auto', 'eager' or 'fused', see :func:`implementation`.
 
     Returns:
         The refined x, of x's shape, dtype and layout.
+
+    Raises:
+        UserError: for impl='fused' where the kernels cannot do it.
     """
+    chosen = implementation(x, channel, spatial, order, impl)
+    leaves = _leaves_this_process()
+    if not leaves and x.numel() and not_covered(channel, spatial, order) is None:
+        how = _passes(x, chosen)
+        if how is not None:
+            return _in_passes(x, channel, spatial, how)
     # A compiler fuses and recomputes by itself, and needs to see the equations for it; without gradients nothing is kept.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
+    if leaves or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return cbam_reference(x, channel, spatial, order)
     modules = [channel] if spatial is None else [channel, spatial]
     parameters = [p for module in modules for p in module.parameters()]
     pixels = _CBAMFunction.apply(x.flatten(2), x.shape[2:], channel, spatial, order, *parameters)
     return pixels.unflatten(2, x.shape[2:])
+
+
+def implementation(
+    x: Tensor, channel: ChannelAttention, spatial: SpatialAttention | None, order: str, impl: str = 'auto'
+) -> str:
+    """What :func:`cbam` takes for x: 'fused', the Triton kernels of cbam_mmdet/kernels/, or 'eager', PyTorch's operators.
+
+    'auto' takes the kernels for a CUDA tensor (of a GPU of compute capability 8.0 or more), where Triton is installed and they cover the
+    variant: order 'channel-spatial', spatial 'pool', pools out of 'avg' and 'max', and any gate, norm, kernel size, reduction, shape, layout
+    and dtype. All else is eager: on a CPU in blocks (cpu_passes.py) for the same variants, else one operator after the other. Under
+    torch.export and torch.jit.trace, and without any element, it is the equations: what leaves this process holds PyTorch's own operators.
+
+    Raises:
+        UserError: for impl='fused' where one of these does not hold.
+    """
+    if impl == 'eager' or (impl == 'auto' and x.device.type != 'cuda'):
+        return 'eager'
+    obstacle = not_covered(channel, spatial, order) or _no_kernels(x.device)
+    if obstacle and impl == 'fused':
+        raise UserError(f"CBAM: impl='fused' {obstacle}; impl='auto' takes the kernels wherever they serve")
+    return 'eager' if obstacle else 'fused'
+
+
+def not_covered(channel: ChannelAttention, spatial: SpatialAttention | None, order: str) -> str | None:
+    """Why a variant cannot go by the six passes of passes.py; None if it can."""
+    if order != 'channel-spatial':
+        return f"serves order='channel-spatial', not {order!r}"
+    if spatial is None or spatial.reduce is not None:
+        return f"serves spatial='pool', not {None if spatial is None else 'conv'!r}"
+    if not set(channel.pools) <= {'avg', 'max'}:
+        return f"serves the pools 'avg' and 'max', not {channel.pools}"
+    return None
+
+
+def _leaves_this_process() -> bool:
+    """Whether what is traced now will run elsewhere, and so is to hold PyTorch's own operators."""
+    # Not torch.compiler.is_exporting(), which torch.compile takes for True. Where torch cannot tell the two apart, a compilation counts.
+    exporting = getattr(torch.compiler, '_is_exporting_flag', None)
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() if exporting is None else exporting)
+
+
+@torch.compiler.assume_constant_result
+def _no_kernels(device: torch.device) -> str | None:
+    if not HAS_TRITON:
+        return 'needs Triton, which is not installed here'
+    if INTERPRETED and device.type == 'cpu':
+        return None
+    if device.type == 'cuda':
+        capability = torch.cuda.get_device_capability(device)
+        return None if capability >= (8, 0) else f'needs compute capability 8.0, this GPU has {capability}'
+    return f'needs a CUDA tensor, this one is on {device}'
+
+
+def _passes(x: Tensor, chosen: str) -> passes.Passes | None:
+    if chosen == 'fused':
+        from . import kernels
+
+        return kernels.OPERATORS if torch.compiler.is_compiling() else kernels.PASSES
+    if x.device.type == 'cpu':
+        return cpu_passes.OPERATORS if torch.compiler.is_compiling() else cpu_passes.PASSES
+    return None
+
+
+def _in_passes(x: Tensor, channel: ChannelAttention, spatial: SpatialAttention, how: passes.Passes) -> Tensor:
+    shape, pixels = x.shape[2:], x.flatten(2)
+    if not pixels.is_contiguous() and not pixels.transpose(1, 2).is_contiguous():
+        pixels = pixels.contiguous()
+    planes = [('avg', 'max').index(pool) for pool in channel.pools]
+
+    def channel_gate(descriptor):
+        return channel.gate(descriptor if planes == [0, 1] else descriptor[:, planes]).flatten(1)
+
+    def spatial_gate(descriptor):
+        descriptor = descriptor.unflatten(2, shape)
+        if x.device.type == 'cpu':  # the convolution's gradients take a third of the time in this layout
+            descriptor = descriptor.contiguous(memory_format=torch.channels_last)
+        return spatial.gate(descriptor).flatten(1)
+
+    return passes.apply(pixels, channel_gate, spatial_gate, how).unflatten(2, shape)
 
 
 def cbam_reference(
@@ -221,7 +326,7 @@ class _SpatialBranch(_Branch):
 
 def _pool_pixels(u: Tensor, pools: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     """(N, C, P) -> (N, K, C), and the place of each channel's maximum, (N, C, 1), if 'max' is among the pools."""
-    dtype, places, pooled = _accumulate_dtype(u), None, []
+    dtype, places, pooled = accumulate_dtype(u), None, []
     for kind in pools:
         if kind == 'avg':
             value = _mean(u, 2)
@@ -237,7 +342,7 @@ def _pool_pixels(u: Tensor, pools: Sequence[str]) -> tuple[Tensor, Tensor | None
 
 def _pool_channels(u: Tensor, reduce_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(N, C, P) -> (N, 2, P) or (N, 1, P), and the channel of each pixel's maximum, (N, 1, P), if one is taken."""
-    dtype = _accumulate_dtype(u)
+    dtype = accumulate_dtype(u)
     if reduce_weight is not None:
         return (u * reduce_weight.flatten(2).to(dtype)).sum(1, keepdim=True), None
     value, places = u.max(1, keepdim=True)
@@ -254,12 +359,12 @@ def _max_with_places(u: Tensor) -> tuple[Tensor, Tensor]:
         value, places = F.adaptive_max_pool2d(u.unsqueeze(2), 1, return_indices=True)
     else:
         value, places = u.max(2, keepdim=True)
-    return value.flatten(1).to(_accumulate_dtype(u)), places.flatten(2).to(torch.int32)
+    return value.flatten(1).to(accumulate_dtype(u)), places.flatten(2).to(torch.int32)
 
 
 def _mean(u: Tensor, dim: int) -> Tensor:
     """The mean over dim, added up in fp32 for half precision (fp16 overflows in a sum over an image)."""
-    dtype = _accumulate_dtype(u)
+    dtype = accumulate_dtype(u)
     if u.device.type == 'cpu':  # there, reading bf16 while summing in fp32 is 20 times slower than a copy
         return u.to(dtype).mean(dim)
     return u.mean(dim, dtype=dtype)
@@ -270,8 +375,4 @@ def _sum_of_products(*factors: Tensor, dim: int) -> Tensor:
     product = factors[0] * factors[1]
     for factor in factors[2:]:
         product *= factor
-    return product.sum(dim, keepdim=True, dtype=_accumulate_dtype(product))
-
-
-def _accumulate_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    return product.sum(dim, keepdim=True, dtype=accumulate_dtype(product))

@@ -26,7 +26,7 @@ from .checkpoints import (
     use_safe_loading,
     write_whole_files,
 )
-from .config import check_optimizer, check_plugins, is_first_process, log, set_data_root
+from .config import check_evaluators, check_optimizer, check_plugins, is_first_process, log, set_data_root
 from .datasets.checks import check_data
 from .datasets.classes import set_classes
 from .datasets.voc import fit_image_suffix, fit_layout
@@ -225,6 +225,7 @@ def _prepare(
     point_at_data(cfg, data_root, classes)
     check_plugins(cfg)
     check_optimizer(cfg)
+    check_evaluators(cfg)
 
 
 def _build_runner(cfg: Config, hooks: list[Hook]) -> Runner:

@@ -1,0 +1,97 @@
+"""What every benchmark writes: the machine, and one record as JSON, as a Markdown table and as a plot, both made from the JSON."""
+
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def machine(script: str, *packages: str) -> dict:
+    """The command, the machine, how busy it was, and versions."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
+    return dict(
+        command=' '.join(['python', script, *sys.argv[1:]]),
+        device=device,
+        processor=_processor(),
+        cores=os.cpu_count(),
+        load_average_before=round(os.getloadavg()[0], 2),
+        python=platform.python_version(),
+        versions={name: _version(name) for name in ('torch', *packages)},
+    )
+
+
+def write(record: dict, out: Path | None, labels: list[str], bars: dict[str, list[float | None]], unit: str) -> None:
+    """Print the record's rows; with `out` write OUT.json, OUT.md and OUT.png as well.
+
+    Args:
+        record: plain values, with `rows`, a list of dicts with the same keys.
+        out: path without suffix.
+        labels: of the plot's groups.
+        bars: for each name a height in every group; None for none.
+        unit: of the heights.
+    """
+    record = json.loads(json.dumps({**record, 'load_average_after': round(os.getloadavg()[0], 2)}))
+    table = markdown(record)
+    print(table)
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # The groups go along, so that the plot can be made again from the file.
+    record['plot'] = dict(labels=labels, bars=bars, unit=unit)
+    out.with_suffix('.json').write_text(json.dumps(record, indent=1) + '\n')
+    out.with_suffix('.md').write_text(table)
+    plot(json.loads(out.with_suffix('.json').read_text()), out.with_suffix('.png'))
+
+
+def markdown(record: dict) -> str:
+    rows = record['rows']
+    lines = [f'    {record["command"]}\n']
+    facts = {key: value for key, value in record.items() if key not in ('rows', 'command')}
+    lines += [f'- {key.replace("_", " ")}: {_plain(value)}' for key, value in facts.items()]
+    lines += ['', f'| {" | ".join(key.replace("_", " ") for key in rows[0])} |', '|' + '---|' * len(rows[0])]
+    lines += [f'| {" | ".join(_plain(value) for value in row.values())} |' for row in rows]
+    return '\n'.join(lines) + '\n'
+
+
+def plot(record: dict, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    labels, bars = record['plot']['labels'], record['plot']['bars']
+    figure = Figure(figsize=(max(4, 1.1 * len(labels) + 2), 3.2), layout='constrained')
+    axes = figure.subplots()
+    width = 0.8 / len(bars)
+    for i, (name, heights) in enumerate(bars.items()):
+        places = [g + i * width for g in range(len(labels)) if heights[g] is not None]
+        axes.bar(places, [h for h in heights if h is not None], width, label=name)
+    axes.set_xticks([g + 0.4 - width / 2 for g in range(len(labels))], labels, fontsize=8)
+    axes.set_ylabel(record['plot']['unit'])
+    axes.set_title(record['device'], fontsize=8)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=80)
+
+
+def _plain(value) -> str:
+    if isinstance(value, dict):
+        return ', '.join(f'{key} {_plain(inner)}' for key, inner in value.items())
+    if isinstance(value, float):
+        return f'{value:.4g}'
+    return '-' if value is None else str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(': ', 1)[1] for line in lines if line.startswith('model name')), platform.machine())

@@ -1,0 +1,183 @@
+"""CBAM as six passes over x, with autograd between them: what the CPU path and the Triton kernels share.
+
+x is (N, C, P) with P = H * W; k is 1 for the sigmoid gate, 2 for the unit gate. Only reads and writes of tensors of x's size cost:
+
+    pool_pixels             read x      avg[n, c], max[n, c] over the pixels, and the maximum's place i[n, c]
+        c = k * sigmoid(MLP(avg) + MLP(max))                                    small, under autograd
+    pool_channels           read x      max[n, p], mean[n, p] of x*c over the channels, and the maximum's channel j[n, p]
+        s = k * sigmoid(BN(conv([max, mean])))                                  small, under autograd
+    refine                  read x      write y = x * c * s
+
+    backward_maps           read g, x   ds[n, p] = sum_c g*x*c      dc[n, c] = sum_p g*x*s
+        (dtop, dmean) = gradient of [max, mean] for ds                          autograd
+    backward_pool_channels  read x      dc[n, c] += sum_p x * (dmean / C + dtop where j == c)
+        (davg, dmax) = gradient of [avg, max] for dc                            autograd
+    backward_input          read g      write dx = (g*s + dmean/C + dtop where j == c) * c + davg/P + dmax where i == p
+
+Kept for the backward pass: x, which its producer keeps anyway, c, s, i, j, and what the small parts need. Of equal maxima the first is taken.
+
+Autograd would add up dx from three parts, each of x's size. Here one pass writes it, the last of the backward: :class:`_PoolPixels`
+returns, beside its descriptor, *letters*: empty tensors that the two later functions take as arguments and do not read. The
+"gradients" that those functions return for the letters are what the last pass needs: g, c, s, (dtop, dmean), j. So the messages go through the
+graph itself, and whatever handles graphs (torch.compile, checkpointing, hooks, a second backward) handles them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+@dataclass(frozen=True)
+class Passes:
+    """One implementation of the six passes. x, g and y are (N, C, P) and contiguous or channels-last, c (N, C), s (N, P).
+
+    The small tensors are of `accumulate_dtype(x)`; descriptors and their gradients are (N, 2, C) and (N, 2, P).
+    """
+
+    pool_pixels: Callable  # x, places -> [avg, max], i
+    pool_channels: Callable  # x, c, places -> [max, mean], j
+    refine: Callable  # x, c, s -> y
+    backward_maps: Callable  # g, x, c, s -> dc, ds
+    backward_pool_channels: Callable  # x, [dtop, dmean], j -> dc
+    backward_input: Callable  # g, c, s, [dtop, dmean], j, [davg, dmax], i -> dx
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """In what sums over x are taken: fp32 for half precision, else x's dtype."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def place_dtype(channels: int) -> torch.dtype:
+    """Of j, the channels of (N, P) maxima: half the bytes where they suffice."""
+    return torch.int16 if channels <= torch.iinfo(torch.int16).max else torch.int32
+
+
+def apply(x: Tensor, channel_gate: Callable, spatial_gate: Callable, passes: Passes) -> Tensor:
+    """y = x * c * s by the given passes.
+
+    Args:
+        x: (N, C, P), none of them 0, contiguous or channels-last.
+        channel_gate: [avg, max] (N, 2, C) -> c (N, C), of any dtype.
+        spatial_gate: [max, mean] (N, 2, P) -> s (N, P), of any dtype.
+        passes: who does it.
+
+    Returns:
+        y, of x's shape, dtype and layout.
+    """
+    dtype = accumulate_dtype(x)
+    if not torch.is_grad_enabled():
+        c = channel_gate(passes.pool_pixels(x, False)[0]).to(dtype)
+        s = spatial_gate(passes.pool_channels(x, c, False)[0]).to(dtype)
+        return passes.refine(x, c, s)
+    # The later functions take x as a constant: its gradient goes by letter.
+    descriptor, *letters = _PoolPixels.apply(x, passes)
+    c = channel_gate(descriptor).to(dtype)
+    descriptor, *letters = _PoolChannels.apply(x.detach(), c, passes, *letters)
+    s = spatial_gate(descriptor).to(dtype)
+    return _Refine.apply(x.detach(), c, s, passes, *letters)
+
+
+class _PoolPixels(Function):
+    @staticmethod
+    def forward(ctx, x, passes):
+        descriptor, i = passes.pool_pixels(x, True)
+        ctx.save_for_backward(i)
+        ctx.passes = passes
+        (images, channels, pixels), dtype = x.shape, descriptor.dtype
+        for_g, for_c, for_s = _letter(x, x.dtype, x.shape), (images, channels), (images, pixels)
+        return descriptor, for_g, *(_letter(x, dtype, shape) for shape in (for_c, for_s, (images, 2, pixels), for_s))
+
+    @staticmethod
+    def backward(ctx, dpool, g, c, s, dz, j):
+        (i,) = ctx.saved_tensors
+        return ctx.passes.backward_input(g, c, s, dz, j.to(torch.int32), dpool, i), None
+
+
+class _PoolChannels(Function):
+    @staticmethod
+    def forward(ctx, x, c, passes, *letters):
+        descriptor, j = passes.pool_channels(x, c, True)
+        ctx.save_for_backward(x, c, j)
+        ctx.passes = passes
+        return descriptor, _letter(x, x.dtype, x.shape), _letter(x, c.dtype, (x.shape[0], x.shape[2]))
+
+    @staticmethod
+    def backward(ctx, dz, g, s):
+        x, c, j = ctx.saved_tensors
+        # A channel's number is exact in fp32 up to 16 million.
+        return None, ctx.passes.backward_pool_channels(x, dz, j), None, g, c, s, dz, j.to(c.dtype)
+
+
+class _Refine(Function):
+    @staticmethod
+    def forward(ctx, x, c, s, passes, *letters):
+        ctx.save_for_backward(x, c, s)
+        ctx.passes = passes
+        return passes.refine(x, c, s)
+
+    @staticmethod
+    def backward(ctx, g):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                'CBAM computes first derivatives only, not gradients of gradients (create_graph=True): '
+                'use cbam_mmdet.functional.cbam_reference there'
+            )
+        x, c, s = ctx.saved_tensors
+        if g.stride() != x.stride():
+            g = torch.empty_like(x).copy_(g)
+        return None, *ctx.passes.backward_maps(g, x, c, s), None, g, s
+
+
+def _letter(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of that shape that takes no memory."""
+    return x.new_empty_strided(shape, (0,) * len(shape), dtype=dtype)
+
+
+SCHEMAS = dict(
+    pool_pixels='(Tensor x, bool places) -> (Tensor, Tensor)',
+    pool_channels='(Tensor x, Tensor c, bool places) -> (Tensor, Tensor)',
+    refine='(Tensor x, Tensor c, Tensor s) -> Tensor',
+    backward_maps='(Tensor g, Tensor x, Tensor c, Tensor s) -> (Tensor, Tensor)',
+    backward_pool_channels='(Tensor x, Tensor dz, Tensor j) -> Tensor',
+    backward_input='(Tensor g, Tensor c, Tensor s, Tensor dz, Tensor j, Tensor dpool, Tensor i) -> Tensor',
+)
+
+
+def as_operators(passes: Passes, prefix: str) -> Passes:
+    """The same passes as custom operators `cbam_mmdet::{prefix}_{pass}`, which torch.compile takes as they are, without a graph break."""
+
+    def register(name):
+        operator = torch.library.custom_op(
+            f'cbam_mmdet::{prefix}_{name}', getattr(passes, name), mutates_args=(), schema=SCHEMAS[name]
+        )
+        operator.register_fake(FAKES[name])
+        return operator
+
+    return Passes(**{name: register(name) for name in SCHEMAS})
+
+
+def _fake_pool_pixels(x, places):
+    images, channels, _ = x.shape
+    return x.new_empty((images, 2, channels), dtype=accumulate_dtype(x)), x.new_empty(
+        (images, channels), dtype=torch.int32
+    )
+
+
+def _fake_pool_channels(x, c, places):
+    images, channels, pixels = x.shape
+    return c.new_empty((images, 2, pixels)), c.new_empty((images, pixels), dtype=place_dtype(channels))
+
+
+FAKES = dict(
+    pool_pixels=_fake_pool_pixels,
+    pool_channels=_fake_pool_channels,
+    refine=lambda x, c, s: torch.empty_like(x),
+    backward_maps=lambda g, x, c, s: (torch.empty_like(c), torch.empty_like(s)),
+    backward_pool_channels=lambda x, dz, j: dz.new_empty(x.shape[:2]),
+    backward_input=lambda g, c, s, dz, j, dpool, i: torch.empty_like(g),
+)
