@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from machine import describe
+from record import machine
 
 from cbam_mmdet.checkpoints import load_checkpoint, newest_checkpoint
 from cbam_mmdet.datasets import ensure_shapes
@@ -148,7 +148,7 @@ def main() -> None:
         for key, value in weights[0][part].items()
     )
     record = dict(
-        **describe(),
+        **machine('benchmarks/faults.py', 'onedl-mmdetection'),
         kills=sum(kinds.values()),
         killed_while=dict(kinds),
         left_a_checkpoint_half_written=half_written,

@@ -12,10 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from machine import describe
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from record import machine
 
 from cbam_mmdet.datasets import ensure_shapes
 from cbam_mmdet.errors import run_tool
@@ -77,7 +77,7 @@ def main() -> None:
         name: round(max(peaks[3:]) - peaks[2], 1) for name, peaks in (('main', hook.main), ('workers', hook.workers))
     }
     record = dict(
-        **describe(),
+        **machine('benchmarks/memory_over_epochs.py', 'onedl-mmdetection'),
         unit='MiB',
         main_process=[round(value, 1) for value in hook.main],
         loading_processes=[round(value, 1) for value in hook.workers],

@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from machine import describe
 from mmengine.config import Config
+from record import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -211,7 +211,9 @@ def main() -> None:
     print('\n'.join(lines))
     if args.out:
         args.out.write_text('\n'.join(lines))
-        record = dict(**describe(), hours=round(seconds / 3600, 2), rows=rows)
+        record = dict(
+            **machine('benchmarks/accuracy/study.py', 'onedl-mmdetection'), hours=round(seconds / 3600, 2), rows=rows
+        )
         args.out.with_suffix('.json').write_text(json.dumps(record, indent=1) + '\n')
 
 
