@@ -95,7 +95,7 @@ def cbam(
     modules = [channel] if spatial is None else [channel, spatial]
     parameters = [p for module in modules for p in module.parameters()]
     pixels = _CBAMFunction.apply(x.flatten(2), x.shape[2:], channel, spatial, order, *parameters)
-    return pixels.unflatten(2, x.shape[2:])
+    return _as_map(pixels, x.shape)
 
 
 def implementation(
@@ -174,7 +174,13 @@ def _in_passes(x: Tensor, channel: ChannelAttention, spatial: SpatialAttention, 
             descriptor = descriptor.contiguous(memory_format=torch.channels_last)
         return spatial.gate(descriptor).flatten(1)
 
-    return passes.apply(pixels, channel_gate, spatial_gate, how).unflatten(2, shape)
+    return _as_map(passes.apply(pixels, channel_gate, spatial_gate, how), x.shape)
+
+
+def _as_map(pixels: Tensor, shape: torch.Size) -> Tensor:
+    """(N, C, P) -> (N, C, H, W), fresh to autograd, not a view: what follows a CBAM in a backbone (addition of the identity, ReLU) works in
+    place, which on a view copies whole gradients, and is refused on one that leaves an activation checkpoint."""
+    return torch.ops.aten._unsafe_view(pixels, shape)
 
 
 def cbam_reference(
