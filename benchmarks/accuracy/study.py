@@ -41,11 +41,12 @@ class Data:
     config: str
     epochs: int
     finetune_epochs: int
+    variations: bool = True  # of fine-tuning
 
 
 DATA = {
-    'shapes': Data('configs/demo/faster_rcnn_cbam.py', 24, 8),
-    'bccd': Data('configs/demo/bccd_r18_cbam.py', 20, 8),
+    'shapes': Data('configs/demo/faster_rcnn_cbam.py', 16, 6),
+    'bccd': Data('configs/demo/bccd_r18_cbam.py', 10, 4, variations=False),
 }
 
 
@@ -57,14 +58,18 @@ class Finetune:
     lr_mult: float = 1.0  # of the attention's parameters
     decay_mult: float = 1.0
     last_stages: int = 4  # that get one
+    norm_eval: bool = False  # every BatchNorm of the backbone, CBAM's too, keeps its running statistics
+    warmup: bool = True  # of the learning rate, over the first 50 iterations
 
 
-# The first four are compared with each other; the others vary what fine-tuning leaves open, one thing at a time.
-FINETUNES = {
-    **{name: Finetune(name) for name in ATTENTIONS},
+# Compared with each other; then what fine-tuning leaves open, varied one thing at a time.
+FINETUNES = {name: Finetune(name) for name in ATTENTIONS}
+VARIATIONS = {
     'unit gate, lr x 10': Finetune('CBAM, unit gate', lr_mult=10),
     'unit gate, no weight decay': Finetune('CBAM, unit gate', decay_mult=0),
     'unit gate, last two stages': Finetune('CBAM, unit gate', last_stages=2),
+    'unit gate, norm_eval': Finetune('CBAM, unit gate', norm_eval=True),
+    'unit gate, no warm-up': Finetune('CBAM, unit gate', warmup=False),
 }
 FINETUNE_LR = 0.1  # of the rate from scratch
 
@@ -115,11 +120,17 @@ def runs(data: str, seed: int, work_dir: Path) -> dict[tuple[str, str], Run]:
         cfg = base_config(data, name, seed, settings.epochs)
         made['scratch', name] = Run(folder / 'scratch' / _slug(name) / f'seed{seed}', cfg, settings.epochs)
     plain = made['scratch', 'plain'].folder / f'epoch_{settings.epochs}.pth'
-    for name, way in FINETUNES.items():
+    ways = {**FINETUNES, **VARIATIONS} if settings.variations else FINETUNES
+    for name, way in ways.items():
         cfg = base_config(data, way.attention, seed, settings.finetune_epochs, way.last_stages)
         cfg.load_from = str(plain)
         cfg.optim_wrapper.optimizer.lr *= FINETUNE_LR
         cfg.param_scheduler[1].eta_min *= FINETUNE_LR
+        if way.norm_eval:
+            backbone = cfg.model.backbone
+            backbone.get('backbone', backbone).norm_eval = True
+        if not way.warmup:
+            del cfg.param_scheduler[0]
         if (way.lr_mult, way.decay_mult) != (1, 1):
             keys = dict(cbam=dict(lr_mult=way.lr_mult, decay_mult=way.decay_mult))
             cfg.optim_wrapper.paramwise_cfg = dict(custom_keys=keys)
