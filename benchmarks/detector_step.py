@@ -3,7 +3,7 @@
     python benchmarks/detector_step.py [--config faster_rcnn_r50_cbam.py] [--batch 2] [--size 1333 800] [--amp] [--out benchmarks/results/NAME]
 
 A step is forward, loss, backward and SGD on drawn images with drawn boxes, data loading left out. Each contender is the same
-detector: plain, with CBAM eager, and with CBAM fused where there is a GPU. Times are medians of rounds that alternate between them; `cost` is
+detector: plain, with CBAM eager, and where there is a GPU with CBAM fused, and with the whole tail of its blocks fused. Times are medians of rounds that alternate between them; `cost` is
 what a step takes beyond the plain one's. --profile adds each contender's most expensive operators.
 """
 
@@ -23,6 +23,7 @@ from record import machine, write
 from tqdm import tqdm
 
 from cbam_mmdet import CBAM
+from cbam_mmdet.block_tail import fuse_tails
 from cbam_mmdet.config import load_config
 
 
@@ -61,7 +62,7 @@ class Step:
             torch.cuda.synchronize()
 
 
-def build(config: str, impl: str | None) -> torch.nn.Module:
+def build(config: str, impl: str | None, fuse_tail: bool = False) -> torch.nn.Module:
     """The detector with every CBAM's impl set; with None its plain twin."""
     cfg = load_config(cbam_mmdet.config_path(config))
     cfg.model.backbone.init_cfg = None
@@ -72,6 +73,8 @@ def build(config: str, impl: str | None) -> torch.nn.Module:
     for module in model.modules():
         if isinstance(module, CBAM):
             module.impl = impl
+    if fuse_tail:
+        fuse_tails(model.backbone)
     return model
 
 
@@ -92,10 +95,13 @@ def main() -> None:
 
     init_default_scope('mmdet')
     facts = machine('benchmarks/detector_step.py', 'onedl-mmdetection', 'triton')
-    impls = dict(plain=None, eager='eager', **(dict(fused='fused') if args.device == 'cuda' else {}))
+    contenders = {'plain': (None,), 'eager': ('eager',)}
+    if args.device == 'cuda':
+        contenders |= {'fused': ('fused',), 'fused tail': ('fused', True)}
     batch = draw(args.batch, *args.size, args.device)
     steps = {
-        name: Step(build(args.config, impl), args.device, args.amp, args.channels_last) for name, impl in impls.items()
+        name: Step(build(args.config, *how), args.device, args.amp, args.channels_last)
+        for name, how in contenders.items()
     }
     times = {name: [] for name in steps}
     for i in tqdm(range(args.rounds + 2), disable=None):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,7 +95,7 @@ def cbam(
     modules = [channel] if spatial is None else [channel, spatial]
     parameters = [p for module in modules for p in module.parameters()]
     pixels = _CBAMFunction.apply(x.flatten(2), x.shape[2:], channel, spatial, order, *parameters)
-    return _as_map(pixels, x.shape)
+    return as_map(pixels, x.shape)
 
 
 def implementation(
@@ -160,24 +160,29 @@ def _passes(x: Tensor, chosen: str) -> passes.Passes | None:
 
 
 def _in_passes(x: Tensor, channel: ChannelAttention, spatial: SpatialAttention, how: passes.Passes) -> Tensor:
-    shape, pixels = x.shape[2:], x.flatten(2)
+    pixels = x.flatten(2)
     if not pixels.is_contiguous() and not pixels.transpose(1, 2).is_contiguous():
         pixels = pixels.contiguous()
+    return as_map(passes.apply(pixels, *gates(channel, spatial, x), how), x.shape)
+
+
+def gates(channel: ChannelAttention, spatial: SpatialAttention, x: Tensor) -> tuple[Callable, Callable]:
+    """What passes.apply takes for x, (N, C, H, W): [avg, max] (N, 2, C) -> (N, C), and [max, mean] (N, 2, P) -> (N, P)."""
     planes = [('avg', 'max').index(pool) for pool in channel.pools]
 
     def channel_gate(descriptor):
         return channel.gate(descriptor if planes == [0, 1] else descriptor[:, planes]).flatten(1)
 
     def spatial_gate(descriptor):
-        descriptor = descriptor.unflatten(2, shape)
+        descriptor = descriptor.unflatten(2, x.shape[2:])
         if x.device.type == 'cpu':  # the convolution's gradients take a third of the time in this layout
             descriptor = descriptor.contiguous(memory_format=torch.channels_last)
         return spatial.gate(descriptor).flatten(1)
 
-    return _as_map(passes.apply(pixels, channel_gate, spatial_gate, how), x.shape)
+    return channel_gate, spatial_gate
 
 
-def _as_map(pixels: Tensor, shape: torch.Size) -> Tensor:
+def as_map(pixels: Tensor, shape: torch.Size) -> Tensor:
     """(N, C, P) -> (N, C, H, W), fresh to autograd, not a view: what follows a CBAM in a backbone (addition of the identity, ReLU) works in
     place, which on a view copies whole gradients, and is refused on one that leaves an activation checkpoint."""
     return torch.ops.aten._unsafe_view(pixels, shape)
@@ -225,11 +230,7 @@ class _CBAMFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                'CBAM computes first derivatives only, not gradients of gradients (create_graph=True): '
-                'use cbam_mmdet.functional.cbam_reference there'
-            )
+        passes.refuse_second_derivatives()
         x, *saved = ctx.saved_tensors
         maps, places = saved[: len(ctx.branches)], saved[len(ctx.branches) :]
         first, second = ctx.branches[0], ctx.branches[1] if len(maps) == 2 else None

@@ -16,7 +16,7 @@ x is (N, C, P) with P = H * W; k is 1 for the sigmoid gate, 2 for the unit gate.
 
 Kept for the backward pass: x, which its producer keeps anyway, c, s, i, j, and what the small parts need. Of equal maxima the first is taken.
 
-Autograd would add up dx from three parts, each of x's size. Here one pass writes it, the last of the backward: :class:`_PoolPixels`
+Autograd would add up dx from three parts, each of x's size. Here one pass writes it, the last of the backward: :class:`PoolPixels`
 returns, beside its descriptor, *letters*: empty tensors that the two later functions take as arguments and do not read. The
 "gradients" that those functions return for the letters are what the last pass needs: g, c, s, (dtop, dmean), j. So the messages go through the
 graph itself, and whatever handles graphs (torch.compile, checkpointing, hooks, a second backward) handles them.
@@ -75,22 +75,24 @@ def apply(x: Tensor, channel_gate: Callable, spatial_gate: Callable, passes: Pas
         s = spatial_gate(passes.pool_channels(x, c, False)[0]).to(dtype)
         return passes.refine(x, c, s)
     # The later functions take x as a constant: its gradient goes by letter.
-    descriptor, *letters = _PoolPixels.apply(x, passes)
+    descriptor, *letters = PoolPixels.apply(x, passes)
     c = channel_gate(descriptor).to(dtype)
     descriptor, *letters = _PoolChannels.apply(x.detach(), c, passes, *letters)
     s = spatial_gate(descriptor).to(dtype)
     return _Refine.apply(x.detach(), c, s, passes, *letters)
 
 
-class _PoolPixels(Function):
+class PoolPixels(Function):
+    """The first pass and the last: x -> its descriptor, and letters for g, c, s, [dtop, dmean], j."""
+
     @staticmethod
     def forward(ctx, x, passes):
         descriptor, i = passes.pool_pixels(x, True)
         ctx.save_for_backward(i)
         ctx.passes = passes
         (images, channels, pixels), dtype = x.shape, descriptor.dtype
-        for_g, for_c, for_s = _letter(x, x.dtype, x.shape), (images, channels), (images, pixels)
-        return descriptor, for_g, *(_letter(x, dtype, shape) for shape in (for_c, for_s, (images, 2, pixels), for_s))
+        for_g, for_c, for_s = letter(x, x.dtype, x.shape), (images, channels), (images, pixels)
+        return descriptor, for_g, *(letter(x, dtype, shape) for shape in (for_c, for_s, (images, 2, pixels), for_s))
 
     @staticmethod
     def backward(ctx, dpool, g, c, s, dz, j):
@@ -104,7 +106,7 @@ class _PoolChannels(Function):
         descriptor, j = passes.pool_channels(x, c, True)
         ctx.save_for_backward(x, c, j)
         ctx.passes = passes
-        return descriptor, _letter(x, x.dtype, x.shape), _letter(x, c.dtype, (x.shape[0], x.shape[2]))
+        return descriptor, letter(x, x.dtype, x.shape), letter(x, c.dtype, (x.shape[0], x.shape[2]))
 
     @staticmethod
     def backward(ctx, dz, g, s):
@@ -122,20 +124,29 @@ class _Refine(Function):
 
     @staticmethod
     def backward(ctx, g):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                'CBAM computes first derivatives only, not gradients of gradients (create_graph=True): '
-                'use cbam_mmdet.functional.cbam_reference there'
-            )
+        if not torch.compiler.is_compiling():
+            refuse_second_derivatives()
         x, c, s = ctx.saved_tensors
-        if g.stride() != x.stride():
-            g = torch.empty_like(x).copy_(g)
+        g = like(g, x)
         return None, *ctx.passes.backward_maps(g, x, c, s), None, g, s
 
 
-def _letter(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def letter(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """A tensor of that shape that takes no memory."""
     return x.new_empty_strided(shape, (0,) * len(shape), dtype=dtype)
+
+
+def like(g: Tensor, x: Tensor) -> Tensor:
+    """g in x's strides."""
+    return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
+
+
+def refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            'CBAM computes first derivatives only, not gradients of gradients (create_graph=True): '
+            'use cbam_mmdet.functional.cbam_reference there'
+        )
 
 
 SCHEMAS = dict(

@@ -35,6 +35,7 @@ def PluginBackbone(
     plugins: Sequence[Mapping] | None,
     input_shape: Sequence[int] | None = None,
     init_cfg: Mapping | None = KEEP,
+    fuse_tail: bool = False,
     **others: Any,
 ) -> nn.Module:
     """Build a backbone, and put plugins into it.
@@ -49,6 +50,8 @@ def PluginBackbone(
         input_shape: (channels, height, width) of the image of the dry run that finds the channels; by default (in_channels or 3, 224, 224).
         init_cfg: in place of the backbone's own, so that an override reaches all backbones by the same key. Without a `type`
             (as in init_cfg.checkpoint=FILE) it is merged into the backbone's own.
+        fuse_tail: let residual blocks that end in a CBAM (a plugin, or one of the backbone's own `plugins`) compute norm, CBAM, addition
+            and ReLU in CBAM's own passes, on a GPU; see block_tail.fuse_tails.
 
     Returns:
         The backbone, with a child `cbam` (for a CBAM) in each chosen module, and `cbam0`, `cbam1`, ... in itself for 'outputs'.
@@ -69,7 +72,12 @@ def PluginBackbone(
     def inputs() -> tuple[Tensor]:
         return (_zeros(module, shape),)
 
-    return add_plugins(module, plugins, inputs, 'model.backbone.plugins', usual_place(module))
+    add_plugins(module, plugins, inputs, 'model.backbone.plugins', usual_place(module))
+    if fuse_tail:
+        from .block_tail import fuse_tails  # which loads MMDetection's backbones
+
+        fuse_tails(module)
+    return module
 
 
 @MODELS.register_module()

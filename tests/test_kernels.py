@@ -16,7 +16,8 @@ triton = pytest.importorskip('triton')
 
 
 def test_passes_under_tritons_interpreter():
-    command = [sys.executable, '-m', 'pytest', str(Path(__file__).with_name('test_passes.py')), '-k', 'fused']
+    files = [str(Path(__file__).with_name(name)) for name in ('test_passes.py', 'test_block_tail.py')]
+    command = [sys.executable, '-m', 'pytest', *files, '-k', 'fused']
     done = subprocess.run(command, env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]  # no test at all is an error, too
 
@@ -65,6 +66,11 @@ def test_every_launch_compiles_for_an_h200(layout, monkeypatch):
     triton_passes.backward_maps(x, x, c, s)
     triton_passes.backward_pool_channels(x, z, j)
     triton_passes.backward_input(x, c, s, z, j.int(), descriptor, i)
+    triton_passes._pool(x, torch.int32, sign=c[0])
+    triton_passes.pool_channels(x, c, True, c)
+    triton_passes.refine_tail(x, c, c, s, x)
+    triton_passes.backward_maps_tail(x, x, c, c, s, x)
+    triton_passes.backward_pool_channels_tail(x, z, j)
     assert sorted(compiled) == sorted(kernels)
     for name, variants in compiled.items():
         for kernel in variants:

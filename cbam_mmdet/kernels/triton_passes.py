@@ -39,13 +39,14 @@ def _offsets(rows, columns, row_stride, column_stride, WIDE: tl.constexpr):
 
 @triton.jit
 def _pool_kernel(
-    x, gate, pooled, places,
+    x, gate, bias, sign, pooled, places,
     image, kept, reduced, kept_stride, reduced_stride, kept_blocks, splits, span,
-    GATED: tl.constexpr, MEAN_FIRST: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    GATED: tl.constexpr, BIASED: tl.constexpr, SIGNED: tl.constexpr, MEAN_FIRST: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Mean and maximum, with its place, of x, or x * gate[r], over one dimension (r), for each place of the other (k).
+    """Mean and maximum, with its place, of x, or x * gate[r] + bias[r], over one dimension (r), for each place of the other (k).
 
+    With a sign[k] the maximum is that of x * sign[k]; the mean is without.
     pooled: (N, splits, 2, kept), the mean as a part of it: sum over the span / reduced. places: (N, splits, kept).
     """
     program = _program(REVERSE)
@@ -64,7 +65,11 @@ def _pool_kernel(
         value = tl.load(x + n * image + _offsets(k, r, kept_stride, reduced_stride, WIDE), inside, 0.0).to(ACC)
         if GATED:
             value *= tl.load(gate + n * reduced + r, r < end, 0.0)[None, :]
+        if BIASED:
+            value += tl.load(bias + n * reduced + r, r < end, 0.0)[None, :]
         total += value
+        if SIGNED:
+            value *= tl.load(sign + k, k < kept, 0.0)[:, None]
         value = tl.where(inside, value, float('-inf'))
         # As torch has it: NaN is greater than all, and of equals the first is taken.
         better = (value > best) | ((value != value) & (best == best))
@@ -86,11 +91,11 @@ def _pool_kernel(
 
 @triton.jit
 def _refine_kernel(
-    x, c, s, y,
+    x, c, s, bias, identity, y,
     image, channels, pixels, c_stride, p_stride, c_blocks, p_blocks,
-    REVERSE: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    TAIL: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """y = x * c * s."""
+    """y = x * c * s; as a block's tail relu((x * c + bias) * s + identity)."""
     program = _program(REVERSE)
     n = (program // c_blocks // p_blocks).to(tl.int64)
     ch = program // p_blocks % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -99,17 +104,26 @@ def _refine_kernel(
     offsets = n * image + _offsets(ch, p, c_stride, p_stride, WIDE)
     gate_c = tl.load(c + n * channels + ch, ch < channels, 0.0)
     gate_s = tl.load(s + n * pixels + p, p < pixels, 0.0)
-    value = tl.load(x + offsets, inside, 0.0).to(c.dtype.element_ty) * gate_c[:, None] * gate_s[None, :]
+    value = tl.load(x + offsets, inside, 0.0).to(c.dtype.element_ty) * gate_c[:, None]
+    if TAIL:
+        value += tl.load(bias + n * channels + ch, ch < channels, 0.0)[:, None]
+    value *= gate_s[None, :]
+    if TAIL:
+        value += tl.load(identity + offsets, inside, 0.0).to(value.dtype)
+        value = tl.where(value <= 0, 0.0, value)  # NaN stays, as in torch
     tl.store(y + offsets, value.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
 def _backward_maps_kernel(
-    g, x, c, s, dc, ds,
+    g, x, c, s, bias, y, dc, ds, dbias, h,
     image, channels, pixels, c_stride, p_stride, p_blocks, splits, span,
-    REVERSE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    TAIL: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """ds[p] = sum_c g*x*c and dc[c] = sum_p g*x*s, in parts: ds (N, splits, P), dc (N, p_blocks, C)."""
+    """ds[p] = sum_c g*x*c and dc[c] = sum_p g*x*s, in parts: ds (N, splits, P), dc (N, p_blocks, C).
+
+    As a block's tail: h = g where y > 0, in g's place; ds[p] = sum_c h*(x*c + bias), and dbias[c] = sum_p h*s like dc.
+    """
     program = _program(REVERSE)
     split = program % splits
     block = program // splits % p_blocks
@@ -123,20 +137,26 @@ def _backward_maps_kernel(
         ch = first + tl.arange(0, BLOCK_C)
         inside = (ch < end)[:, None] & (p < pixels)[None, :]
         offsets = n * image + _offsets(ch, p, c_stride, p_stride, WIDE)
-        product = tl.load(g + offsets, inside, 0.0).to(ACC) * tl.load(x + offsets, inside, 0.0).to(ACC)
+        gradient = tl.load(g + offsets, inside, 0.0)
+        part = (n * p_blocks + block) * channels + ch
+        if TAIL:
+            gradient = tl.where(tl.load(y + offsets, inside, 0.0) <= 0, 0.0, gradient)
+            tl.store(h + offsets, gradient, inside)
+            total += gradient.to(ACC) * tl.load(bias + n * channels + ch, ch < end, 0.0)[:, None]
+            tl.store(dbias + part, tl.sum(gradient.to(ACC) * gate_s[None, :], 1), ch < end)
+        product = gradient.to(ACC) * tl.load(x + offsets, inside, 0.0).to(ACC)
         total += product * tl.load(c + n * channels + ch, ch < end, 0.0)[:, None]
-        part = tl.sum(product * gate_s[None, :], 1)
-        tl.store(dc + (n * p_blocks + block) * channels + ch, part, ch < end)
+        tl.store(dc + part, tl.sum(product * gate_s[None, :], 1), ch < end)
     tl.store(ds + (n * splits + split) * pixels + p, tl.sum(total, 0), p < pixels)
 
 
 @triton.jit
 def _backward_pool_channels_kernel(
-    x, dz, j, dc,
+    x, dz, j, dc, dbias,
     image, channels, pixels, c_stride, p_stride, c_blocks, splits, span,
-    REVERSE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    TAIL: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dc[c] = sum_p x * (dmean / C + dtop where j == c), in parts: dc (N, splits, C)."""
+    """dc[c] = sum_p x * (dmean / C + dtop where j == c), in parts: dc (N, splits, C). As a block's tail also dbias, without x."""
     program = _program(REVERSE)
     split = program % splits
     block = program // splits % c_blocks
@@ -144,6 +164,7 @@ def _backward_pool_channels_kernel(
     ch = block * BLOCK_C + tl.arange(0, BLOCK_C)
     dz += n * 2 * pixels
     total = tl.zeros((BLOCK_C, BLOCK_P), ACC)
+    total_bias = tl.zeros((BLOCK_C, BLOCK_P), ACC)
     start = split * span
     end = tl.minimum(start + span, pixels)
     for first in range(start, end, BLOCK_P):
@@ -153,8 +174,14 @@ def _backward_pool_channels_kernel(
         dtop = tl.load(dz + p, p < end, 0.0)
         dmean = tl.load(dz + pixels + p, p < end, 0.0) / channels
         place = tl.load(j + n * pixels + p, p < end, -1)
-        total += value * (dmean[None, :] + tl.where(place[None, :] == ch[:, None], dtop[None, :], 0.0))
-    tl.store(dc + (n * splits + split) * channels + ch, tl.sum(total, 1), ch < channels)
+        gradient = dmean[None, :] + tl.where(place[None, :] == ch[:, None], dtop[None, :], 0.0)
+        total += value * gradient
+        if TAIL:
+            total_bias += gradient
+    part = (n * splits + split) * channels + ch
+    tl.store(dc + part, tl.sum(total, 1), ch < channels)
+    if TAIL:
+        tl.store(dbias + part, tl.sum(total_bias, 1), ch < channels)
 
 
 @triton.jit
@@ -185,14 +212,23 @@ def _backward_input_kernel(
 
 
 def pool_pixels(x: Tensor, places: bool) -> tuple[Tensor, Tensor]:
-    return _pool(x, None, torch.int32)
+    return _pool(x, torch.int32)
 
 
-def pool_channels(x: Tensor, c: Tensor, places: bool) -> tuple[Tensor, Tensor]:
-    return _pool(x, c.contiguous(), place_dtype(x.shape[1]))
+def pool_pixels_signed(x: Tensor, places: bool, sign: Tensor) -> tuple[Tensor, Tensor]:
+    """[mean, x[i]] and i, the place of the maximum of x * sign, sign (C,)."""
+    descriptor, i = _pool(x, torch.int32, sign=sign)
+    # Not the maximum times the sign, for that may be 0.
+    return torch.stack([descriptor[:, 0], x.gather(2, i.long().unsqueeze(2)).squeeze(2).to(descriptor.dtype)], 1), i
 
 
-def _pool(x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def pool_channels(x: Tensor, c: Tensor, places: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return _pool(x, place_dtype(x.shape[1]), c.contiguous(), None if bias is None else bias.contiguous())
+
+
+def _pool(
+    x: Tensor, dtype: torch.dtype, gate: Tensor | None = None, bias: Tensor | None = None, sign: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Over the pixels without a gate, else over the channels: the descriptor and the places."""
     images, channels, pixels = x.shape
     kept, reduced = (channels, pixels) if gate is None else (pixels, channels)
@@ -204,9 +240,10 @@ def _pool(x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, T
     places = x.new_empty((images, splits, kept), dtype=dtype)
     with torch.cuda.device_of(x):
         _pool_kernel[(images * kept_blocks * splits,)](
-            x, gate, pooled, places,
+            x, gate, bias, sign, pooled, places,
             channels * pixels, kept, reduced, kept_stride, reduced_stride, kept_blocks, splits, span,
-            GATED=gate is not None, MEAN_FIRST=gate is None, REVERSE=gate is not None, WIDE=_wide(x),
+            GATED=gate is not None, BIASED=bias is not None, SIGNED=sign is not None,
+            MEAN_FIRST=gate is None, REVERSE=gate is not None, WIDE=_wide(x),
             ACC=ACCUMULATE[pooled.dtype], BLOCK_K=block_k, BLOCK_R=block_r,
         )  # fmt: skip
     if splits == 1:
@@ -220,11 +257,30 @@ def _pool(x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, T
 
 def refine(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
     y = torch.empty_like(x)
-    _elementwise(_refine_kernel, x, x, c.contiguous(), s.contiguous(), y, REVERSE=False)
+    _elementwise(_refine_kernel, x, x, c.contiguous(), s.contiguous(), None, None, y, REVERSE=False, TAIL=False)
+    return y
+
+
+def refine_tail(x: Tensor, c: Tensor, bias: Tensor, s: Tensor, identity: Tensor) -> Tensor:
+    """relu((x * c + bias) * s + identity), identity of x's dtype and strides."""
+    y = torch.empty_like(x)
+    small = (t.contiguous() for t in (c, s, bias))
+    _elementwise(_refine_kernel, x, x, *small, identity, y, REVERSE=False, TAIL=True)
     return y
 
 
 def backward_maps(g: Tensor, x: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    return _backward_maps(g, x, c, s)[:2]
+
+
+def backward_maps_tail(g: Tensor, x: Tensor, c: Tensor, bias: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """dc, dbias, ds, and h, the gradient before ReLU, which is the identity's."""
+    dc, ds, dbias, h = _backward_maps(g, x, c, s, bias.contiguous(), y)
+    return dc, dbias, ds, h
+
+
+def _backward_maps(g, x, c, s, bias=None, y=None):
+    tail = y is not None
     images, channels, pixels = x.shape
     c_stride, p_stride = _strides(x)
     block_p, block_c = _tile(pixels, channels, p_stride == 1)
@@ -232,29 +288,40 @@ def backward_maps(g: Tensor, x: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, T
     splits, span = _splits(x, images * p_blocks, channels, block_c)
     dc = x.new_empty((images, p_blocks, channels), dtype=accumulate_dtype(x))
     ds = x.new_empty((images, splits, pixels), dtype=accumulate_dtype(x))
+    dbias, h = (torch.empty_like(dc), torch.empty_like(g)) if tail else (None, None)
     with torch.cuda.device_of(x):
         _backward_maps_kernel[(images * p_blocks * splits,)](
-            g, x, c.contiguous(), s.contiguous(), dc, ds,
+            g, x, c.contiguous(), s.contiguous(), bias, y, dc, ds, dbias, h,
             channels * pixels, channels, pixels, c_stride, p_stride, p_blocks, splits, span,
-            REVERSE=True, WIDE=_wide(x), ACC=ACCUMULATE[dc.dtype], BLOCK_C=block_c, BLOCK_P=block_p,
+            TAIL=tail, REVERSE=True, WIDE=_wide(x), ACC=ACCUMULATE[dc.dtype], BLOCK_C=block_c, BLOCK_P=block_p,
         )  # fmt: skip
-    return dc.sum(1), ds.sum(1)
+    return dc.sum(1), ds.sum(1), dbias.sum(1) if tail else None, h
 
 
 def backward_pool_channels(x: Tensor, dz: Tensor, j: Tensor) -> Tensor:
+    return _backward_pool_channels(x, dz, j, tail=False)[0]
+
+
+def backward_pool_channels_tail(x: Tensor, dz: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+    """dc and dbias."""
+    return _backward_pool_channels(x, dz, j, tail=True)
+
+
+def _backward_pool_channels(x, dz, j, tail):
     images, channels, pixels = x.shape
     c_stride, p_stride = _strides(x)
     block_c, block_p = _tile(channels, pixels, c_stride == 1)
     c_blocks = triton.cdiv(channels, block_c)
     splits, span = _splits(x, images * c_blocks, pixels, block_p)
     dc = x.new_empty((images, splits, channels), dtype=accumulate_dtype(x))
+    dbias = torch.empty_like(dc) if tail else None
     with torch.cuda.device_of(x):
         _backward_pool_channels_kernel[(images * c_blocks * splits,)](
-            x, dz.contiguous(), j, dc,
+            x, dz.contiguous(), j, dc, dbias,
             channels * pixels, channels, pixels, c_stride, p_stride, c_blocks, splits, span,
-            REVERSE=False, WIDE=_wide(x), ACC=ACCUMULATE[dc.dtype], BLOCK_C=block_c, BLOCK_P=block_p,
+            TAIL=tail, REVERSE=False, WIDE=_wide(x), ACC=ACCUMULATE[dc.dtype], BLOCK_C=block_c, BLOCK_P=block_p,
         )  # fmt: skip
-    return dc.sum(1)
+    return dc.sum(1), dbias.sum(1) if tail else None
 
 
 def backward_input(g: Tensor, c: Tensor, s: Tensor, dz: Tensor, j: Tensor, dpool: Tensor, i: Tensor) -> Tensor:
@@ -264,7 +331,7 @@ def backward_input(g: Tensor, c: Tensor, s: Tensor, dz: Tensor, j: Tensor, dpool
     return dx
 
 
-def _elementwise(kernel, x: Tensor, *arguments: Tensor, REVERSE: bool) -> None:
+def _elementwise(kernel, x: Tensor, *arguments: Tensor | None, **flags: bool) -> None:
     images, channels, pixels = x.shape
     c_stride, p_stride = _strides(x)
     if p_stride == 1:
@@ -277,7 +344,7 @@ def _elementwise(kernel, x: Tensor, *arguments: Tensor, REVERSE: bool) -> None:
     with torch.cuda.device_of(x):
         kernel[(images * c_blocks * p_blocks,)](
             *arguments, channels * pixels, channels, pixels, c_stride, p_stride, c_blocks, p_blocks,
-            REVERSE=REVERSE, WIDE=_wide(x), BLOCK_C=block_c, BLOCK_P=block_p,
+            WIDE=_wide(x), BLOCK_C=block_c, BLOCK_P=block_p, **flags,
         )  # fmt: skip
 
 
