@@ -40,6 +40,8 @@ setup(
         'backbones': ['onedl-mmpretrain', 'timm'],
         # COCO's evaluation in a fraction of the time, the figures the same: FasterCocoMetric.
         'fast-eval': ['faster-coco-eval'],
+        # tools/gradcam.py.
+        'explain': ['grad-cam'],
         'dev': ['pytest', 'ruff'],
     },
     classifiers=[

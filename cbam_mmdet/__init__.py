@@ -14,6 +14,7 @@ from . import datasets, hooks  # noqa: E402
 from .cbam import CBAM, ChannelAttention, SpatialAttention  # noqa: E402
 from .config import config_path, enable_package_configs  # noqa: E402
 from .datasets import loading  # noqa: E402
+from .gates import record_gates  # noqa: E402
 from .plugin_backbone import PluginBackbone, PluginNeck  # noqa: E402
 
 enable_package_configs()
@@ -30,4 +31,5 @@ __all__ = [
     'hooks',
     'install_ops',
     'loading',
+    'record_gates',
 ]

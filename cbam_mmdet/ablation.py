@@ -95,8 +95,9 @@ class Run:
         """
         for log in sorted(self.work_dir.glob('*/vis_data/scalars.json'), reverse=True):
             for row in reversed(_json_lines(log)):
-                # Rows of a training have a loss, and count their steps in iterations.
-                if 'loss' not in row and row.get('step') == self.last_step[1]:
+                # Rows of a training have a loss, or gates' statistics, and count their steps in iterations.
+                training = 'loss' in row or any(key.startswith('gates/') for key in row)
+                if not training and row.get('step') == self.last_step[1]:
                     return _only_metrics(row)
         for log in sorted(self.validation_dir.glob('*/*.json'), reverse=True):
             for row in _json_lines(log):

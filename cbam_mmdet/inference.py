@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from mmcv.transforms import Compose
 from mmdet.apis import inference_detector, init_detector
-from mmdet.registry import VISUALIZERS
+from mmdet.registry import DATASETS, VISUALIZERS
 from mmdet.structures import DetDataSample
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import nn
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from . import ssd_head  # noqa: F401  (SSD is mended)
 from .checkpoints import compare_state_dicts, find_checkpoint, use_safe_loading
 from .config import check_plugins, split_datasets
-from .datasets.checks import dataset_classes
+from .datasets.checks import check_data, dataset_classes
 from .datasets.loading import read_image
 from .errors import UserError
 
@@ -106,15 +107,15 @@ def infer(
     Raises:
         UserError: if an input does not exist, or holds no image.
     """
-    files = [file for source in inputs for file in _expand(Path(source))]
+    files = [file for source in inputs for file in expand_inputs(Path(source))]
     out_dir = Path(out_dir)
     (out_dir / 'vis').mkdir(parents=True, exist_ok=True)
     painter = _Painter(model, score_thr) if draw else None
-    pipeline = _array_pipeline(model.cfg)
+    pipeline = array_pipeline(model.cfg)
     records: list[dict] = []
     broken: list[str] = []
     images = 0
-    targets = [out_dir / 'vis' / name for name in _unique_names(files)]
+    targets = [out_dir / 'vis' / name for name in unique_names(files)]
     for file, target in zip(tqdm(files, desc='detecting', unit='file', disable=len(files) < 2), targets, strict=True):
         try:
             if file.suffix.lower() in VIDEOS:
@@ -172,7 +173,7 @@ def _infer_video(model, pipeline, file, target, painter, records, before, score_
     return count
 
 
-def _array_pipeline(cfg: Config) -> Compose:
+def array_pipeline(cfg: Config) -> Compose:
     """The test pipeline, for images that are read already."""
     pipeline = get_test_pipeline_cfg(cfg.copy())
     return Compose([dict(type='mmdet.LoadImageFromNDArray'), *pipeline[1:]])
@@ -196,7 +197,47 @@ def _records(model: nn.Module, sample: DetDataSample, score_thr: float, **where)
     ]
 
 
-def _expand(source: Path) -> list[Path]:
+def image_files(inputs: Iterable[str]) -> list[Path]:
+    """The images among files and folders, for tools that take no videos.
+
+    Raises:
+        UserError: if an input does not exist, or holds no image.
+    """
+    files = [file for source in inputs for file in expand_inputs(Path(source))]
+    images = [file for file in files if file.suffix.lower() not in VIDEOS]
+    if not images:
+        raise UserError(f'{", ".join(map(str, inputs))}: no image among them, only videos')
+    return images
+
+
+def validation_images(cfg: Config, data_root: str | None = None) -> list[Path]:
+    """The images of a config's validation set, in its order.
+
+    Args:
+        cfg: the config; a data root given here re-points it (see run.point_at_data).
+        data_root: the folder of the data set, in place of the config's.
+
+    Raises:
+        UserError: if the config has no validation set, or its data do not pass the check.
+    """
+    from .run import point_at_data
+
+    if not split_datasets(cfg, 'val'):
+        raise UserError('the config has no validation set (val_dataloader): give images or folders')
+    cfg.setdefault('default_scope', 'mmdet')
+    init_default_scope(cfg.default_scope)
+    point_at_data(cfg, data_root, None)
+    check_data(cfg, ['val'])
+    dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    return [Path(dataset.get_data_info(i)['img_path']) for i in range(len(dataset))]
+
+
+def expand_inputs(source: Path) -> list[Path]:
+    """A file itself; of a folder, the images and videos in it and below, sorted.
+
+    Raises:
+        UserError: if it does not exist, or is a folder without any.
+    """
     if source.is_dir():
         files = sorted(p for p in source.rglob('*') if p.suffix.lower() in IMAGES + VIDEOS)
         if not files:
@@ -207,7 +248,7 @@ def _expand(source: Path) -> list[Path]:
     return [source]
 
 
-def _unique_names(files: list[Path]) -> list[str]:
+def unique_names(files: list[Path]) -> list[str]:
     """A name for each file's picture: its stem, or, where several share it, with a number behind it."""
     names: dict[str, None] = {}
     for file in files:

@@ -32,7 +32,7 @@ from .datasets.classes import set_classes
 from .datasets.voc import fit_image_suffix, fit_layout
 from .distributed import in_first_process, join_processes
 from .errors import Stopped, UserError, is_dead_worker
-from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook, KeepOldUntilNewHook
+from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook, GateStatisticsHook, KeepOldUntilNewHook
 from .insertion import say_missing_cbam_in_one_line
 from .resume import ResumeExactlyHook, StopSignalHook
 
@@ -108,6 +108,8 @@ def train(
         ResumeExactlyHook(),
         stop := StopSignalHook(),
     ]
+    if cfg.get('gate_statistics', True):
+        hooks.append(GateStatisticsHook())
     runner = _build_runner(cfg, hooks)
     KeepOldUntilNewHook.replace_in(runner)
     if is_first_process():

@@ -101,12 +101,24 @@ def tiny(work_dir, data_root, *options):
 def trained(shapes, tmp_path_factory):
     """A work dir in which the demo's detector was trained for one epoch on the tiny data set."""
     work_dir = tmp_path_factory.mktemp('work') / 'demo'
+    train(*tiny(work_dir, shapes))
+    return work_dir
+
+
+@pytest.fixture(scope='session')
+def demo(tmp_path_factory):
+    """A folder with the demo's data set (shapes/), and the demo's detector trained on it as `make demo` does (work/): minutes."""
+    folder = tmp_path_factory.mktemp('whole_demo')
+    train('--data-root', ensure_shapes(folder / 'shapes'), '--work-dir', folder / 'work')
+    return folder
+
+
+def train(*arguments):
     forget_earlier_runs()
-    argv, sys.argv = sys.argv, ['train.py', DEMO, *map(str, tiny(work_dir, shapes))]
+    argv, sys.argv = sys.argv, ['train.py', DEMO, *map(str, arguments)]
     try:
         runpy.run_path(str(ROOT / 'tools/train.py'), run_name='__main__')
     except SystemExit as stop:
         assert not stop.code
     finally:
         sys.argv = argv
-    return work_dir

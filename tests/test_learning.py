@@ -3,9 +3,7 @@
 import json
 
 import pytest
-from conftest import DATA, DEMO, ROOT
-
-from cbam_mmdet.datasets import ensure_shapes
+from conftest import DATA, ROOT
 
 COCO = DATA / 'coco'
 
@@ -16,10 +14,8 @@ def last(work_dir, key):
 
 
 @pytest.mark.slow
-def test_demo_reaches_half_the_map(run_tool, tmp_path):
-    shapes = ensure_shapes(tmp_path / 'shapes')
-    assert run_tool('train.py', DEMO, '--data-root', shapes, '--work-dir', tmp_path / 'work').code == 0
-    assert last(tmp_path / 'work', 'coco/bbox_mAP') >= 0.50
+def test_demo_reaches_half_the_map(demo):
+    assert last(demo / 'work', 'coco/bbox_mAP') >= 0.50
 
 
 @pytest.mark.slow

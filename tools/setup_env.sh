@@ -52,7 +52,7 @@ if [ "${2:-}" = --lock ]; then
 fi
 
 echo "Installing the pinned stack into $venv (about 3 GB to fetch, most of it PyTorch's CUDA libraries; no compiler is needed) ..."
-"$uv" pip install --python "$venv/bin/python" --constraint constraints.txt --override overrides.txt --editable '.[mmdet,backbones,fast-eval,dev]' ||
+"$uv" pip install --python "$venv/bin/python" --constraint constraints.txt --override overrides.txt --editable '.[mmdet,backbones,fast-eval,explain,dev]' ||
     die "the installation failed; the lines above say why. Check the network and the free disk space (7 GB), then run make again."
 
 "$venv/bin/python" tools/serve_mmcv_ops.py || die "mmcv's operators cannot be served; the lines above say why."

@@ -87,7 +87,8 @@ class Run:
         for path in sorted(self.folder.glob('*/vis_data/scalars.json'), reverse=True):
             rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith('}')]
             for row in reversed(rows):
-                if row.get('step') == self.epochs and 'loss' not in row:
+                training = 'loss' in row or any(key.startswith('gates/') for key in row)
+                if row.get('step') == self.epochs and not training:
                     return {key.split('/')[-1]: value for key, value in row.items() if 'mAP' in key}
         return None
 

@@ -1,0 +1,315 @@
+"""Attention maps: each CBAM's spatial gate over an image, its channel gate's distribution, and both in figures; for one image, or averaged."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import mmcv
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from mmdet.apis import inference_detector
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..datasets.loading import read_image
+from ..errors import UserError
+from ..gates import SATURATED, Gates, gate_figures, record_gates
+from ..inference import array_pipeline, unique_names
+
+# A gate that moves by less than this share of its range is dead: it does not answer to what it sees.
+DEAD = 0.01
+BINS = 40
+COLUMNS = 6
+NOTES = (
+    '`mean` and `spread` (standard deviation) of all values of all images, each image counting the same; `closed`: share below '
+    f'{SATURATED:g} of the range, `open`: share above {1 - SATURATED:g} of it, `saturated`: both; `distance` from identity: mean of |gate - 1|; '
+    f'`dead`: channels whose value differs by less than {DEAD:g} of the range between any two images (unknown for one image), or images over '
+    'which the spatial gate differs by less than that. The range is (0, 1) for the sigmoid gate, (0, 2) for the unit gate.'
+)
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """One gate of one CBAM over the images seen; figures as in gates.gate_figures.
+
+    Attributes:
+        name: the CBAM's dotted name; `stage` and `block` are its parts.
+        gate: 'channel' or 'spatial'.
+        images: how many were seen.
+        mean: mean over the images.
+        spread: standard deviation of all values, each image counting the same.
+        closed: share of values below 0.05 of the range.
+        open: share above 0.95 of the range.
+        saturated: closed + open.
+        distance: from identity, the mean of |value - 1|.
+        dead: channel: the share of channels whose value differs by less than 0.01 of the range between any two images (None for a
+            single one). Spatial: the share of images over which the map differs by less than that.
+    """
+
+    name: str
+    stage: str
+    block: str
+    gate: str
+    images: int
+    mean: float
+    spread: float
+    closed: float
+    open: float
+    saturated: float
+    distance: float
+    dead: float | None
+
+
+class GateAverage:
+    """The gates of one CBAM over images that come one after another; no map is kept but the average.
+
+    Attributes:
+        map: (H, W), the mean spatial gate, of the first image's size: the others are brought to it. None without a spatial branch.
+        counts: (BINS,), the histogram of all values of the channel gate over (0, upper).
+    """
+
+    def __init__(self, name: str, upper: float) -> None:
+        self.name, self.upper = name, upper
+        self.stage, self.block = stage_and_block(name)
+        self.map: Tensor | None = None
+        self.counts = torch.zeros(BINS)
+        self._figures: dict[str, list[Tensor]] = {'channel': [], 'spatial': []}
+        self._lowest = self._highest = None
+        self._flat = 0
+
+    def add(self, gates: Gates) -> None:
+        """Take the images of a recording in."""
+        for values in gates.channel:
+            values = values.float().cpu()
+            self._figures['channel'].append(gate_figures(values, self.upper))
+            self.counts += torch.histc(values, BINS, 0, self.upper)
+            self._lowest = values if self._lowest is None else torch.minimum(self._lowest, values)
+            self._highest = values if self._highest is None else torch.maximum(self._highest, values)
+        for values in gates.spatial:
+            values = values.float().cpu()
+            self._figures['spatial'].append(gate_figures(values, self.upper))
+            self._flat += bool(values.max() - values.min() < DEAD * self.upper)
+            seen = len(self._figures['spatial'])
+            if self.map is None:
+                self.map = values
+            else:
+                values = F.interpolate(values[None, None], self.map.shape, mode='bilinear', antialias=True)[0, 0]
+                self.map = self.map + (values - self.map) / seen
+
+    def rows(self) -> list[GateRow]:
+        """A row for each gate that was seen."""
+        rows = []
+        for gate, figures in self._figures.items():
+            if not figures:
+                continue
+            means, spreads, closed, opened, distance = torch.stack(figures).double().unbind(1)
+            # The variance of all values: that within the images, and that between them.
+            spread = (spreads.square().mean() + means.var(correction=0)).sqrt()
+            images = len(figures)
+            if gate == 'spatial':
+                dead = self._flat / images
+            else:
+                moves = self._highest - self._lowest >= DEAD * self.upper
+                dead = None if images == 1 else 1 - moves.double().mean().item()
+            shares = closed.mean().item(), opened.mean().item(), (closed + opened).mean().item()
+            rows.append(
+                GateRow(self.name, self.stage, self.block, gate, images, means.mean().item(), spread.item(), *shares,
+                        distance.mean().item(), dead)
+            )  # fmt: skip
+        return rows
+
+
+def stage_and_block(name: str) -> tuple[str, str]:
+    """'backbone.layer1.0.cbam' -> ('backbone.layer1', '0'); 'neck.cbam3' -> ('neck', 'cbam3')."""
+    parts = name.removesuffix('.cbam').split('.')
+    at = 2 if len(parts) > 2 else 1
+    return '.'.join(parts[:at]), '.'.join(parts[at:])
+
+
+def gates_over(model: nn.Module, image: np.ndarray, pipeline: Callable) -> dict[str, Gates]:
+    """The gates of a detector over one image, the padding of the batch cut off.
+
+    Args:
+        model: from inference.load_detector.
+        image: (H, W, 3) BGR.
+        pipeline: from inference.array_pipeline(model.cfg).
+
+    Raises:
+        UserError: if the model holds no CBAM.
+    """
+    with record_gates(model) as recorded:
+        sample = inference_detector(model, image, pipeline)
+    height, width = sample.img_shape[:2]
+    padded = sample.metainfo.get('batch_input_shape', (height, width))
+    for gates in recorded.values():
+        gates.spatial = [
+            map_[: math.ceil(map_.shape[0] * height / padded[0]), : math.ceil(map_.shape[1] * width / padded[1])]
+            for map_ in gates.spatial
+        ]
+    return recorded
+
+
+def attend(
+    model: nn.Module,
+    files: Sequence[Path],
+    out_dir: str | Path,
+    *,
+    pictures: int = 8,
+    warn: Callable[[str], None] = print,
+) -> list[GateRow]:
+    """Attention maps of a detector over images: pictures and tables.
+
+    Writes `out_dir/vis/NAME.png` for each of the first images; `out_dir/average.png`, `gates.md` and `gates.csv` for all of them together;
+    and `gates_by_image.csv`, the same figures image by image.
+
+    Args:
+        model: from inference.load_detector.
+        files: images.
+        out_dir: where to write.
+        pictures: of how many images to draw one.
+        warn: is told of each image that cannot be read; the others go on.
+
+    Returns:
+        The rows of the table.
+
+    Raises:
+        UserError: if the model holds no CBAM, or no image can be read.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    pipeline = array_pipeline(model.cfg)
+    averages: dict[str, GateAverage] = {}
+    by_image, drawn = [], 0
+    for file, name in zip(
+        tqdm(files, desc='looking', unit='image', disable=len(files) < 2), unique_names(files), strict=True
+    ):
+        try:
+            image = read_image(str(file))
+        except UserError as error:
+            warn(str(error))
+            continue
+        alone = {}
+        for path, gates in gates_over(model, image, pipeline).items():
+            alone[path] = GateAverage(path, gates.upper)
+            for average in (alone[path], averages.setdefault(path, GateAverage(path, gates.upper))):
+                average.add(gates)
+        by_image += [(str(file), row) for average in alone.values() for row in average.rows()]
+        if drawn < pictures:
+            draw_gates(alone.values(), out_dir / 'vis' / f'{name}.png', image, file.name)
+            drawn += 1
+    if not averages:
+        raise UserError(f'none of the {len(files)} images can be read')
+    rows = [row for average in averages.values() for row in average.rows()]
+    draw_gates(averages.values(), out_dir / 'average.png', title=f'average of {rows[0].images} images')
+    (out_dir / 'gates.md').write_text(markdown(rows), encoding='utf-8')
+    _write_csv(out_dir / 'gates.csv', [vars(row) for row in rows])
+    _write_csv(out_dir / 'gates_by_image.csv', [dict(file=file, **vars(row)) for file, row in by_image])
+    return rows
+
+
+def draw_gates(averages: Iterable[GateAverage], out: Path, image: np.ndarray | None = None, title: str = '') -> Path:
+    """One sheet: for each CBAM its spatial gate (over the image, where there is one) and the distribution of its channel gate.
+
+    A stage starts a new line. Each map has its own colours, from its least value to its greatest, which stand above it.
+
+    Args:
+        averages: one for each CBAM, in order.
+        out: the picture to write.
+        image: (H, W, 3) BGR.
+        title: of the sheet.
+
+    Returns:
+        out.
+    """
+    lines: list[list[GateAverage | None]] = []
+    if image is not None:
+        lines.append([None])
+    stage = None
+    for average in averages:
+        if (average.stage != stage and not (stage is None and lines)) or len(lines[-1]) == COLUMNS:
+            lines.append([])
+        stage = average.stage
+        lines[-1].append(average)
+    columns = max(map(len, lines))
+    maps = [average.map for line in lines for average in line if average is not None and average.map is not None]
+    shape = image.shape[:2] if image is not None else maps[0].shape if maps else (1, 2)
+    height = 1.9 * min(shape[0] / shape[1], 2) if maps else 0.2
+    figure = Figure(figsize=(2.0 * columns + 0.3, len(lines) * (height + 1.25) + 0.7), layout='constrained')
+    grid = figure.subplots(
+        2 * len(lines), columns, squeeze=False, gridspec_kw=dict(height_ratios=[max(height, 0.2), 0.6] * len(lines))
+    )
+    for axes in grid.flat:
+        axes.axis('off')
+    for i, line in enumerate(lines):
+        for above, below, average in zip(grid[2 * i], grid[2 * i + 1], line, strict=False):
+            if average is None:
+                above.imshow(mmcv.bgr2rgb(image))
+                above.set_title('image', fontsize=8)
+            else:
+                _draw_map(above, average, image)
+                _draw_distribution(below, average)
+    note = 'spatial gate: dark least, yellow greatest · channel gate: distribution, identity dashed, saturated grey'
+    figure.suptitle(f'{title}\n{note}', fontsize=9)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+    return out
+
+
+def markdown(rows: Sequence[GateRow]) -> str:
+    """The table, a line for each gate, and what its columns mean."""
+    lines = [
+        '| stage | block | gate | mean | spread | closed | open | saturated | distance | dead |',
+        f'|{"---|" * 10}',
+    ]
+    for row in rows:
+        shares = [f'{100 * share:.1f}%' for share in (row.closed, row.open, row.saturated)]
+        dead = '-' if row.dead is None else f'{100 * row.dead:.1f}%'
+        cells = [f'`{row.stage}`', f'`{row.block}`', row.gate, f'{row.mean:.3f}', f'{row.spread:.3f}', *shares]
+        lines.append(f'| {" | ".join([*cells, f"{row.distance:.3f}", dead])} |')
+    images = f'{rows[0].images} image{"s" if rows[0].images > 1 else ""}'
+    return '\n'.join(lines) + f'\n\nOver {images}. {NOTES}\n'
+
+
+def _draw_map(axes: Axes, average: GateAverage, image: np.ndarray | None) -> None:
+    label = f'{average.stage}.{average.block}'.removeprefix('backbone.')
+    if average.map is None:
+        axes.set_title(f'{label}\nno spatial gate', fontsize=8)
+        return
+    map_ = average.map.numpy()
+    axes.set_title(f'{label}\n{map_.min():.2f} to {map_.max():.2f}', fontsize=8)
+    if image is None:
+        axes.imshow(map_, cmap='viridis')
+        return
+    height, width = image.shape[:2]
+    axes.imshow(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cmap='gray', vmin=0, vmax=255)
+    axes.imshow(
+        map_, cmap='viridis', alpha=0.7, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='bilinear'
+    )
+
+
+def _draw_distribution(axes: Axes, average: GateAverage) -> None:
+    upper = average.upper
+    axes.axis('on')
+    for start in (0, (1 - SATURATED) * upper):
+        axes.axvspan(start, start + SATURATED * upper, color='0.85')
+    edges = np.linspace(0, upper, BINS + 1)
+    axes.stairs((average.counts / average.counts.sum()).numpy(), edges, fill=True, color='tab:blue')
+    axes.axvline(1, color='black', linestyle='--', linewidth=1)
+    axes.set(xlim=(-0.02 * upper, 1.02 * upper), xticks=[0, upper / 2, upper], yticks=[])
+    axes.tick_params(labelsize=6)
+    axes.spines[['top', 'left', 'right']].set_visible(False)
+
+
+def _write_csv(path: Path, rows: list[dict]) -> None:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)

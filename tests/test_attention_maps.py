@@ -1,0 +1,119 @@
+"""Attention maps: the table's figures by hand, over images of several sizes, and what the tool writes."""
+
+import csv
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.gates import Gates
+from cbam_mmdet.inference import array_pipeline, load_detector
+from cbam_mmdet.visualization.attention import GateAverage, gates_over, stage_and_block
+
+
+@pytest.fixture(scope='module')
+def detector(trained):
+    return load_detector(Config.fromfile(next(trained.glob('*.py'))), str(trained), 'cpu')
+
+
+def test_average_by_hand():
+    # Three channels: one moves by half, one by too little, one is shut.
+    channel = [torch.tensor([0.2, 0.5, 0.01]), torch.tensor([0.7, 0.505, 0.01])]
+    spatial = [torch.tensor([[0.1, 0.3], [0.5, 0.97]]), torch.full((2, 2), 0.4)]
+    average = GateAverage('backbone.layer1.0.cbam', upper=1)
+    for c, s in zip(channel, spatial, strict=True):
+        average.add(Gates(1, [c], [s]))
+    of_channels, of_places = average.rows()
+    for row, values in ((of_channels, channel), (of_places, spatial)):
+        array = torch.stack(values).double().numpy()
+        assert row.images == 2
+        assert row.mean == pytest.approx(array.mean())
+        assert row.spread == pytest.approx(array.std())
+        assert row.closed == pytest.approx((array < 0.05).mean())
+        assert row.open == pytest.approx((array > 0.95).mean())
+        assert row.saturated == pytest.approx(row.closed + row.open)
+        assert row.distance == pytest.approx(np.abs(array - 1).mean())
+    assert of_channels.dead == pytest.approx(2 / 3)
+    assert of_places.dead == 1 / 2, 'the second map is flat'
+    torch.testing.assert_close(average.map, (spatial[0] + spatial[1]) / 2)
+    assert average.counts.sum() == 6 and average.counts[0] == 2
+
+
+def test_one_image_cannot_tell_a_dead_channel_and_sizes_may_differ():
+    average = GateAverage('neck.cbam3', upper=2)
+    average.add(Gates(2, [torch.rand(4)], [torch.full((4, 6), 0.5)]))
+    assert average.rows()[0].dead is None
+    average.add(Gates(2, [torch.rand(4)], [torch.full((9, 5), 1.5)]))
+    torch.testing.assert_close(average.map, torch.ones(4, 6))
+
+
+def test_names():
+    assert stage_and_block('backbone.layer1.0.cbam') == ('backbone.layer1', '0')
+    assert stage_and_block('backbone.layer1.0.bn2.cbam') == ('backbone.layer1', '0.bn2')
+    assert stage_and_block('backbone.features.3.cbam') == ('backbone.features', '3')
+    assert stage_and_block('neck.cbam3') == ('neck', 'cbam3')
+
+
+def test_padding_is_cut_off(detector):
+    pipeline = array_pipeline(detector.cfg)
+    square, wide = (
+        gates_over(detector, np.full((height, 64, 3), 90, np.uint8), pipeline)['backbone.layer1.0.cbam']
+        for height in (64, 36)
+    )
+    assert square.spatial[0].shape == (32, 32), 'of 128x128'
+    assert wide.spatial[0].shape == (18, 32), 'of 72x128, which is padded to 96x128'
+
+
+def test_tool_on_a_folder_and_on_the_validation_set(run_tool, trained, shapes, tmp_path):
+    config = next(trained.glob('*.py'))
+    result = run_tool('attention_maps.py', '--config', config, '--checkpoint', trained, '--out-dir', tmp_path,
+                      '--pictures', 1, '--device', 'cpu')  # fmt: skip
+    assert result.code == 0, result.err
+    written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*.*')}
+    assert written == {'vis/shapes_val_000000.png', 'average.png', 'gates.md', 'gates.csv', 'gates_by_image.csv'}
+    assert cv2.imread(str(tmp_path / 'average.png')).std() > 10, 'something is drawn'
+    with open(tmp_path / 'gates.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 32 and {row['images'] for row in rows} == {'4'}
+    with open(tmp_path / 'gates_by_image.csv') as file:
+        single = list(csv.DictReader(file))
+    assert len(single) == 4 * 32
+    ours = [float(row['mean']) for row in single if row['name'] == rows[0]['name'] and row['gate'] == 'channel']
+    assert np.mean(ours) == pytest.approx(float(rows[0]['mean']))
+    assert (tmp_path / 'gates.md').read_text().split('\n\npictures')[0].strip() in result.out
+    again = run_tool('attention_maps.py', shapes / 'val2017', '--config', config, '--checkpoint', trained,
+                     '--out-dir', tmp_path / 'again', '--device', 'cpu')  # fmt: skip
+    assert again.code == 0, again.err
+    assert (tmp_path / 'again/gates.md').read_text() == (tmp_path / 'gates.md').read_text()
+
+
+def test_bad_input(run_tool, trained, shapes, tmp_path):
+    config = next(trained.glob('*.py'))
+    image = sorted((shapes / 'val2017').iterdir())[0]
+    broken = tmp_path / 'broken.jpg'
+    broken.write_bytes(b'no image')
+    shutil.copy(image, tmp_path / 'film.avi')
+    where = ['--config', config, '--checkpoint', trained, '--device', 'cpu', '--out-dir', tmp_path / 'out']
+    for arguments, message in (
+        ([broken, *where], 'none of the 1 images can be read'),
+        ([tmp_path / 'nowhere.jpg', *where], 'nowhere.jpg does not exist'),
+        ([tmp_path / 'film.avi', *where], 'no image among them'),
+        ([image, *where, '--cfg-options', 'model.backbone.plugins=None'], 'cbam'),
+    ):
+        result = run_tool('attention_maps.py', *arguments)
+        assert result.code == 2 and 'Traceback' not in result.err, result.err
+        assert message in result.err.splitlines()[-1]
+
+
+def test_a_plain_detector_has_no_gates(trained, shapes):
+    cfg = Config.fromfile(next(trained.glob('*.py')))
+    cfg.model.backbone.plugins = None
+    from mmdet.apis import init_detector
+
+    with pytest.raises(UserError, match='holds no CBAM'):
+        plain = init_detector(cfg, None, device='cpu')
+        gates_over(plain, np.zeros((64, 64, 3), np.uint8), array_pipeline(cfg))
