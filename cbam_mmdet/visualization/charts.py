@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 # By the number of the run, as --run-0, --run-1, ... in report.html. Told apart by people who see no red or no green, too.
 COLOURS = ('#0062b1', '#c8500a', '#00795c', '#94388a', '#7a6400', '#4a4a52')
+COLOURS_ON_DARK = ('#6cb6ff', '#ff9a5c', '#4fd0a8', '#e59adb', '#dcc35a', '#c2c2cc')
 WIDTH, HEIGHT = 380, 230
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 8, 34
 MOST_POINTS = 400
@@ -67,7 +68,7 @@ class Chart:
         return f'{self.y_label} over {self.x_label}' + (f'; last values: {"; ".join(ends)}' if self.ends else '')
 
     def svg(self) -> Markup:
-        """The chart for report.html: classes, no colours, and no text of a size that depends on the page's width."""
+        """The chart for report.html: classes, no colours."""
         (x0, x1), (y0, y1) = self._ranges()
         width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
@@ -76,8 +77,7 @@ class Chart:
 
         parts = [
             f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}: '
-            f'{escape(self.summary)}" data-x="{x0!r} {x1!r}" data-y="{y0!r} {y1!r}" '
-            f'data-frame="{LEFT} {TOP} {width} {height}">'
+            f'{escape(self.summary)}">'
         ]
         for value in _ticks(y0, y1):
             _, y = place(x0, value)
@@ -118,7 +118,7 @@ class Chart:
             axes.legend(frameon=False, fontsize=7)
             paths = [folder / f'{self.name}.{suffix}' for suffix in ('png', 'pdf')]
             for path in paths:
-                figure.savefig(path, dpi=300)
+                figure.savefig(path, dpi=200)
         return paths
 
     def _ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:

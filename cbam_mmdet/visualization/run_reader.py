@@ -1,4 +1,4 @@
-"""What lies in a work dir of tools/train.py and tools/test.py, read back: scalars, configs, record, detections."""
+"""What lies in a work dir of tools/train.py and tools/test.py, read back: scalars, config, record, detections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from ..config import load_config, split_datasets
 from ..errors import UserError
 from ..run_record import RECORD, Setting, base_differences, shipped_config
 
-RESULTS = 'results.pkl'
 SCALARS = 'vis_data/scalars.json'
 
 
@@ -36,8 +35,6 @@ class Run:
         facts: what was run, in words, by its name.
         bases: the configs that its own stands on.
         changes: the settings that differ from these; None if they are not known.
-        results: what `tools/test.py --out` wrote: a dict for each image; None if it is not there.
-        notes: what is missing, each with what to do.
     """
 
     name: str
@@ -49,16 +46,13 @@ class Run:
     facts: dict[str, str]
     bases: list[str] = field(default_factory=list)
     changes: list[Setting] | None = None
-    results: list[dict] | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def read_runs(work_dirs: Sequence[str | Path]) -> list[Run]:
     """Read work dirs; the runs get names that tell them apart.
 
     Raises:
-        UserError: for a folder without the log of a training or without a config, for one given twice, and for results that
-            cannot be read.
+        UserError: for what is no folder, one without the log of a training or without a config, and one given twice.
     """
     paths = [Path(os.path.abspath(path)) for path in work_dirs]
     for path in paths:
@@ -131,21 +125,6 @@ def _read_run(work_dir: Path, name: str) -> Run:
         run.bases, run.changes = record['bases'], [Setting(*change) for change in record['differences']]
     elif shipped := shipped_config(config.name):  # trained by another program
         run.bases, run.changes = base_differences(trained, shipped)
-    results = work_dir / RESULTS
-    command = f'python tools/test.py {config} {work_dir} --work-dir {work_dir} --out {results}'
-    if not results.is_file():
-        run.notes.append(
-            f'No {results}: detections, AP by class and precision-recall curves need it. Make it: {command}'
-        )
-        return run
-    run.results = read_results(results)
-    run.facts['Detections'] = (
-        f'{results.name}, written {datetime.fromtimestamp(results.stat().st_mtime):%Y-%m-%d %H:%M}'
-    )
-    if results.stat().st_mtime < (folder / SCALARS).stat().st_mtime - 60:
-        run.notes.append(
-            f'{results} is older than the end of the training: it is of other weights. Make it anew: {command}'
-        )
     return run
 
 

@@ -8,7 +8,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import mmengine
@@ -20,8 +19,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from ..config import evaluators_of, split_datasets
-from ..datasets.checks import annotation_file, annotation_format
+from ..config import evaluators_of
 from ..errors import UserError
 from ..evaluation import MODES, SampleCocoMetric, VOCDetectionMetric
 
@@ -128,13 +126,6 @@ class Scores:
         """(IoUs, recalls, classes)"""
         precision = self.coco.eval['precision'][:, :, :, AREAS.index(area), -1]
         return precision if iou is None else precision[np.isclose(self.coco.params.iouThrs, iou)]
-
-
-def missing_data(cfg: Config) -> str | None:
-    """The first file of a config's test data that is gone."""
-    files = [annotation_file(d) for d in split_datasets(cfg, 'test') if annotation_format(d)]
-    files += [metric.ann_file for metric in evaluators_of(cfg, 'test') if metric.get('ann_file')]
-    return next((file for file in files if not Path(file).is_file()), None)
 
 
 def score(cfg: Config, results: list[dict], name: str) -> Scores:

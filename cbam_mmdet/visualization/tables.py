@@ -7,9 +7,11 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup, escape
+
 
 class Change(float):
-    """A difference between two runs: shown with its sign, and as better where it is greater."""
+    """A difference between two runs, shown with its sign."""
 
 
 Cell = str | int | float | None
@@ -25,12 +27,32 @@ class Table:
         caption: what it shows, in a line.
         header: the columns' names.
         rows: as long as the header each.
+        better: whether a greater number is a better one, so that a change has a colour besides its sign.
     """
 
     name: str
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    better: bool = True
+
+    def html(self) -> Markup:
+        """The table in a frame that scrolls, by keyboard too, where the page is narrower."""
+        head = ''.join(f'<th scope="col">{escape(name)}</th>' for name in self.header)
+        body = ''.join(f'<tr>{"".join(self._cell(i, cell) for i, cell in enumerate(row))}</tr>' for row in self.rows)
+        return Markup(
+            f'<div class="frame" role="region" tabindex="0" aria-labelledby="table-{self.name}"><table>'
+            f'<caption id="table-{self.name}">{escape(self.caption)}</caption>'
+            f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        )
+
+    def _cell(self, column: int, cell: Cell) -> str:
+        if column == 0:
+            return f'<th scope="row">{escape(text(cell))}</th>'
+        style = 'number' if isinstance(cell, (int, float)) or cell is None else 'words'
+        if self.better and isinstance(cell, Change) and abs(cell) >= 5e-4:
+            style += ' better' if cell > 0 else ' worse'
+        return f'<td class="{style}">{escape(text(cell))}</td>'
 
     def markdown(self) -> str:
         """The table as GitHub shows it, numbers to the right."""
