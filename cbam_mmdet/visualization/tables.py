@@ -38,7 +38,10 @@ class Table:
 
     def html(self) -> Markup:
         """The table in a frame that scrolls, by keyboard too, where the page is narrower."""
-        head = ''.join(f'<th scope="col">{escape(name)}</th>' for name in self.header)
+        head = ''.join(
+            f'<th scope="col"{" class=number" if self._numeric(i) else ""}>{escape(name)}</th>'
+            for i, name in enumerate(self.header)
+        )
         body = ''.join(f'<tr>{"".join(self._cell(i, cell) for i, cell in enumerate(row))}</tr>' for row in self.rows)
         return Markup(
             f'<div class="frame" role="region" tabindex="0" aria-labelledby="table-{self.name}"><table>'
@@ -49,15 +52,17 @@ class Table:
     def _cell(self, column: int, cell: Cell) -> str:
         if column == 0:
             return f'<th scope="row">{escape(text(cell))}</th>'
-        style = 'number' if isinstance(cell, (int, float)) or cell is None else 'words'
+        style = 'number' if self._numeric(column) else 'words'
         if self.better and isinstance(cell, Change) and abs(cell) >= 5e-4:
             style += ' better' if cell > 0 else ' worse'
         return f'<td class="{style}">{escape(text(cell))}</td>'
 
+    def _numeric(self, column: int) -> bool:
+        return any(isinstance(row[column], (int, float)) for row in self.rows)
+
     def markdown(self) -> str:
         """The table as GitHub shows it, numbers to the right."""
-        numeric = [any(isinstance(row[i], (int, float)) for row in self.rows) for i in range(len(self.header))]
-        rows = [self.header, ['---:' if right else '---' for right in numeric]]
+        rows = [self.header, ['---:' if self._numeric(i) else '---' for i in range(len(self.header))]]
         rows += [[text(cell).replace('|', '\\|').replace('\n', ' ') for cell in row] for row in self.rows]
         return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
