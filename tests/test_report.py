@@ -119,7 +119,7 @@ def test_figures_are_those_of_pycocotools(compared, truth):
 
 def test_differences_have_their_sign(compared, page):
     for row in table(compared, 'coco'):
-        values = [row[name] for name in ('plain', 'cbam', 'cbam vs. plain')]
+        values = [row[name] for name in ('plain', 'cbam', 'difference')]
         if all(values):
             plain, cbam, change = map(float, values)
             assert change == pytest.approx(cbam - plain)
@@ -138,6 +138,22 @@ def test_curves_are_those_of_the_log(compared, page):
     assert f'cbam: {last:.3g} at' in chart
     validated = next(row['coco/bbox_mAP'] for row in rows if 'coco/bbox_mAP' in row)
     assert f'cbam: {validated:.3g} at' in re.search(r'aria-label="COCO&#39;s mAP: ([^"]+)"', page)[1]
+
+
+def test_precision_recall_curves_are_those_of_pycocotools(page, truth):
+    from cbam_mmdet.visualization.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
+
+    figures = re.findall(r'<figcaption>([^<]+)</figcaption><svg class="chart"(.+?)</svg>', page, re.S)
+    drawn = {title: re.findall(r'<polyline class="run-1" points="([^"]+)"', svg) for title, svg in figures}
+    precision = truth.eval['precision'][0, :, :, 0, 2]  # at an IoU of 0.5: (recalls, classes)
+    names = [category['name'] for category in truth.cocoGt.loadCats(truth.params.catIds)]
+    expected = {name: curve for name, curve in zip(names, precision.T, strict=True) if curve[0] > -1}
+    expected['mean of the classes'] = np.mean(list(expected.values()), 0)
+    for title, curve in expected.items():
+        points = np.array([point.split(',') for point in drawn[title][0].split()], float)
+        recall = (points[:, 0] - LEFT) / (WIDTH - LEFT - RIGHT)
+        height = 1.02 * (1 - (points[:, 1] - TOP) / (HEIGHT - TOP - BOTTOM))
+        np.testing.assert_allclose(np.interp(truth.params.recThrs, recall, height), curve, atol=2e-3)
 
 
 def test_misses_are_counted_and_the_worst_come_first(compared, page, truth):

@@ -231,10 +231,10 @@ def _compared(
     better=True,
 ) -> Table:
     """A value for each run, and how those of the others differ from the first's."""
-    numbers = [run.name for run in runs]
-    header = [first, *numbers, *(f'{number} vs. {numbers[0]}' for number in numbers[1:])]
+    names = [run.name for run in runs]
+    changes = ['difference'] if len(names) == 2 else [f'{name}, difference' for name in names[1:]]
     body = [[row, *values, *(change(values[0], value) for value in values[1:])] for row, values in rows]
-    return Table(name, caption, header, body, better)
+    return Table(name, caption, [first, *names, *changes], body, better)
 
 
 def _facts(runs: Sequence[Evaluated]) -> Table:

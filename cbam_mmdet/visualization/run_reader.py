@@ -61,7 +61,10 @@ def read_runs(work_dirs: Sequence[str | Path]) -> list[Run]:
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    return [_read_run(Path(path), '/'.join(full.parts[-depth:])) for path, full in zip(work_dirs, paths, strict=True)]
+    names = [list(path.parts[-depth:]) for path in paths]
+    while depth > 1 and len({parts[-1] for parts in names}) == 1:  # plain/seed0, cbam/seed0
+        names, depth = [parts[:-1] for parts in names], depth - 1
+    return [_read_run(Path(path), '/'.join(parts)) for path, parts in zip(work_dirs, names, strict=True)]
 
 
 def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
