@@ -10,7 +10,7 @@ DEMO_CONFIG := configs/demo/faster_rcnn_cbam.py
 .PHONY: help setup demo test test-all lint lock clean
 
 help:
-	@echo 'make demo      install what is missing, train a small Faster R-CNN with CBAM on built-in data, evaluate, draw'
+	@echo 'make demo      install what is missing, train a small Faster R-CNN with CBAM on built-in data, evaluate, report'
 	@echo 'make test      install what is missing, run the tests (make test-all: the slow ones too)'
 	@echo 'make setup     install only, into $(VENV)'
 	@echo 'make lint      check the style, with ruff'
@@ -28,6 +28,7 @@ demo: $(READY)
 	$(PY) tools/train.py $(DEMO_CONFIG) --work-dir $(DEMO)
 	$(PY) tools/test.py $(DEMO_CONFIG) $(DEMO) --work-dir $(DEMO) --out $(DEMO)/results.pkl
 	$(PY) tools/draw_run.py $(DEMO)
+	$(PY) tools/report.py $(DEMO)
 
 test: $(READY)
 	$(PY) -m pytest

@@ -35,6 +35,7 @@ from .errors import Stopped, UserError, is_dead_worker
 from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook, GateStatisticsHook, KeepOldUntilNewHook
 from .insertion import say_missing_cbam_in_one_line
 from .resume import ResumeExactlyHook, StopSignalHook
+from .run_record import write_record
 
 
 def train(
@@ -114,6 +115,7 @@ def train(
     KeepOldUntilNewHook.replace_in(runner)
     if is_first_process():
         remove_unfinished(cfg.work_dir)
+        write_record(cfg, runner.log_dir)
     try:
         runner.train()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Pictures of a run, and its report."""
 
 from .run_pictures import draw_curve, draw_sheet, read_scalars
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import pickle
 from pathlib import Path
 
 import cv2
@@ -19,25 +17,10 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from ..errors import UserError
+from .run_reader import read_results, read_scalars
 
 COLOURS = matplotlib.colormaps['tab10'].colors
 TRUTH = dict(color='white', linestyle=(0, (4, 3)), linewidth=1.6)
-
-
-def read_scalars(work_dir: str | Path) -> list[dict]:
-    """The scalars that MMEngine logged in a work dir, of its newest run that trained, in the order of writing.
-
-    Raises:
-        UserError: if there is no such log.
-    """
-    logs = sorted(Path(work_dir).glob('*/vis_data/scalars.json'), reverse=True)
-    for log in logs:
-        rows = [json.loads(line) for line in log.read_text().splitlines() if line.strip()]
-        if any('loss' in row for row in rows):
-            return rows
-    raise UserError(
-        f'{work_dir} holds no log of a training run (*/vis_data/scalars.json): give the --work-dir of tools/train.py'
-    )
 
 
 def draw_curve(work_dir: str | Path, out: str | Path) -> Path:
@@ -53,15 +36,9 @@ def draw_curve(work_dir: str | Path, out: str | Path) -> Path:
     Raises:
         UserError: if the work dir holds no log of a training run.
     """
-    rows = read_scalars(work_dir)
-    train = [row for row in rows if 'loss' in row]
-    validated, at = [], train[0]['step']
-    for row in rows:  # MMEngine counts a validation's step in epochs, a training row's in iterations
-        if 'loss' in row:
-            at = row['step']
-        metric = next((row[key] for key in ('coco/bbox_mAP', 'pascal_voc/mAP') if key in row), None)
-        if metric is not None:
-            validated.append((at, metric))
+    train, validations = read_scalars(work_dir)
+    metric = next((key for key in ('coco/bbox_mAP', 'pascal_voc/mAP') if any(key in row for row in validations)), None)
+    validated = [(row['step'], row[metric]) for row in validations if metric in row]
 
     figure = Figure(figsize=(8, 4), layout='constrained')
     axes = figure.add_subplot()
@@ -94,10 +71,7 @@ def draw_sheet(cfg: Config, results: str | Path, out: str | Path, num_images: in
     Raises:
         UserError: if the results are missing or not of this test set.
     """
-    if not Path(results).is_file():
-        raise UserError(f'{results} does not exist: write it with tools/test.py CONFIG CHECKPOINT --out {results}')
-    with open(results, 'rb') as file:
-        predictions = {sample['img_id']: sample for sample in pickle.load(file)}
+    predictions = {sample['img_id']: sample for sample in read_results(results)}
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     infos = [dataset.get_data_info(i) for i in range(min(num_images, len(dataset)))]

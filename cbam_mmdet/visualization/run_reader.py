@@ -1,0 +1,216 @@
+"""What lies in a work dir of tools/train.py and tools/test.py, read back: scalars, config, record, detections."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from mmengine.config import Config
+
+from ..config import load_config, split_datasets
+from ..errors import UserError
+from ..run_record import RECORD, Setting, base_differences, shipped_config
+
+SCALARS = 'vis_data/scalars.json'
+
+
+@dataclass
+class Run:
+    """A training, as its work dir tells it.
+
+    Args:
+        name: short, and another one than that of the runs it is compared with.
+        work_dir: its folder.
+        trained: the config that it was trained with.
+        tested: the config in the work dir, which names the data that it is tested on.
+        train: the rows of scalars that were logged in training, in the order of their `step` (iterations).
+        validations: the rows of metrics; `step` is the iteration after which they were measured.
+        facts: what was run, in words, by its name.
+        bases: the configs that its own stands on.
+        changes: the settings that differ from these; None if they are not known.
+    """
+
+    name: str
+    work_dir: Path
+    trained: Config
+    tested: Config
+    train: list[dict]
+    validations: list[dict]
+    facts: dict[str, str]
+    bases: list[str] = field(default_factory=list)
+    changes: list[Setting] | None = None
+
+
+def read_runs(work_dirs: Sequence[str | Path]) -> list[Run]:
+    """Read work dirs; the runs get names that tell them apart.
+
+    Raises:
+        UserError: for what is no folder, one without the log of a training or without a config, and one given twice.
+    """
+    paths = [Path(os.path.abspath(path)) for path in work_dirs]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f'{path} is given twice: give each work dir once')
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    names = [list(path.parts[-depth:]) for path in paths]
+    while depth > 1 and len({parts[-1] for parts in names}) == 1:  # plain/seed0, cbam/seed0
+        names, depth = [parts[:-1] for parts in names], depth - 1
+    return [_read_run(Path(path), '/'.join(parts)) for path, parts in zip(work_dirs, names, strict=True)]
+
+
+def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
+    """The scalars that MMEngine logged of the newest training in a work dir; of a resumed one, from its start.
+
+    Returns:
+        The rows of the training, and those of the validations; the `step` of both counts iterations.
+
+    Raises:
+        UserError: if there is no such log.
+    """
+    return _join(_scalar_logs(work_dir))
+
+
+def find_config(work_dir: str | Path) -> Path:
+    """The newest config in a work dir.
+
+    Raises:
+        UserError: if there is none.
+    """
+    configs = sorted(Path(work_dir).glob('*.py'), key=lambda path: path.stat().st_mtime)
+    if not configs:
+        raise UserError(f'{work_dir} holds no config: give the --work-dir of tools/train.py')
+    return configs[-1]
+
+
+def read_results(path: str | Path) -> list[dict]:
+    """The detections of each image, as `tools/test.py --out FILE.pkl` wrote them.
+
+    Raises:
+        UserError: if the file is missing, cut off, or something else.
+    """
+    if not Path(path).is_file():
+        raise UserError(f'{path} does not exist: write it with tools/test.py CONFIG CHECKPOINT --out {path}')
+    try:
+        samples = pickle.loads(Path(path).read_bytes())
+        samples[0]['img_id'], samples[0]['pred_instances']['bboxes']
+    except Exception as error:  # a pickle may raise anything
+        raise UserError(
+            f'{path} does not hold the detections of images ({type(error).__name__}: {error}): write it again with '
+            f'tools/test.py CONFIG CHECKPOINT --out {path}'
+        ) from error
+    return samples
+
+
+def _read_run(work_dir: Path, name: str) -> Run:
+    if not work_dir.is_dir():
+        raise UserError(f'{work_dir} is not a folder: give the --work-dir of tools/train.py')
+    logs = _scalar_logs(work_dir)
+    train, validations = _join(logs)
+    config = find_config(work_dir)
+    folder = logs[-1][0]
+    copy = folder / 'vis_data/config.py'
+    tested = load_config(str(config))
+    trained = load_config(str(copy)) if copy.is_file() else tested
+    log = next((path.read_text(encoding='utf-8', errors='replace') for path in folder.glob('*.log')), '')
+    record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
+
+    run = Run(name, work_dir, trained, tested, train, validations, _facts(trained, record, log, config, train))
+    if record:
+        run.bases, run.changes = record['bases'], [Setting(*change) for change in record['differences']]
+    elif shipped := shipped_config(config.name):  # trained by another program
+        run.bases, run.changes = base_differences(trained, shipped)
+    return run
+
+
+def _scalar_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
+    """(folder, rows) of each training, by time."""
+    logs = [(path.parent.parent, _json_lines(path)) for path in sorted(Path(work_dir).glob(f'*/{SCALARS}'))]
+    logs = [(folder, rows) for folder, rows in logs if any('loss' in row for row in rows)]
+    if not logs:
+        raise UserError(
+            f'{work_dir} holds no log of a training run (*/{SCALARS}): give the --work-dir of tools/train.py'
+        )
+    return logs
+
+
+def _json_lines(path: Path) -> list[dict]:
+    """A kill may have cut the last line."""
+    rows = []
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _join(logs: list[tuple[Path, list[dict]]]) -> tuple[list[dict], list[dict]]:
+    """The newest training; what comes before its first step is taken from those that it resumed."""
+    train, validations, first = [], [], float('inf')
+    for _, rows in reversed(logs):
+        at, earlier, measured = 0, [], []
+        for row in rows:  # MMEngine counts a validation's step in epochs, a training row's in iterations
+            if 'loss' in row:
+                at = row['step']
+                earlier.append(row)
+            elif any('/' in key for key in row):
+                measured.append({**row, 'step': at})
+        train = [row for row in earlier if row['step'] < first] + train
+        validations = [row for row in measured if row['step'] < first] + validations
+        first = train[0]['step']
+    return train, validations
+
+
+def _facts(cfg: Config, record: dict, log: str, config: Path, train: list[dict]) -> dict[str, str]:
+    loader, loop = cfg.train_dataloader, cfg.train_cfg
+    environment = dict(re.findall(r'^    ([A-Z][\w ,]*?): (.+)$', log.partition('Runtime environment:')[0], re.M))
+    versions = record.get('versions') or {
+        key: environment[key].split(' ')[0]
+        for key in ('Python', 'PyTorch', 'TorchVision', 'MMEngine')
+        if key in environment
+    }
+    gpus = ', '.join(value for key, value in environment.items() if key.startswith('GPU '))
+    machine = record.get('machine') or gpus or ('a CPU' if environment.get('CUDA available') == 'False' else '')
+    seed = re.search(r'^    seed: (\d+)$', log, re.M)
+    batch, processes = loader.get('batch_size'), record.get('processes', 1)
+    optimizer = cfg.optim_wrapper.get('optimizer', {})
+    facts = {
+        'Config': record.get('config') or config.name,
+        'Command': record.get('command', ''),
+        'Trained': _duration(log),
+        'Length': f'{train[-1]["step"]} iterations'
+        + (
+            f', {train[-1]["epoch"]} of {loop.max_epochs} epochs'
+            if loop.get('max_epochs') and 'epoch' in train[-1]
+            else ''
+        ),
+        'Batch': f'{processes} x {batch}' if processes > 1 else str(batch),
+        'Optimizer': f'{optimizer.get("type", "")}, lr {optimizer.get("lr", "")}',
+        'Seed': seed[1] if seed else str((cfg.get('randomness') or {}).get('seed') or ''),
+        'Training data': '; '.join(_data(cfg, 'train')),
+        'Test data': '; '.join(_data(cfg, 'test')),
+        'Versions': ', '.join(f'{name} {version}' for name, version in versions.items()),
+        'Machine': machine,
+    }
+    return {key: value for key, value in facts.items() if value}
+
+
+def _data(cfg: Config, split: str) -> list[str]:
+    return [os.path.join(d.get('data_root') or '', d.get('ann_file') or '') for d in split_datasets(cfg, split)]
+
+
+def _duration(log: str) -> str:
+    times = re.findall(r'^(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d) - ', log, re.M)
+    if not times:
+        return ''
+    start, end = (datetime.strptime(time, '%Y/%m/%d %H:%M:%S') for time in (times[0], times[-1]))
+    minutes = round((end - start).total_seconds() / 60)
+    hours = f'{minutes // 60} h ' if minutes >= 60 else ''
+    return f'{start:%Y-%m-%d %H:%M}, for {hours}{minutes % 60} min'

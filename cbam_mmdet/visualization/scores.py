@@ -1,0 +1,223 @@
+"""Detections of a test set scored by COCO's and Pascal VOC's evaluators, and what each image's detections came to."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
+
+import mmengine
+import numpy as np
+import torch
+from mmdet.datasets.api_wrappers import COCO, COCOeval
+from mmdet.evaluation import CocoMetric
+from mmdet.registry import DATASETS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from ..config import evaluators_of
+from ..errors import UserError
+from ..evaluation import MODES, SampleCocoMetric, VOCDetectionMetric
+
+# COCOeval's figures, in the order of its `stats`.
+COCO_FIGURES = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l', 'AR@1', 'AR@10', 'AR@100', 'AR_s', 'AR_m', 'AR_l')
+AREAS = ('all', 'small', 'medium', 'large')
+
+
+@dataclass
+class Box:
+    """An object or a detection: x, y, width, height in pixels; the score of an object is None."""
+
+    xywh: tuple[float, float, float, float]
+    label: str
+    score: float | None = None
+
+
+@dataclass
+class Outcome:
+    """What a detector made of one image at an IoU of 0.5: objects, and detections that reach the score threshold.
+
+    Objects that COCO ignores (crowds, difficult ones), and detections of these, are in none of the lists.
+    """
+
+    path: str
+    missed: list[Box] = field(default_factory=list)
+    found: list[Box] = field(default_factory=list)
+    false: list[Box] = field(default_factory=list)
+    objects: list[Box] = field(default_factory=list)
+
+
+@dataclass
+class Scores:
+    """A run's detections, scored.
+
+    Args:
+        coco: COCO's evaluation, accumulated and summarized.
+        voc: the figures of VOCDetectionMetric.
+        voc_mode: what its AP of each class is, '11points' or 'area'.
+        classes: the class names, in the order of the evaluation.
+        paths: the image file of each image id.
+    """
+
+    coco: COCOeval
+    voc: dict[str, float]
+    voc_mode: str
+    classes: tuple[str, ...]
+    paths: dict[object, str]
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """COCO's twelve figures; None where there is no object to find."""
+        return {name: _known(value) for name, value in zip(COCO_FIGURES, self.coco.stats, strict=True)}
+
+    @property
+    def num_objects(self) -> dict[str, int]:
+        """How many objects each class has, without those that COCO ignores."""
+        counts = dict.fromkeys(self.classes, 0)
+        names = dict(zip(self.coco.params.catIds, self.classes, strict=True))
+        for annotation in self.coco.cocoGt.anns.values():
+            if annotation['category_id'] in names and not annotation.get('ignore'):
+                counts[names[annotation['category_id']]] += 1
+        return counts
+
+    def class_ap(self, name: str, iou: float | None = None, area: str = 'all') -> float | None:
+        """One class's AP: the mean of COCOeval's precision over recall, at one IoU or over all; None without an object."""
+        values = self._precision(iou, area)[:, :, self.classes.index(name)]
+        return float(values[values > -1].mean()) if (values > -1).any() else None
+
+    def precision_recall(self, iou: float, name: str | None = None) -> tuple[np.ndarray, np.ndarray] | None:
+        """COCOeval's precision at each of its recalls, of one class or as the mean over classes; None without an object.
+
+        Returns:
+            Recall and precision, each of shape (101,).
+        """
+        values = self._precision(iou, 'all')[0]
+        values = values if name is None else values[:, [self.classes.index(name)]]
+        there = values[:, (values > -1).all(0)]
+        return (np.asarray(self.coco.params.recThrs), there.mean(1)) if there.size else None
+
+    def outcomes(self, score_thr: float) -> dict[str, Outcome]:
+        """By image file, what was missed, found, and found where nothing is, as COCOeval matched it at an IoU of 0.5."""
+        params, names = self.coco.params, dict(zip(self.coco.params.catIds, self.classes, strict=True))
+        outcomes = {image: Outcome(path) for image, path in self.paths.items()}
+        at = int(np.argmin(np.abs(params.iouThrs - 0.5)))
+        for part in self.coco.evalImgs:
+            if part is None or part['aRng'] != params.areaRng[AREAS.index('all')]:
+                continue
+            outcome, label = outcomes[_plain(part['image_id'])], names[part['category_id']]
+            scores = dict(zip(part['dtIds'], part['dtScores'], strict=True))
+            for found, match, ignored in zip(part['dtIds'], part['dtMatches'][at], part['dtIgnore'][at], strict=True):
+                if scores[found] >= score_thr and not ignored:
+                    box = Box(tuple(self.coco.cocoDt.anns[found]['bbox']), label, scores[found])
+                    (outcome.found if match else outcome.false).append(box)
+            for wanted, match, ignored in zip(part['gtIds'], part['gtMatches'][at], part['gtIgnore'], strict=True):
+                if not ignored:
+                    box = Box(tuple(self.coco.cocoGt.anns[wanted]['bbox']), label)
+                    outcome.objects.append(box)
+                    if not match or scores[int(match)] < score_thr:
+                        outcome.missed.append(box)
+        return {outcome.path: outcome for outcome in outcomes.values()}
+
+    def _precision(self, iou: float | None, area: str) -> np.ndarray:
+        """(IoUs, recalls, classes)"""
+        precision = self.coco.eval['precision'][:, :, :, AREAS.index(area), -1]
+        return precision if iou is None else precision[np.isclose(self.coco.params.iouThrs, iou)]
+
+
+def score(cfg: Config, results: list[dict], name: str) -> Scores:
+    """Score detections.
+
+    Args:
+        cfg: the config that names the test data.
+        results: a dict for each image, as DumpDetResults writes them.
+        name: what to call the results in an error.
+
+    Raises:
+        UserError: if the results are of other images than the test data's.
+    """
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    with _quiet():
+        dataset = DATASETS.build(cfg.test_dataloader.dataset)
+        infos = {info['img_id']: info for info in map(dataset.get_data_info, range(len(dataset)))}
+        ids = {sample['img_id'] for sample in results}
+        if ids != infos.keys():
+            raise UserError(
+                f"{name} is not of this config's test set ({len(ids - infos.keys())} of its {len(ids)} images are not in it, "
+                f'{len(infos.keys() - ids)} of {len(infos)} are lacking): write it anew with tools/test.py, or give its data '
+                'set with --data-root DIR'
+            )
+        samples = [_with_truth(sample, infos[sample['img_id']]) for sample in results]
+        metrics = evaluators_of(cfg, 'test')
+        ann_file = next((metric.ann_file for metric in metrics if metric.get('ann_file')), None)
+        coco = _coco(samples, dataset.metainfo, ann_file)
+        modes = [metric.eval_mode for metric in metrics if metric.get('eval_mode') in MODES]
+        voc = VOCDetectionMetric(eval_mode=modes[0] if modes else 'area')
+        voc.dataset_meta = dataset.metainfo
+        voc.process({}, samples)
+        figures = voc.compute_metrics(voc.results)
+    paths = {image: info['img_path'] for image, info in infos.items()}
+    return Scores(coco, figures, voc.eval_mode, tuple(dataset.metainfo['classes']), paths)
+
+
+def _coco(samples: list[dict], meta: dict, ann_file: str | None) -> COCOeval:
+    metric = CocoMetric(ann_file=ann_file) if ann_file else SampleCocoMetric()
+    metric.dataset_meta = meta
+    metric.process({}, samples)
+    truths, found = zip(*metric.results, strict=True)
+    with TemporaryDirectory() as folder:
+        truth = COCO(ann_file or metric.gt_to_coco_json(truths, f'{folder}/truth'))
+        metric.cat_ids = truth.get_cat_ids(cat_names=meta['classes'])
+        records = mmengine.load(metric.results2json(found, f'{folder}/found')['bbox'])
+    if records:
+        detections = truth.loadRes(records)
+    else:  # which loadRes cannot do
+        detections = COCO()
+        detections.dataset = {**truth.dataset, 'annotations': []}
+        detections.createIndex()
+    evaluation = COCOeval(truth, detections, 'bbox')
+    evaluation.params.catIds = metric.cat_ids
+    evaluation.params.imgIds = truth.get_img_ids()
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation
+
+
+def _with_truth(sample: dict, info: dict) -> dict:
+    """DumpDetResults leaves out what is not predicted."""
+    parts = defaultdict(list)
+    for instance in info['instances']:
+        parts['ignored_instances' if instance['ignore_flag'] else 'gt_instances'].append(instance)
+    truth = {
+        key: dict(
+            bboxes=torch.tensor([i['bbox'] for i in parts[key]], dtype=torch.float32).reshape(-1, 4),
+            labels=torch.tensor([i['bbox_label'] for i in parts[key]], dtype=torch.long),
+        )
+        for key in ('gt_instances', 'ignored_instances')
+    }
+    return {**sample, **truth}
+
+
+def _known(value: float) -> float | None:
+    return float(value) if value > -1 and not np.isnan(value) else None
+
+
+def _plain(image_id: object) -> object:
+    """COCOeval sorts the ids by numpy, and keeps numpy's types."""
+    return image_id.item() if isinstance(image_id, np.generic) else image_id
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Evaluators print what the report holds in its tables."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
