@@ -240,7 +240,7 @@ def _compared(
 def _facts(runs: Sequence[Evaluated]) -> Table:
     names = dict.fromkeys(name for run in runs for name in run.run.facts)
     rows = [[name, *(run.run.facts.get(name) for run in runs)] for name in names]
-    return Table('runs', 'What was run', ['', *(run.name for run in runs)], rows)
+    return Table('runs', 'Config, data, seed, versions, machine', ['', *(run.name for run in runs)], rows)
 
 
 def _settings(runs: Sequence[Evaluated]) -> list[Table]:
