@@ -214,7 +214,7 @@ def test_tables_and_figures_lie_beside_it(compared):
     for name in ('coco', 'voc', 'classes', 'complexity'):
         assert (report / f'tables/{name}.md').read_text().count('|') > 10
         assert table(compared, name)
-    for name in ('loss', 'coco_bbox_mAP', 'precision-recall'):
+    for name in ('loss', 'coco_bbox_mAP', 'precision-recall', 'detections', 'attention-1'):
         assert cv2.imread(str(report / f'figures/{name}.png')).std() > 5
         assert (report / f'figures/{name}.pdf').read_bytes().startswith(b'%PDF')
 

@@ -122,7 +122,9 @@ def test_draw_run(run_tool, trained, shapes, tmp_path):
         assert cv2.imread(str(trained / name)).std() > 10, 'something is drawn'
 
 
-@pytest.mark.parametrize('name', ['train.py', 'test.py', 'ablate.py', 'infer.py', 'draw_run.py', 'make_shapes.py'])
+@pytest.mark.parametrize(
+    'name', ['train.py', 'test.py', 'ablate.py', 'infer.py', 'draw_run.py', 'report.py', 'make_shapes.py']
+)
 def test_help(run_tool, name):
     result = run_tool(name, '--help')
     assert result.code == 0

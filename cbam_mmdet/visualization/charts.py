@@ -100,7 +100,7 @@ class Chart:
         parts.append('</svg>')
         return Markup(''.join(parts))
 
-    def draw(self, folder: Path) -> list[Path]:
+    def draw(self, folder: Path) -> None:
         """Write NAME.png and NAME.pdf, of a column's width, with text that stays text."""
         (x0, x1), (y0, y1) = self._ranges()
         with matplotlib.rc_context(
@@ -116,10 +116,7 @@ class Chart:
             axes.set(xlabel=self.x_label, ylabel=self.y_label, title=self.title, xlim=(x0, x1), ylim=(y0, y1))
             axes.grid(alpha=0.3, linewidth=0.5)
             axes.legend(frameon=False, fontsize=7)
-            paths = [folder / f'{self.name}.{suffix}' for suffix in ('png', 'pdf')]
-            for path in paths:
-                figure.savefig(path, dpi=200)
-        return paths
+            save(figure, folder, self.name)
 
     def _ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
         highest = [
@@ -127,6 +124,12 @@ class Chart:
         ]
         x_range = self.x_range or (0.0, highest[0] or 1.0)
         return x_range, self.y_range or (0.0, highest[1] * 1.05 or 1.0)
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write a figure as NAME.png and NAME.pdf."""
+    for suffix in ('png', 'pdf'):
+        figure.savefig(folder / f'{name}.{suffix}', dpi=200)
 
 
 def _ticks(low: float, high: float) -> list[float]:

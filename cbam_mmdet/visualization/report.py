@@ -21,6 +21,8 @@ import cv2
 import matplotlib
 import numpy as np
 from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from mmengine.config import ConfigDict
 
 from .. import __version__
@@ -31,7 +33,7 @@ from ..errors import UserError
 from ..inference import load_detector
 from ..run import point_at_data, test
 from ..run_record import differences
-from .charts import COLOURS, COLOURS_ON_DARK, Chart, Line
+from .charts import COLOURS, COLOURS_ON_DARK, Chart, Line, save
 from .gates import Gates, read_gates
 from .run_reader import Run, read_results, read_runs
 from .scores import Outcome, Scores, score
@@ -135,6 +137,8 @@ def write_report(
     (out_dir / 'figures').mkdir(parents=True, exist_ok=True)
     for chart in (chart for group in charts.values() for chart in group):
         chart.draw(out_dir / 'figures')
+    _draw_detections(runs, worst[: min(num_images, 4)], out_dir / 'figures')
+    _draw_attention(runs, out_dir / 'figures')
     page = Environment(
         loader=PackageLoader('cbam_mmdet.visualization', '.'), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).get_template('report.html')
@@ -240,7 +244,7 @@ def _compared(
 def _facts(runs: Sequence[Evaluated]) -> Table:
     names = dict.fromkeys(name for run in runs for name in run.run.facts)
     rows = [[name, *(run.run.facts.get(name) for run in runs)] for name in names]
-    return Table('runs', 'What was run', ['', *(run.name for run in runs)], rows)
+    return Table('runs', 'Config, data, seed, versions, machine', ['', *(run.name for run in runs)], rows)
 
 
 def _settings(runs: Sequence[Evaluated]) -> list[Table]:
@@ -485,6 +489,55 @@ def _attention(runs: Sequence[Evaluated], paths: Sequence[str]) -> list[tuple[st
         if rows:
             shown.append((run.name, rows))
     return shown
+
+
+# What the page shows by SVG and CSS, for a paper
+BOXES = {
+    'found': dict(edgecolor='#0a58c2', linewidth=0.9),
+    'false': dict(edgecolor='#a34a00', linewidth=1.1, linestyle=':'),
+    'missed': dict(edgecolor='#c4005f', linewidth=1.1, linestyle='--'),
+}
+
+
+def _draw_detections(runs: Sequence[Evaluated], paths: Sequence[str], folder: Path) -> None:
+    figure = Figure(figsize=(1.8 * len(runs) + 0.3, 1.9 * len(paths) + 0.3), layout='constrained')
+    grid = figure.subplots(len(paths), len(runs), squeeze=False)
+    for path, row in zip(paths, grid, strict=True):
+        image = read_image(path)[..., ::-1]
+        for run, axes in zip(runs, row, strict=True):
+            axes.axis('off')
+            axes.imshow(image)
+            for kind, style in BOXES.items():
+                for box in getattr(run.outcomes[path], kind) if path in run.outcomes else ():
+                    x, y, width, height = box.xywh
+                    axes.add_patch(Rectangle((x, y), width, height, fill=False, **style))
+    for run, axes in zip(runs, grid[0], strict=True):
+        axes.set_title(run.name, fontsize=8)
+    keys = [Patch(fill=False, label=kind, **style) for kind, style in BOXES.items()]
+    figure.legend(handles=keys, loc='outside lower center', ncols=3, frameon=False, fontsize=7)
+    save(figure, folder, 'detections')
+
+
+def _draw_attention(runs: Sequence[Evaluated], folder: Path) -> None:
+    for i, run in enumerate(runs):
+        maps = {
+            path: {name: each.spatial for name, each in gates.items() if each.spatial is not None}
+            for path, gates in run.gates.items()
+        }
+        names = list(next(iter(maps.values()), {}))
+        if not names:
+            continue
+        figure = Figure(figsize=(0.9 * (len(names) + 1), 1.1 * len(maps)), layout='constrained')
+        grid = figure.subplots(len(maps), len(names) + 1, squeeze=False)
+        for (path, gates), row in zip(maps.items(), grid, strict=True):
+            row[0].imshow(read_image(path)[..., ::-1])
+            for name, axes in zip(names, row[1:], strict=True):
+                axes.imshow(gates[name], cmap='viridis')
+            for axes in row:
+                axes.axis('off')
+        for name, axes in zip(names, grid[0][1:], strict=True):
+            axes.set_title(name.removeprefix('backbone.').removesuffix('.cbam'), fontsize=6)
+        save(figure, folder, f'attention-{i}')
 
 
 def _heat(name: str, gate: np.ndarray) -> Heat:

@@ -211,6 +211,7 @@ def _duration(log: str) -> str:
     if not times:
         return ''
     start, end = (datetime.strptime(time, '%Y/%m/%d %H:%M:%S') for time in (times[0], times[-1]))
-    minutes = round((end - start).total_seconds() / 60)
+    seconds = round((end - start).total_seconds())
+    minutes = round(seconds / 60)
     hours = f'{minutes // 60} h ' if minutes >= 60 else ''
-    return f'{start:%Y-%m-%d %H:%M}, for {hours}{minutes % 60} min'
+    return f'{start:%Y-%m-%d %H:%M}, for ' + (f'{hours}{minutes % 60} min' if minutes else f'{seconds} s')

@@ -58,7 +58,11 @@ class Table:
         return f'<td class="{style}">{escape(text(cell))}</td>'
 
     def _numeric(self, column: int) -> bool:
-        return any(isinstance(row[column], (int, float)) for row in self.rows)
+        cells = [row[column] for row in self.rows]
+        if any(isinstance(cell, str) for cell in cells):
+            return False
+        # A column of a table of numbers may be empty.
+        return any(isinstance(cell, (int, float)) for row in self.rows for cell in row)
 
     def markdown(self) -> str:
         """The table as GitHub shows it, numbers to the right."""
