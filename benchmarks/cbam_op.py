@@ -3,7 +3,7 @@
     python benchmarks/cbam_op.py [--shapes C2 C3 C4 C5] [--batch 2] [--dtypes float32 bfloat16] [--out benchmarks/results/NAME]
 
 Compared are the equations in plain PyTorch (`textbook`, tests/textbook.py), timm's CbamModule where timm is installed, torch.compile of the
-textbook, and ours, eager and fused. Times are medians of rounds that alternate between them, so that a slow moment of the machine meets
+textbook, and ours, eager and fused (on a GPU; with TRITON_INTERPRET=1 on a CPU, to try the script). Times are medians of rounds that alternate between them, so that a slow moment of the machine meets
 all; on a GPU they are taken by events. The ratios are what counts; milliseconds belong to one machine. `bandwidth` is that of the forward
 pass, counted at 3 reads and 1 write of x, as a share of what copying x reaches here.
 """
@@ -25,6 +25,7 @@ from test_functional import saved_share
 from textbook import PlainCBAM
 
 from cbam_mmdet import CBAM
+from cbam_mmdet.functional import INTERPRETED
 
 # The four stages of a ResNet-50 for images of 800x1333, the first at the size of the project's first measurements, and SSD300's maps.
 SHAPES = {
@@ -148,7 +149,13 @@ def main() -> None:
     args = parser.parse_args()
 
     device = torch.device(args.device)
-    names = args.what or ['textbook', 'timm', 'compiled', 'eager', *(['fused'] if device.type == 'cuda' else [])]
+    names = args.what or [
+        'textbook',
+        'timm',
+        'compiled',
+        'eager',
+        *(['fused'] if device.type == 'cuda' or INTERPRETED else []),
+    ]
     facts = machine('benchmarks/cbam_op.py', 'timm', 'triton')
     cases = [dict(shape=shape, batch=batch, dtype=dtype, layout=layout)
              for shape in args.shapes for batch in args.batch for dtype in args.dtypes for layout in args.layouts]  # fmt: skip

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from cbam_mmdet import CBAM
 from cbam_mmdet.block_tail import fuse_tails
 from cbam_mmdet.config import load_config
+from cbam_mmdet.functional import INTERPRETED
 
 
 def draw(batch: int, width: int, height: int, device: str, boxes: int = 7) -> tuple[torch.Tensor, list[DetDataSample]]:
@@ -96,7 +97,7 @@ def main() -> None:
     init_default_scope('mmdet')
     facts = machine('benchmarks/detector_step.py', 'onedl-mmdetection', 'triton')
     contenders = {'plain': (None,), 'eager': ('eager',)}
-    if args.device == 'cuda':
+    if args.device == 'cuda' or INTERPRETED:
         contenders |= {'fused': ('fused',), 'fused tail': ('fused', True)}
     batch = draw(args.batch, *args.size, args.device)
     steps = {

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from mmengine.registry import MODELS
+from test_functional import saved_share
 from test_passes import DEVICE, DTYPES, IMPLS, LAYOUTS, SHAPES, assert_near, draw
 from test_passes import many_small_blocks as many_small_blocks  # a fixture
 from torch import nn
@@ -88,6 +89,20 @@ def test_nan_stays_and_counts_as_in_relu(impl):
     y = tail(v.to(DEVICE), identity.to(DEVICE), norm, cbam)
     exact = torch.relu(cbam_reference(norm(v.to(DEVICE)), cbam.channel, cbam.spatial) + identity.to(DEVICE))
     assert torch.equal(y.isnan(), exact.isnan()) and y[0].isnan().any() and not y[1].isnan().any()
+
+
+@FUSED
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_keeps_what_the_plain_tail_keeps(dtype, impl):
+    """That is the norm's input and ReLU's result; beyond them less than 5 % of a feature map."""
+    v, identity = (t.to(DEVICE) for t in draw((2, 256, 25, 42), dtype))
+    norm, cbam = nn.BatchNorm2d(256).eval().to(DEVICE), CBAM(256, impl=impl).to(DEVICE)
+
+    class Tail(nn.ModuleList):
+        def forward(self, v):
+            return tail(v, identity.requires_grad_(), *self)
+
+    assert 1 <= saved_share(Tail([norm, cbam]), v.requires_grad_()) < 1.05
 
 
 def backbones(impl, fuse_tail, depth=50, own=False):
