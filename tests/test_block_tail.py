@@ -95,7 +95,7 @@ def test_nan_stays_and_counts_as_in_relu(impl):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_keeps_what_the_plain_tail_keeps(dtype, impl):
     """That is the norm's input and ReLU's result; beyond them less than 5 % of a feature map."""
-    v, identity = (t.to(DEVICE) for t in draw((2, 256, 25, 42), dtype))
+    v, identity = (t.to(DEVICE) for t in draw((2, 256, 50, 84), dtype))
     norm, cbam = nn.BatchNorm2d(256).eval().to(DEVICE), CBAM(256, impl=impl).to(DEVICE)
 
     class Tail(nn.ModuleList):
