@@ -190,20 +190,21 @@ def test_gates_are_those_of_a_forward_pass(compared, page, shapes):
     from mmdet.apis import inference_detector
 
     from cbam_mmdet.config import load_config
-    from cbam_mmdet.inference import load_detector
-    from cbam_mmdet.visualization.gates import read_gates
+    from cbam_mmdet.datasets.loading import read_image
+    from cbam_mmdet.inference import array_pipeline, load_detector
+    from cbam_mmdet.visualization.attention import gates_over
 
     config = next((compared / 'cbam').glob('*.py'))
     model = load_detector(load_config(str(config)), str(compared / 'cbam'), 'cpu')
     image = str(sorted((shapes / 'val2017').iterdir())[0])
-    gates = read_gates(model, image)
+    gates = gates_over(model, read_image(image), array_pipeline(model.cfg))
     name, module = next((n, m) for n, m in model.named_modules() if n in gates)
     seen = []
     hook = module.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].clone(), output.clone())))
     inference_detector(model, image)
     hook.remove()
     (x, y), gate = seen[0], gates[name]
-    expected = x * torch.from_numpy(gate.channel)[None, :, None, None] * torch.from_numpy(gate.spatial)
+    expected = x * gate.channel[0][:, None, None] * gate.spatial[0]
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     assert [row['CBAM'] for row in table(compared, 'gates-1')] == list(gates)
     assert page.count('Spatial gate of') == 3 * len(gates)

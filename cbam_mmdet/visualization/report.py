@@ -20,21 +20,24 @@ from tempfile import TemporaryDirectory
 import cv2
 import matplotlib
 import numpy as np
+import torch
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from mmengine.config import ConfigDict
+from torch import Tensor
 
 from .. import __version__
 from ..checkpoints import find_checkpoint
 from ..complexity import Complexity, measure
 from ..datasets.loading import read_image
 from ..errors import UserError
-from ..inference import load_detector
+from ..gates import Gates, find_cbams
+from ..inference import array_pipeline, load_detector
 from ..run import point_at_data, test
 from ..run_record import differences
+from .attention import gates_over
 from .charts import COLOURS, COLOURS_ON_DARK, Chart, Line, save
-from .gates import Gates, read_gates
 from .run_reader import Run, read_results, read_runs
 from .scores import Outcome, Scores, score
 from .tables import Cell, Table, change
@@ -129,7 +132,9 @@ def write_report(
     for run in runs:
         files = [path for path in worst[:3] if path in run.outcomes]
         model = load_detector(run.run.tested, run.checkpoint, device, trust_checkpoint)
-        run.gates = {path: read_gates(model, path) for path in files}
+        if find_cbams(model):
+            pipeline = array_pipeline(model.cfg)
+            run.gates = {path: gates_over(model, read_image(path), pipeline) for path in files}
 
     out_dir = Path(out_dir or Path(work_dirs[0]) / 'report')
     tables, charts = _tables(runs, score_thr), _charts(runs)
@@ -333,6 +338,7 @@ def _classes(runs: Sequence[Evaluated]) -> list[Table]:
 
 
 SIZES = ('small', 'medium', 'large')
+BRANCHES = ('channel', 'spatial')
 
 
 def _gate_tables(runs: Sequence[Evaluated]) -> list[Table]:
@@ -343,17 +349,16 @@ def _gate_tables(runs: Sequence[Evaluated]) -> list[Table]:
             continue
         rows = []
         for name in images[0]:
-            channel = np.concatenate([gates[name].channel for gates in images])
-            maps = [gates[name].spatial for gates in images]
-            spatial = None if maps[0] is None else np.concatenate([each.ravel() for each in maps])
-            rows.append([name, *_spread(channel), *_spread(spatial)])
-        header = ['CBAM', *(f'{gate} {value}' for gate in ('channel', 'spatial') for value in ('mean', 'min', 'max'))]
+            branches = ([values for gates in images for values in getattr(gates[name], branch)] for branch in BRANCHES)
+            rows.append([name, *(value for values in branches for value in _spread(values))])
+        header = ['CBAM', *(f'{gate} {value}' for gate in BRANCHES for value in ('mean', 'min', 'max'))]
         caption = f'{run.name}: the values of the gates over the images above ({len(images)})'
         tables.append(Table(f'gates-{i}', caption, header, rows))
     return tables
 
 
-def _spread(values: np.ndarray | None) -> list[float | None]:
+def _spread(gates: list[Tensor]) -> list[float | None]:
+    values = torch.cat([gate.flatten() for gate in gates]) if gates else None
     return [None] * 3 if values is None else [float(values.mean()), float(values.min()), float(values.max())]
 
 
@@ -480,9 +485,9 @@ def _attention(runs: Sequence[Evaluated], paths: Sequence[str]) -> list[tuple[st
         rows = []
         for path in paths:
             maps = [
-                _heat(name, gates.spatial)
+                _heat(name, map_.cpu().numpy())
                 for name, gates in run.gates.get(path, {}).items()
-                if gates.spatial is not None
+                for map_ in gates.spatial
             ]
             if maps:
                 rows.append((Path(path).name, _jpeg(read_image(path), 240), maps))
@@ -521,7 +526,7 @@ def _draw_detections(runs: Sequence[Evaluated], paths: Sequence[str], folder: Pa
 def _draw_attention(runs: Sequence[Evaluated], folder: Path) -> None:
     for i, run in enumerate(runs):
         maps = {
-            path: {name: each.spatial for name, each in gates.items() if each.spatial is not None}
+            path: {name: map_.cpu().numpy() for name, each in gates.items() for map_ in each.spatial}
             for path, gates in run.gates.items()
         }
         names = list(next(iter(maps.values()), {}))
