@@ -3,6 +3,8 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# Two processes of a core each; a file's tests stay together, since they share what they trained.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 DEMO := work_dirs/demo
 DEMO_CONFIG := configs/demo/faster_rcnn_cbam.py
 
@@ -31,10 +33,10 @@ demo: $(READY)
 	$(PY) tools/report.py $(DEMO)
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-all: $(READY)
-	$(PY) -m pytest -m ''
+	$(PYTEST) -m ''
 
 lint: $(READY)
 	$(PY) -m ruff check .

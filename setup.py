@@ -42,7 +42,7 @@ setup(
         'fast-eval': ['faster-coco-eval'],
         # tools/gradcam.py.
         'explain': ['grad-cam'],
-        'dev': ['pytest', 'ruff'],
+        'dev': ['pytest', 'pytest-xdist', 'ruff'],
     },
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

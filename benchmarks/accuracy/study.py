@@ -60,6 +60,8 @@ class Finetune:
     last_stages: int = 4  # that get one
     norm_eval: bool = False  # every BatchNorm of the backbone, CBAM's too, keeps its running statistics
     warmup: bool = True  # of the learning rate, over the first 50 iterations
+    lr: float = 0.1  # of the rate from scratch
+    control: str = 'plain'  # what was fine-tuned in the same way without an attention
 
 
 # Compared with each other; then what fine-tuning leaves open, varied one thing at a time.
@@ -68,10 +70,13 @@ VARIATIONS = {
     'unit gate, lr x 10': Finetune('CBAM, unit gate', lr_mult=10),
     'unit gate, no weight decay': Finetune('CBAM, unit gate', decay_mult=0),
     'unit gate, last two stages': Finetune('CBAM, unit gate', last_stages=2),
-    'unit gate, norm_eval': Finetune('CBAM, unit gate', norm_eval=True),
     'unit gate, no warm-up': Finetune('CBAM, unit gate', warmup=False),
+    'plain, norm_eval': Finetune('plain', norm_eval=True, control='plain, norm_eval'),
+    'unit gate, norm_eval': Finetune('CBAM, unit gate', norm_eval=True, control='plain, norm_eval'),
+    'plain, full rate': Finetune('plain', lr=1, control='plain, full rate'),
+    'CBAM, full rate': Finetune('CBAM', lr=1, control='plain, full rate'),
+    'unit gate, full rate': Finetune('CBAM, unit gate', lr=1, control='plain, full rate'),
 }
-FINETUNE_LR = 0.1  # of the rate from scratch
 
 
 @dataclass(frozen=True)
@@ -125,8 +130,8 @@ def runs(data: str, seed: int, work_dir: Path) -> dict[tuple[str, str], Run]:
     for name, way in ways.items():
         cfg = base_config(data, way.attention, seed, settings.finetune_epochs, way.last_stages)
         cfg.load_from = str(plain)
-        cfg.optim_wrapper.optimizer.lr *= FINETUNE_LR
-        cfg.param_scheduler[1].eta_min *= FINETUNE_LR
+        cfg.optim_wrapper.optimizer.lr *= way.lr
+        cfg.param_scheduler[1].eta_min *= way.lr
         if way.norm_eval:
             backbone = cfg.model.backbone
             backbone.get('backbone', backbone).norm_eval = True
@@ -161,14 +166,16 @@ def table(data: str, work_dir: Path, seeds: list[int], metric: str) -> tuple[lis
     """Lines of Markdown, and the rows as data, of all runs that are done."""
     by_seed = {seed: runs(data, seed, work_dir) for seed in seeds}
     lines = [
-        f'| {data} | seeds | {metric} | standard deviation | less plain, of the same seed | its standard deviation |'
+        f'| {data} | seeds | {metric} | standard deviation | less the same without attention, per seed | its standard deviation |'
     ]
     lines += ['|---|---|---|---|---|---|']
     rows = []
     for key in by_seed[seeds[0]]:
         stage, name = key
         found = {seed: runs_[key].metrics() for seed, runs_ in by_seed.items()}
-        plain = {seed: runs_[stage, 'plain'].metrics() for seed, runs_ in by_seed.items()}
+        way = {**FINETUNES, **VARIATIONS}.get(name) if stage == 'finetune' else None
+        control = way.control if way else 'plain'
+        plain = {seed: runs_[stage, control].metrics() for seed, runs_ in by_seed.items()}
         values = {seed: metrics[metric] for seed, metrics in found.items() if metrics}
         if not values:
             continue
@@ -178,7 +185,7 @@ def table(data: str, work_dir: Path, seeds: list[int], metric: str) -> tuple[lis
         what = 'from scratch' if stage == 'scratch' else 'fine-tuned from plain'
         lines.append(
             f'| {what}: {name} | {", ".join(map(str, values))} | {_mean(values.values())} | {_spread(values.values())} '
-            f'| {_mean(paired, "+") if name != "plain" else ""} | {_spread(paired) if name != "plain" else ""} |'
+            f'| {_mean(paired, "+") if name != control else ""} | {_spread(paired) if name != control else ""} |'
         )
     return lines, rows
 
