@@ -49,12 +49,23 @@ def write(record: dict, out: Path | None, labels: list[str], bars: dict[str, lis
 
 def markdown(record: dict) -> str:
     rows = record['rows']
-    lines = [f'    {record["command"]}\n']
-    facts = {key: value for key, value in record.items() if key not in ('rows', 'command')}
-    lines += [f'- {key.replace("_", " ")}: {_plain(value)}' for key, value in facts.items()]
-    lines += ['', f'| {" | ".join(key.replace("_", " ") for key in rows[0])} |', '|' + '---|' * len(rows[0])]
+    lines = [
+        *head(record),
+        '',
+        f'| {" | ".join(key.replace("_", " ") for key in rows[0])} |',
+        '|' + '---|' * len(rows[0]),
+    ]
     lines += [f'| {" | ".join(_plain(value) for value in row.values())} |' for row in rows]
     return '\n'.join(lines) + '\n'
+
+
+def head(record: dict) -> list[str]:
+    """Lines of Markdown: the command, and everything else but the rows."""
+    facts = {key: value for key, value in record.items() if key not in ('rows', 'command')}
+    return [
+        f'    {record["command"]}\n',
+        *(f'- {key.replace("_", " ")}: {_plain(value)}' for key, value in facts.items()),
+    ]
 
 
 def plot(record: dict, path: Path) -> None:

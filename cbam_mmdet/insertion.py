@@ -6,6 +6,9 @@ plain one, bit for bit.
 There is no exact fold back to the paper's sigmoid: 2 * sigmoid reaches above 1, sigmoid does not, and no bias of the last layer makes
 2 * sigmoid(z) = sigmoid(z + b) for all z. Nor can the factors 2 * 2 of the two gates go into the norm before the CBAM: the gates are computed
 from that norm's output and would change with it.
+
+Everything else of the plain config stays: learning rate and its schedule, weight decay, norm_eval, and CBAM follows them as any layer. Each of these defaults has its row
+in benchmarks/results/accuracy_study.md; the README says which.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmengine.config import Config
-from record import machine
+from record import head, machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -219,21 +219,31 @@ def main() -> None:
                     train(run, args.data_root)
                 print(args.data[0], seed, *key, run.metrics(), flush=True)
         return
-    lines, rows, seconds = [], [], 0.0
+    lines, rows, trained = [], [], {}
     for data in args.data:
         more, found = table(data, args.work_dir, args.seeds, args.metric)
         lines += [*more, '']
         rows += found
-        seconds += sum(
-            float(x) for p in (args.work_dir / data).glob('*/*/seed*/seconds') for x in p.read_text().split()
-        )
+        trained[data] = _trained(data, args.work_dir)
     print('\n'.join(lines))
     if args.out:
-        args.out.write_text('\n'.join(lines))
-        record = dict(
-            **machine('benchmarks/accuracy/study.py', 'onedl-mmdetection'), hours=round(seconds / 3600, 2), rows=rows
-        )
+        record = dict(**machine('benchmarks/accuracy/study.py', 'onedl-mmdetection'), trained=trained, rows=rows)
+        args.out.write_text('\n'.join([*head(record), '', *lines]))
         args.out.with_suffix('.json').write_text(json.dumps(record, indent=1) + '\n')
+
+
+def _trained(data: str, work_dir: Path) -> dict:
+    """What was run. The hours are those of trainings that came to their end; what a kill cost is not among them."""
+    files = [*(work_dir / data).glob('*/*/seed*/seconds')]
+    hours = sum(float(x) for file in files for x in file.read_text().split()) / 3600
+    settings = DATA[data]
+    return dict(
+        config=settings.config,
+        epochs=settings.epochs,
+        finetune_epochs=settings.finetune_epochs,
+        trainings=len(files),
+        hours=round(hours, 2),
+    )
 
 
 if __name__ == '__main__':
