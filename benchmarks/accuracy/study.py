@@ -9,6 +9,8 @@ one seed: the same initial weights of the plain part, the same order of images.
 """
 
 import argparse
+import copy
+import functools
 import json
 import os
 import statistics
@@ -99,7 +101,7 @@ class Run:
 
 
 def base_config(data: str, attention: str, seed: int, epochs: int, last_stages: int = 4) -> Config:
-    cfg = Config.fromfile(ROOT / DATA[data].config)
+    cfg = copy.deepcopy(_read(DATA[data].config))
     arguments = ATTENTIONS[attention]
     plugin = cfg.model.backbone.plugins[0]
     if arguments is None:
@@ -117,6 +119,11 @@ def base_config(data: str, attention: str, seed: int, epochs: int, last_stages: 
     cosine = cfg.param_scheduler[1]
     cosine.update(end=epochs, T_max=epochs)
     return cfg
+
+
+@functools.cache
+def _read(config: str) -> Config:
+    return Config.fromfile(ROOT / config)
 
 
 def runs(data: str, seed: int, work_dir: Path) -> dict[tuple[str, str], Run]:
