@@ -7,10 +7,13 @@ says so.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
+import sys
+import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -124,3 +127,23 @@ def speak_for_all(code: int) -> tuple[bool, int]:
     except RuntimeError:  # that agent is gone, and with it whoever else could speak
         return True, code
     return speaker == rank, int(said)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process, one of several, as multiprocessing ends its own: after the exit functions, without finalizing Python.
+
+    Gloo's threads may hold the tensors of the last collective a moment longer than the caller. Freeing one takes the GIL; a thread
+    that asks for it while Python finalizes is unwound instead, through C++ that forbids it: 'terminate called without an active
+    exception' and exit code 134 after all work was done (pytorch/pytorch#190489). To destroy the process group joins these threads
+    only where no DDP module holds it.
+
+    Args:
+        code: the exit code; 0 says that all processes have come to their end, and the process group is destroyed.
+    """
+    if code == 0 and distributed.is_initialized():
+        distributed.destroy_process_group()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

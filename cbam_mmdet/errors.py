@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 from .mmcv_ops import OperatorError
 
@@ -46,7 +47,7 @@ def near(name: str, choices: Iterable[str], n: int = 3) -> str:
     return f'; did you mean {" or ".join(map(repr, matches))}?' if matches else ''
 
 
-def run_tool(main: Callable[[], int | None]) -> None:
+def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool's main function and exit with its code; turn known failures into one message on stderr."""
     if int(os.environ.get('RANK', 0)) > 0:  # the first of several processes prints the same
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
@@ -67,7 +68,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
         if message is None:
             raise
         _leave(f'error: {message}', USER_ERROR)
-    sys.exit(code or 0)
+    _end(code or 0)
 
 
 def explain(error: BaseException) -> str | None:
@@ -95,7 +96,7 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def _leave(message: str, code: int) -> None:
+def _leave(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
     speaks = True
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
@@ -104,6 +105,14 @@ def _leave(message: str, code: int) -> None:
         speaks, code = speak_for_all(code)
     if speaks:
         print(f'\n{message}', file=sys.stderr, flush=True)
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    if 'WORLD_SIZE' in os.environ:
+        from .distributed import end_process
+
+        end_process(code)
     sys.exit(code)
 
 

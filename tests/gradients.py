@@ -19,6 +19,8 @@ from mmengine.structures import InstanceData
 from torch import distributed, nn
 from torch.distributed.nn.functional import all_reduce
 
+from cbam_mmdet.distributed import end_process
+
 BATCH, SIZE, CLASSES = 4, 64, 3
 PLACES = ('plugins', 'PluginBackbone')
 
@@ -94,4 +96,4 @@ if __name__ == '__main__':
     result = {place: step(place) for place in PLACES}
     if distributed.get_rank() == 0:
         torch.save(result, sys.argv[1])
-    distributed.destroy_process_group()
+    end_process(0)

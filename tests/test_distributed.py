@@ -132,6 +132,44 @@ def test_same_seed_same_curve(run_tool, shapes, tmp_path):
     assert all(torch.equal(first_weights[name], second_weights[name]) for name in first_weights)
 
 
+ENDING = """
+import atexit, sys, threading, time
+import torch
+from cbam_mmdet.distributed import end_process
+
+class SlowToGo:  # gives the thread its turn while Python finalizes
+    def __del__(self):
+        time.sleep(1)
+
+def work():
+    while True:
+        torch.ones(100, 100) @ torch.ones(100, 100)
+
+slow = SlowToGo()
+threading.Thread(target=work, daemon=True).start()
+atexit.register(print, 'exit function')
+{end}
+"""
+
+
+@pytest.mark.parametrize('end, code', [
+    ('sys.exit(0)', -signal.SIGABRT),  # what end_process is for
+    ('end_process(0)', 0),
+    ('end_process(3)', 3),
+])  # fmt: skip
+def test_a_thread_that_wants_the_gil_at_the_end(end, code, tmp_path):
+    done = subprocess.run(
+        [sys.executable, '-c', ENDING.format(end=end)],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    assert done.stdout == 'exit function\n'
+
+
 @pytest.mark.slow
 def test_same_seed_same_curve_in_two_processes(shapes, tmp_path):
     curves = []

@@ -295,6 +295,7 @@ import sys
 import torch
 from torch import distributed
 from cbam_mmdet import CBAM
+from cbam_mmdet.distributed import end_process
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
@@ -307,6 +308,7 @@ for _ in range(2):  # the second forward raises if a parameter got no gradient i
     ddp.zero_grad()
     ddp(x[half]).backward(grad[half])
 torch.save([p.grad for p in module.parameters()], f'{folder}/{rank}.pt')
+end_process(0)
 """
 
 
