@@ -283,6 +283,8 @@ class Ablation:
         return subprocess.Popen(
             list(map(str, [*self.command, *flags, *self.options])), env=self.environment | environment,
             start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # A script's background job ignores Ctrl-C, and so would all its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def start_until_it_hangs(self, name):
