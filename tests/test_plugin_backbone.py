@@ -388,6 +388,7 @@ def test_neck():
         level_strides=(2, 2, 1, 1), level_paddings=(1, 1, 0, 0), l2_norm_scale=20,
     )  # fmt: skip
     model = PluginNeck(neck, [dict(cfg=CBAM_CFG)])
+    model.init_weights()  # L2Norm's weight is uninitialized memory before
     plain = MODELS.build(neck)
     maps = [torch.randn(2, 16, 38, 38), torch.randn(2, 32, 19, 19)]
     assert plain.load_state_dict(model.state_dict(), strict=False).unexpected_keys[0].startswith('cbam0.')
