@@ -210,11 +210,22 @@ def _iterations(path: Path, trust: bool, passed_over: list[str]) -> int | None:
     except UserError as error:
         passed_over.append(str(error))
         return None
-    lacking = [key for key in RUN_STATE if key not in checkpoint]
+    lacking = run_state_lacking(checkpoint)
     if lacking:
         passed_over.append(f'checkpoint {path} lacks the state of the run ({", ".join(lacking)})')
         return None
     return checkpoint['meta'].get('iter', 0)
+
+
+def run_state_lacking(checkpoint: object) -> list[str]:
+    """What a training run needs to go on and a checkpoint does not hold; nothing if it can be resumed."""
+    if not isinstance(checkpoint, Mapping):
+        return list(RUN_STATE)
+    return [
+        key
+        for key in RUN_STATE
+        if key not in checkpoint or (key == 'meta' and not isinstance(checkpoint[key], Mapping))
+    ]
 
 
 # Loading without running code from the file

@@ -109,7 +109,8 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def _end(code: int) -> NoReturn:
-    if 'WORLD_SIZE' in os.environ:
+    distributed = sys.modules.get('torch.distributed')
+    if distributed and distributed.is_available() and distributed.is_initialized():
         from .distributed import end_process
 
         end_process(code)

@@ -6,16 +6,19 @@ The tools put them on the Runner, not into the config: the copy that a work dir 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.dist import is_main_process
+from mmengine.fileio import BaseStorageBackend
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from .checkpoints import RUN_STATE, compare_state_dicts
+from .checkpoints import compare_state_dicts, run_state_lacking
 from .datasets.loading import LoadCheckedImage
 from .errors import UserError
 from .gates import find_cbams, gate_figures, record_gates
@@ -82,7 +85,7 @@ class CheckpointFitHook(Hook):
         model = _unwrapped(runner.model)
         name = str(runner._load_from or runner.work_dir)
         compare_state_dicts(checkpoint, model, self.strict, name)
-        lacking = [key for key in RUN_STATE if key not in checkpoint]
+        lacking = run_state_lacking(checkpoint)
         if runner._resume and lacking:
             raise UserError(
                 f'--resume: {name} holds weights, but not the state of a training run ({", ".join(lacking)}). To start from '
@@ -131,7 +134,7 @@ def _check_images(dataset: object, on_error: str) -> None:
 class KeepOldUntilNewHook(CheckpointHook):
     """MMEngine's CheckpointHook, but an old checkpoint goes when the new one is there, not before.
 
-    With max_keep_ckpts=1 a kill, or a full disk, between the two would leave none.
+    With max_keep_ckpts=1, or save_best, a kill or a full disk between the two would leave none.
     """
 
     @classmethod
@@ -161,6 +164,39 @@ class KeepOldUntilNewHook(CheckpointHook):
                     self.file_backend.remove(path)
                 elif self.file_backend.isdir(path):  # DeepSpeed's are folders
                     self.file_backend.rmtree(path)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        backend = self.file_backend
+        self.file_backend = late = RemovesLater(backend)
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+        finally:
+            self.file_backend = backend
+        best = {getattr(self, 'best_ckpt_path', None), *getattr(self, 'best_ckpt_path_dict', {}).values()}
+        late.remove_all(but=best)
+
+
+class RemovesLater:
+    """A file backend of MMEngine that removes nothing before remove_all."""
+
+    def __init__(self, backend: BaseStorageBackend) -> None:
+        self.backend = backend
+        self.removals: list[tuple[Callable[[str], None], str]] = []
+
+    def remove(self, path: str) -> None:
+        self.removals.append((self.backend.remove, path))
+
+    def rmtree(self, path: str) -> None:
+        self.removals.append((self.backend.rmtree, path))
+
+    def remove_all(self, but: set[str | None]) -> None:
+        """Remove what was to be removed, but not the paths that have been written anew."""
+        for remove, path in self.removals:
+            if path not in but:
+                remove(path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
 
 
 @HOOKS.register_module()

@@ -16,6 +16,8 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,11 +152,40 @@ def say_missing_cbam_in_one_line() -> None:
     checkpoint_module.load_state_dict = runner_module.load_state_dict = _load_plain
 
 
+def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
+    """CBAMs at the ends of residual blocks under this model's names.
+
+    They are children of the block (`plugins=`: layer1.0.cbam) or of its last norm (PluginBackbone: layer1.0.bn3.cbam), and compute the same.
+    """
+    held = {found[0][:-1] for key in state_dict if (found := re.match(r'.*?\bcbam\.', key))}
+    renamed = {}
+    for name in names:
+        other_names = {re.sub(r'(\.bn[23])?\.cbam$', f'{place}.cbam', name) for place in ('', '.bn2', '.bn3')}
+        others = held & other_names - set(names)
+        if name not in held and len(others) == 1:
+            renamed[others.pop()] = name
+    if not renamed:
+        return state_dict
+    print_log(
+        f'the checkpoint has {len(renamed)} CBAM modules under other names: {next(iter(renamed))} is {next(iter(renamed.values()))}',
+        logger='current',
+    )
+    made = OrderedDict()
+    made._metadata = getattr(state_dict, '_metadata', OrderedDict())
+    for key, value in state_dict.items():
+        found = re.match(r'.*?\bcbam\.', key)
+        module = found[0][:-1] if found else None
+        made[renamed[module] + key[len(module) :] if module in renamed else key] = value
+    return made
+
+
 @functools.wraps(_load_state_dict)
 def _load_plain(module: nn.Module, state_dict: Mapping, strict: bool = False, logger: Any = None) -> None:
     while is_model_wrapper(module):
         module = module.module
     names = [name for name, child in module.named_modules() if isinstance(child, CBAM)]
+    if not strict:
+        state_dict = _cbam_at_block_ends(state_dict, names)
     lacking = tuple(f'{name}.' for name in names if not any(key.startswith(f'{name}.') for key in state_dict))
     if strict or not lacking:
         return _load_state_dict(module, state_dict, strict, logger)

@@ -32,6 +32,9 @@ from .errors import Stopped
 # Streams of random numbers that must not meet.
 IN_ITERATION, IN_IMAGE = 0, 1
 
+# In a checkpoint's meta: batches of its epoch that are done, and batches of an epoch.
+EPOCH_PROGRESS = 'epoch_progress'
+
 
 def seed_all(*key: int) -> None:
     """Seed Python, numpy and torch (the CPU, and the GPU if one is in use) by several numbers."""
@@ -122,6 +125,11 @@ class ResumeExactlyHook(Hook):
         self.batches: PlacedBatches | None = None
         self.seed = 0
         self.told = False
+        self.resumed: dict | None = None  # how far into its epoch the run was that goes on
+        self.epoch = self.epoch_began_at = 0  # the present epoch, and the iteration of its first batch
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self.resumed = checkpoint.get('meta', {}).get(EPOCH_PROGRESS)
 
     def before_train(self, runner: Runner) -> None:
         loader = runner.train_dataloader
@@ -132,7 +140,8 @@ class ResumeExactlyHook(Hook):
             vars(loader)['batch_sampler'] = self.batches
             vars(loader)['dataset'] = PlacedImages(loader.dataset)
             if isinstance(runner.train_loop, EpochBasedTrainLoop):
-                self.batches.skip = runner.iter - runner.epoch * len(loader)
+                self.batches.skip = self._batches_done(runner, len(loader))
+                self.epoch, self.epoch_began_at = runner.epoch, runner.iter - self.batches.skip
                 if self.batches.skip:
                     print_log(
                         f'going on behind the first {self.batches.skip} batches of epoch {runner.epoch + 1}',
@@ -150,8 +159,42 @@ class ResumeExactlyHook(Hook):
     def before_train_epoch(self, runner: Runner) -> None:
         if self.batches and isinstance(runner.train_loop, EpochBasedTrainLoop):
             self.batches.epoch = runner.epoch
+            if runner.epoch != self.epoch:
+                self.epoch, self.epoch_began_at = runner.epoch, runner.iter
+
+    def _batches_done(self, runner: Runner, length: int) -> int:
+        """Batches of the present epoch, which has length of them, that were trained before the run was stopped.
+
+        Where an epoch had another number of batches then (batch size, processes or data), it is the same share of the epoch.
+        """
+        if runner.iter == 0:  # not resumed, though weights may have been loaded
+            return 0
+        if self.resumed:
+            done, before = self.resumed['done'], self.resumed['batches']
+        else:  # a checkpoint of MMEngine's own
+            done, before = runner.iter - runner.epoch * length, length
+            if not 0 <= done <= length:
+                print_log(
+                    f'the checkpoint does not say how far into epoch {runner.epoch + 1} it was, and {runner.iter} iterations are not '
+                    f'{runner.epoch} epochs of {length}: the epoch is trained from its start',
+                    logger='current',
+                    level=logging.WARNING,
+                )
+                return 0
+        if before != length:
+            print_log(
+                f'an epoch had {before} batches, and now has {length} (other batch size, processes or data): what goes on is not the same run. '
+                'Of an epoch that was begun, the share that is done is passed over; schedules counted in iterations keep their lengths.',
+                logger='current',
+                level=logging.WARNING,
+            )
+        return done * length // before
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if self.batches and isinstance(runner.train_loop, EpochBasedTrainLoop):
+            meta = checkpoint['meta']
+            done = meta['iter'] - self.epoch_began_at if meta['epoch'] == self.epoch else 0
+            meta[EPOCH_PROGRESS] = dict(done=done, batches=len(runner.train_dataloader))
         if not self.told and not between_steps(runner):
             self.told = True
             print_log(

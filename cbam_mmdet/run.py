@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os.path as osp
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmdet.evaluation import DumpDetResults
@@ -94,9 +94,7 @@ def train(
         cfg.load_from = find_checkpoint(cfg.load_from)
     if resume:
         # MMEngine takes the seed of the run that it resumes, but only after the data's order has been drawn.
-        seed = in_first_process(
-            lambda: load_checkpoint(cfg.load_from, 'cpu', trust_checkpoint).get('meta', {}).get('seed')
-        )
+        seed = in_first_process(lambda: _seed_of(cfg.load_from, trust_checkpoint))
         given = cfg.setdefault('randomness', ConfigDict()).get('seed')
         if seed is not None and given not in (None, seed):
             log(f'--resume: seed {seed} of the run that is resumed, in place of {given}', logging.WARNING)
@@ -114,7 +112,8 @@ def train(
     runner = _build_runner(cfg, hooks)
     KeepOldUntilNewHook.replace_in(runner)
     if is_first_process():
-        remove_unfinished(cfg.work_dir)
+        for folder in _checkpoint_folders(cfg):
+            remove_unfinished(folder)
         write_record(cfg, runner.log_dir)
     try:
         runner.train()
@@ -246,9 +245,7 @@ def _build_runner(cfg: Config, hooks: list[Hook]) -> Runner:
 def _newest(cfg: Config, trust_checkpoint: bool) -> str | None:
     """The newest checkpoint of a run that is whole, the same for every process."""
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
-    folders = [cfg.work_dir]
-    if hook.get('out_dir') and '://' not in hook.out_dir:
-        folders.append(osp.join(hook.out_dir, osp.basename(osp.normpath(cfg.work_dir))))  # as MMEngine makes it
+    folders = _checkpoint_folders(cfg)
     templates = ['epoch_{}.pth', 'iter_{}.pth', *filter(None, [hook.get('filename_tmpl')])]
     path, passed_over = in_first_process(
         lambda: newest_checkpoint(*folders, trust=trust_checkpoint, templates=templates)
@@ -263,6 +260,22 @@ def _newest(cfg: Config, trust_checkpoint: bool) -> str | None:
     if path:
         log(f'--resume: going on from {path}')
     return path
+
+
+def _checkpoint_folders(cfg: Config) -> list[str]:
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    folders = [cfg.work_dir]
+    if hook.get('out_dir') and '://' not in hook.out_dir:
+        folders.append(osp.join(hook.out_dir, osp.basename(osp.normpath(cfg.work_dir))))  # as MMEngine makes it
+    return folders
+
+
+def _seed_of(path: str, trust_checkpoint: bool) -> int | None:
+    checkpoint = load_checkpoint(path, 'cpu', trust_checkpoint)
+    if not isinstance(checkpoint, Mapping):
+        raise UserError(f'--resume: {path} holds a {type(checkpoint).__name__}, not the checkpoint of a training run')
+    meta = checkpoint.get('meta')
+    return meta.get('seed') if isinstance(meta, Mapping) else None
 
 
 def _check_data(cfg: Config, splits: list[str]) -> None:

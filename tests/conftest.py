@@ -22,6 +22,9 @@ ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get('CBAM_TEST_DATA', ROOT.parent / 'shared/data'))
 DEMO = str(ROOT / 'configs/demo/faster_rcnn_cbam.py')
 
+for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'):  # of a container, say: the tests are one process
+    os.environ.pop(name, None)
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():

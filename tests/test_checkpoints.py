@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO, ROOT, forget_earlier_runs, tiny
-from mmengine.config import Config
+from mmdet.evaluation import CocoMetric
 from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
@@ -32,7 +33,6 @@ from cbam_mmdet.checkpoints import (
     write_whole_files,
 )
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.inference import load_detector
 
 
 @pytest.fixture(autouse=True)
@@ -136,11 +136,40 @@ def test_insert_cbam_refuses_code(run_tool, evil, tmp_path):
     assert_refused(run_tool('insert_cbam.py', plain, evil, '--out-dir', tmp_path / 'new'), evil)
 
 
-def test_ablate_refuses_code(evil, tmp_path):
-    """It loads what it finds in a work dir that it did not make, to measure the detector's speed."""
-    with pytest.raises(UserError, match='holds more than tensors'):
-        load_detector(Config.fromfile(DEMO), str(evil))
-    assert not (tmp_path / 'written').exists()
+@pytest.mark.parametrize('tool', ['gradcam.py', 'attention_maps.py'])
+def test_pictures_refuse_code(run_tool, evil, shapes, tmp_path, tool):
+    options = [o for o in tiny(tmp_path, shapes)[5:] if str(o).startswith('model.')]
+    image = next((shapes / 'val2017').iterdir())
+    chosen = ['--config', DEMO, '--checkpoint', evil, '--out-dir', tmp_path / 'out', '--cfg-options', *options]
+    assert_refused(run_tool(tool, image, *chosen), evil)
+
+
+def test_report_refuses_code(run_tool, evil, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'work')
+    shutil.copy(evil, tmp_path / 'work/epoch_1.pth')
+    assert_refused(run_tool('report.py', tmp_path / 'work', '--out-dir', tmp_path / 'out'), evil)
+
+
+def test_ablate_refuses_code(run_tool, evil, trained, shapes, tmp_path):
+    """It loads what it finds in the work dir of a finished run, to measure the detector's speed."""
+    options = tiny(tmp_path / 'ablation', shapes)
+    name = Path(DEMO).stem
+    assert run_tool('ablate.py', DEMO, '--rounds', '1', *options).code == 0
+    shutil.copy(evil, tmp_path / 'ablation' / name / 'epoch_1.pth')
+    assert_refused(run_tool('ablate.py', DEMO, '--rounds', '1', *options), evil)
+
+
+@pytest.mark.parametrize(
+    'content', [[1, 2], torch.ones(3), dict(meta=[1], state_dict={}, message_hub={}, optimizer={})]
+)
+@pytest.mark.parametrize('named', [True, False])
+def test_resume_from_what_is_no_checkpoint(run_tool, shapes, tmp_path, content, named):
+    path = tmp_path / 'work/epoch_1.pth'
+    path.parent.mkdir()
+    torch.save(content, path)
+    result = run_tool('train.py', DEMO, '--resume', *([path] if named else []), *tiny(tmp_path / 'work', shapes))
+    assert result.code == 2 and 'Traceback' not in result.err, result.err[-2000:]
+    assert 'error: ' in result.err and str(path) in result.err
 
 
 def test_trust_checkpoint_loads_it_all_the_same(run_tool, evil, shapes, tmp_path):
@@ -380,6 +409,24 @@ def test_old_checkpoint_stays_until_the_new_one_is_there(run_tool, shapes, tmp_p
     assert [p.name for p in tmp_path.glob('*.pth')] == ['epoch_1.pth']
     assert load_checkpoint(tmp_path / 'epoch_1.pth')['meta']['epoch'] == 1
     monkeypatch.undo()
+
+
+def test_old_best_stays_until_the_new_one_is_there(run_tool, shapes, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.2, 0.3])
+    compute = CocoMetric.compute_metrics
+    monkeypatch.setattr(CocoMetric, 'compute_metrics', lambda *a: dict(compute(*a), bbox_mAP=next(scores)))
+    fsync = os.fsync
+
+    def full_at_the_third_best(descriptor):
+        if re.search('best_.*epoch_3.pth', os.readlink(f'/proc/self/fd/{descriptor}')):
+            raise OSError(errno.ENOSPC, 'No space left on device', 'best')
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoints.os, 'fsync', full_at_the_third_best)
+    options = tiny(tmp_path, shapes, 'train_cfg.max_epochs=3', 'default_hooks.checkpoint.save_best=coco/bbox_mAP')
+    result = run_tool('train.py', DEMO, *options)
+    assert result.code == 2 and 'No space left on device' in result.err
+    assert [p.name for p in tmp_path.glob('best*.pth')] == ['best_coco_bbox_mAP_epoch_2.pth'], 'the first is gone, too'
 
 
 @pytest.fixture

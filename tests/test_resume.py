@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,6 +115,56 @@ def losses(work_dir):
                     key: value for key, value in row.items() if 'loss' in key or key in ('lr', 'acc', 'grad_norm')
                 }
     return found
+
+
+@pytest.mark.parametrize('batch_size, batches', [(4, 2), (1, 8)])
+def test_resumed_with_another_batch_size(run_tool, shapes, tmp_path, batch_size, batches):
+    """No epoch is lost and none begins anew, neither by the first resume nor by those after it."""
+
+    def train(work_dir, epochs, batch_size, *resume):
+        saved = ('default_hooks.checkpoint.by_epoch=False', 'default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=-1')  # fmt: skip
+        every = ('default_hooks.logger.interval=1', f'train_cfg.max_epochs={epochs}', *saved)
+        options = [
+            o
+            for o in tiny(work_dir, shapes, *every)
+            if o not in ('train_cfg.max_epochs=1', 'train_dataloader.batch_size=4')
+        ]
+        result = run_tool('train.py', DEMO, *resume, *options, f'train_dataloader.batch_size={batch_size}')
+        assert result.code == 0, result.err[-2000:]
+        return result.out + result.err
+
+    def trained(work_dir):
+        """Epoch -> how many of its batches were trained by the last run."""
+        log = max(work_dir.glob('*/*.log'), key=lambda path: path.stat().st_mtime).read_text()
+        return Counter(int(epoch) for epoch in re.findall(r'Epoch\(train\) +\[(\d+)\]', log))
+
+    whole = tmp_path / 'whole'
+    train(whole, 2, 2)
+    for iteration, already in ((6, 4 // batch_size), (8, batches)):  # half of the second epoch, and all of it
+        work_dir = tmp_path / f'from_{iteration}'
+        printed = train(work_dir, 3, batch_size, '--resume', whole / f'iter_{iteration}.pth')
+        assert f'an epoch had 4 batches, and now has {batches}' in printed
+        expected = Counter({2: batches - already, 3: batches})
+        assert +trained(work_dir) == +expected
+        assert 'an epoch had' not in train(work_dir, 4, batch_size, '--resume')
+        assert trained(work_dir) == {4: batches}
+
+
+def test_resumed_from_a_checkpoint_that_does_not_say_where_in_its_epoch(logged_by_print):
+    batches = SimpleNamespace(iter=10, epoch=4)
+    hook = resume.ResumeExactlyHook()
+    assert hook._batches_done(batches, 2) == 2  # MMEngine's own, by iteration
+    assert hook._batches_done(SimpleNamespace(iter=8, epoch=4), 2) == 0
+    for length in (1, 3):
+        assert hook._batches_done(batches, length) == 0
+    assert len(logged_by_print) == 2 and 'trained from its start' in logged_by_print[0]
+
+
+@pytest.fixture
+def logged_by_print(monkeypatch):
+    messages = []
+    monkeypatch.setattr(resume, 'print_log', lambda message, **_: messages.append(message))
+    return messages
 
 
 @pytest.fixture(scope='module')
