@@ -70,6 +70,9 @@ def cbam(
 ) -> Tensor:
     """Refine x by both attention maps (equation 1).
 
+    For the backward pass x is kept, and maps of one or two planes: 18 to 22 bytes a pixel whatever C and dtype, so 4.4 % of a bf16 x of
+    256 channels at most, and 17 % of one of 64. An x with gaps between its elements (a slice of another tensor) is copied, and the copy kept.
+
     Args:
         x: (N, C, H, W) with H, W >= 1, fp64, fp32, bf16 or fp16, any memory layout.
         channel: the channel branch.

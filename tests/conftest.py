@@ -39,6 +39,16 @@ def forget_earlier_runs():
         manager._instance_dict.clear()
 
 
+class WritesAFile:
+    """Unpickled by force, it writes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (Path.write_text, (Path(self.path), 'code ran'))
+
+
 @dataclass
 class Result:
     """How a tool ended: its exit code and what it printed."""

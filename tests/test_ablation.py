@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, forget_earlier_runs, tiny
+from conftest import DEMO, ROOT, WritesAFile, forget_earlier_runs, tiny
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config, ConfigDict
@@ -342,6 +342,13 @@ def test_killed_in_the_second_run_it_goes_on_there(ablation):
         assert int(row['flops']) > 0 and float(row['images_per_second']) > 0
     assert all(f'| {name} | 0.200 |' in out for name in ('first', 'second', 'third'))
     assert (ablation.work_dir / 'ablation.md').read_text() in out
+
+    checkpoint, mark = max((work_dir / 'first').glob('*.pth')), work_dir / 'code_ran'
+    torch.save(dict(torch.load(checkpoint, weights_only=False), extra=WritesAFile(mark)), checkpoint)
+    process = ablation.start()
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 2 and 'holds more than tensors and plain data' in err and 'Traceback' not in err
+    assert not mark.exists()
 
 
 def test_ctrl_c_stops_the_training_too(ablation):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT, forget_earlier_runs, tiny
+from conftest import DEMO, ROOT, WritesAFile, forget_earlier_runs, tiny
 from mmdet.evaluation import CocoMetric
 from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.logging import HistoryBuffer
@@ -43,16 +43,6 @@ def mmengine_as_it_was():
     register_backend('local', LocalBackend, force=True, prefixes='')
     CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
     checkpoint_module.load_url = load_url
-
-
-class WritesAFile:
-    """Unpickled by force, it writes a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (Path.write_text, (Path(self.path), 'code ran'))
 
 
 class Asks:
@@ -148,15 +138,6 @@ def test_report_refuses_code(run_tool, evil, trained, tmp_path):
     shutil.copytree(trained, tmp_path / 'work')
     shutil.copy(evil, tmp_path / 'work/epoch_1.pth')
     assert_refused(run_tool('report.py', tmp_path / 'work', '--out-dir', tmp_path / 'out'), evil)
-
-
-def test_ablate_refuses_code(run_tool, evil, trained, shapes, tmp_path):
-    """It loads what it finds in the work dir of a finished run, to measure the detector's speed."""
-    options = tiny(tmp_path / 'ablation', shapes)
-    name = Path(DEMO).stem
-    assert run_tool('ablate.py', DEMO, '--rounds', '1', *options).code == 0
-    shutil.copy(evil, tmp_path / 'ablation' / name / 'epoch_1.pth')
-    assert_refused(run_tool('ablate.py', DEMO, '--rounds', '1', *options), evil)
 
 
 @pytest.mark.parametrize(

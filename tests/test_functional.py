@@ -96,6 +96,15 @@ def test_saves_less_than_5_percent_of_the_input(shape, dtype, gate):
     assert saved_share(CBAM(shape[0], gate=gate), x) < 0.05
 
 
+@pytest.mark.parametrize('gate', ['sigmoid', 'unit'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('channels', [64, 128])
+def test_saves_23_bytes_a_pixel_of_a_narrow_input(channels, dtype, gate):
+    """The maps over pixels do not shrink with the channels: there, 5 % cannot be held."""
+    x = torch.randn(2, channels, 100, 168).to(dtype).requires_grad_()
+    assert saved_share(CBAM(channels, gate=gate), x) * channels * x.element_size() < 23
+
+
 def test_plain_pytorch_saves_more_than_the_input():
     """What the line above is worth; and that the counting counts."""
     x = torch.randn(2, 256, 50, 84, requires_grad=True)

@@ -117,37 +117,34 @@ def losses(work_dir):
     return found
 
 
-@pytest.mark.parametrize('batch_size, batches', [(4, 2), (1, 8)])
-def test_resumed_with_another_batch_size(run_tool, shapes, tmp_path, batch_size, batches):
-    """No epoch is lost and none begins anew, neither by the first resume nor by those after it."""
+def train_with(run_tool, work_dir, shapes, epochs, batch_size, *resume):
+    """Train the demo; what was printed, and epoch -> how many of its batches were trained."""
+    options = tiny(
+        work_dir, shapes, f'train_cfg.max_epochs={epochs}', f'train_dataloader.batch_size={batch_size}',
+        'train_cfg.val_interval=100', 'default_hooks.logger.interval=1', 'default_hooks.checkpoint.by_epoch=False',
+        'default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=-1',
+    )  # fmt: skip
+    replaced = ('train_cfg.max_epochs=1', 'train_dataloader.batch_size=4', 'train_cfg.val_interval=1')
+    result = run_tool('train.py', DEMO, *resume, *(o for o in options if o not in replaced))
+    assert result.code == 0, result.err[-2000:]
+    printed = result.out + result.err
+    return printed, Counter(int(epoch) for epoch in re.findall(r'Epoch\(train\) +\[(\d+)\]', printed))
 
-    def train(work_dir, epochs, batch_size, *resume):
-        saved = ('default_hooks.checkpoint.by_epoch=False', 'default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=-1')  # fmt: skip
-        every = ('default_hooks.logger.interval=1', f'train_cfg.max_epochs={epochs}', *saved)
-        options = [
-            o
-            for o in tiny(work_dir, shapes, *every)
-            if o not in ('train_cfg.max_epochs=1', 'train_dataloader.batch_size=4')
-        ]
-        result = run_tool('train.py', DEMO, *resume, *options, f'train_dataloader.batch_size={batch_size}')
-        assert result.code == 0, result.err[-2000:]
-        return result.out + result.err
 
-    def trained(work_dir):
-        """Epoch -> how many of its batches were trained by the last run."""
-        log = max(work_dir.glob('*/*.log'), key=lambda path: path.stat().st_mtime).read_text()
-        return Counter(int(epoch) for epoch in re.findall(r'Epoch\(train\) +\[(\d+)\]', log))
-
-    whole = tmp_path / 'whole'
-    train(whole, 2, 2)
-    for iteration, already in ((6, 4 // batch_size), (8, batches)):  # half of the second epoch, and all of it
-        work_dir = tmp_path / f'from_{iteration}'
-        printed = train(work_dir, 3, batch_size, '--resume', whole / f'iter_{iteration}.pth')
-        assert f'an epoch had 4 batches, and now has {batches}' in printed
-        expected = Counter({2: batches - already, 3: batches})
-        assert +trained(work_dir) == +expected
-        assert 'an epoch had' not in train(work_dir, 4, batch_size, '--resume')
-        assert trained(work_dir) == {4: batches}
+@pytest.mark.parametrize(
+    'iteration, batch_size, expected', [(8, 8, {3: 1}), (6, 1, {2: 4, 3: 8})], ids=['epoch done', 'half an epoch done']
+)
+def test_resumed_with_another_batch_size(run_tool, shapes, tmp_path, iteration, batch_size, expected):
+    """No epoch is lost and none begins anew, neither by the first resume nor by the one after it."""
+    _, first = train_with(run_tool, tmp_path, shapes, 2, 2)
+    assert first == {1: 4, 2: 4}
+    checkpoint = tmp_path / f'iter_{iteration}.pth'
+    printed, second = train_with(run_tool, tmp_path, shapes, 3, batch_size, '--resume', checkpoint)
+    assert f'an epoch had 4 batches, and now has {8 // batch_size}' in printed
+    assert second == expected
+    printed, third = train_with(run_tool, tmp_path, shapes, 4, batch_size, '--resume')
+    assert 'an epoch had' not in printed
+    assert third == {4: 8 // batch_size}
 
 
 def test_resumed_from_a_checkpoint_that_does_not_say_where_in_its_epoch(logged_by_print):
