@@ -3,7 +3,6 @@
 import errno
 import os
 import pickle
-import re
 import shutil
 import signal
 import subprocess
@@ -11,14 +10,14 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import DEMO, ROOT, WritesAFile, forget_earlier_runs, tiny
-from mmdet.evaluation import CocoMetric
 from mmengine.fileio import LocalBackend, get_file_backend, register_backend
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as checkpoint_module
 from mmengine.runner.checkpoint import load_from_local, save_checkpoint
@@ -33,6 +32,7 @@ from cbam_mmdet.checkpoints import (
     write_whole_files,
 )
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.hooks import KeepOldUntilNewHook
 
 
 @pytest.fixture(autouse=True)
@@ -392,22 +392,32 @@ def test_old_checkpoint_stays_until_the_new_one_is_there(run_tool, shapes, tmp_p
     monkeypatch.undo()
 
 
-def test_old_best_stays_until_the_new_one_is_there(run_tool, shapes, tmp_path, monkeypatch):
-    scores = iter([0.1, 0.2, 0.3])
-    compute = CocoMetric.compute_metrics
-    monkeypatch.setattr(CocoMetric, 'compute_metrics', lambda *a: dict(compute(*a), bbox_mAP=next(scores)))
-    fsync = os.fsync
+def test_old_best_stays_until_the_new_one_is_there(tmp_path):
+    saves = []
 
-    def full_at_the_third_best(descriptor):
-        if re.search('best_.*epoch_3.pth', os.readlink(f'/proc/self/fd/{descriptor}')):
-            raise OSError(errno.ENOSPC, 'No space left on device', 'best')
-        fsync(descriptor)
+    def save_checkpoint(folder, filename, *args, **kwargs):
+        saves.append(sorted(path.name for path in tmp_path.iterdir()))
+        if runner.epoch == 3:
+            raise OSError(errno.ENOSPC, 'No space left on device', filename)
+        Path(folder, filename).touch()
 
-    monkeypatch.setattr(checkpoints.os, 'fsync', full_at_the_third_best)
-    options = tiny(tmp_path, shapes, 'train_cfg.max_epochs=3', 'default_hooks.checkpoint.save_best=coco/bbox_mAP')
-    result = run_tool('train.py', DEMO, *options)
-    assert result.code == 2 and 'No space left on device' in result.err
-    assert [p.name for p in tmp_path.glob('best*.pth')] == ['best_coco_bbox_mAP_epoch_2.pth'], 'the first is gone, too'
+    hook = KeepOldUntilNewHook(interval=1, save_best='acc', rule='greater', out_dir=str(tmp_path))
+    hub = MessageHub('best')
+    runner = SimpleNamespace(message_hub=hub, save_checkpoint=save_checkpoint, logger=MMLogger('best'))
+    hook.file_backend = LocalBackend()
+    for runner.epoch in (1, 2):
+        runner.iter = runner.epoch * 10
+        hook._save_best_checkpoint(runner, dict(acc=runner.epoch))
+    runner.epoch = 3
+    with pytest.raises(OSError):
+        hook._save_best_checkpoint(runner, dict(acc=3))
+    first, second = [], ['best_acc_epoch_1.pth']
+    assert saves == [first, second, ['best_acc_epoch_2.pth']]
+    assert [path.name for path in tmp_path.iterdir()] == ['best_acc_epoch_2.pth']
+    runner.epoch = 2  # and one that is written over itself stays
+    hook.best_ckpt_path = str(tmp_path / 'best_acc_epoch_2.pth')
+    hook._save_best_checkpoint(runner, dict(acc=4))
+    assert [path.name for path in tmp_path.iterdir()] == ['best_acc_epoch_2.pth']
 
 
 @pytest.fixture
