@@ -132,7 +132,9 @@ def train_with(run_tool, work_dir, shapes, epochs, batch_size, *resume):
 
 
 @pytest.mark.parametrize(
-    'iteration, batch_size, expected', [(8, 8, {3: 1}), (6, 1, {2: 4, 3: 8})], ids=['epoch done', 'half an epoch done']
+    'iteration, batch_size, expected',
+    [(8, 8, {3: 1}), pytest.param(6, 1, {2: 4, 3: 8}, marks=pytest.mark.slow)],
+    ids=['epoch done', 'half an epoch done'],
 )
 def test_resumed_with_another_batch_size(run_tool, shapes, tmp_path, iteration, batch_size, expected):
     """No epoch is lost and none begins anew, neither by the first resume nor by the one after it."""
