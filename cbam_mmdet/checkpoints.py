@@ -221,11 +221,13 @@ def run_state_lacking(checkpoint: object) -> list[str]:
     """What a training run needs to go on and a checkpoint does not hold; nothing if it can be resumed."""
     if not isinstance(checkpoint, Mapping):
         return list(RUN_STATE)
-    return [
-        key
-        for key in RUN_STATE
-        if key not in checkpoint or (key == 'meta' and not isinstance(checkpoint[key], Mapping))
-    ]
+    return [key for key in RUN_STATE if key not in checkpoint or (key == 'meta' and not meta_of(checkpoint))]
+
+
+def meta_of(checkpoint: object) -> Mapping:
+    """What MMEngine writes of a run beside the weights; empty if there is none, or something else in its place."""
+    meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
+    return meta if isinstance(meta, Mapping) else {}
 
 
 # Loading without running code from the file

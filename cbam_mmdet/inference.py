@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import ssd_head  # noqa: F401  (SSD is mended)
-from .checkpoints import compare_state_dicts, find_checkpoint, use_safe_loading
+from .checkpoints import compare_state_dicts, find_checkpoint, meta_of, use_safe_loading
 from .config import check_plugins, split_datasets
 from .datasets.checks import check_data, dataset_classes
 from .datasets.loading import read_image
@@ -71,7 +71,7 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
     model.load_state_dict(
         {key.removeprefix('module.'): value for key, value in weights.get('state_dict', weights).items()}
     )
-    meta = {key.lower(): value for key, value in weights.get('meta', {}).get('dataset_meta', {}).items()}
+    meta = {key.lower(): value for key, value in (meta_of(weights).get('dataset_meta') or {}).items()}
     model.dataset_meta.update(classes=_config_classes(cfg) or model.dataset_meta['classes'])
     model.dataset_meta.update(meta)
     return model

@@ -35,7 +35,7 @@ from torch import nn
 
 from .backbone_places import usual_place
 from .cbam import CBAM
-from .checkpoints import AtomicLocalBackend, compare_state_dicts, find_checkpoint, load_checkpoint
+from .checkpoints import AtomicLocalBackend, compare_state_dicts, find_checkpoint, load_checkpoint, meta_of
 from .errors import UserError
 
 _load_state_dict = checkpoint_module.load_state_dict  # MMEngine's own
@@ -106,7 +106,7 @@ def insert_cbam(
         raise RuntimeError(f'CBAM changed other keys of the model: {others + left.unexpected_keys}')
     folder = Path(out_dir)
     new_config, new_checkpoint = folder / f'{name}.py', folder / f'{name}.pth'
-    meta = {key: value for key, value in given.get('meta', {}).items() if key == 'dataset_meta'}
+    meta = {key: value for key, value in meta_of(given).items() if key == 'dataset_meta'}
     buffer = io.BytesIO()
     torch.save(dict(meta=meta, state_dict=model.state_dict()), buffer)
     AtomicLocalBackend().put(buffer.getvalue(), new_checkpoint)
@@ -157,7 +157,8 @@ def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
 
     They are children of the block (`plugins=`: layer1.0.cbam) or of its last norm (PluginBackbone: layer1.0.bn3.cbam), and compute the same.
     """
-    held = {found[0][:-1] for key in state_dict if (found := re.match(r'.*?\bcbam\.', key))}
+    modules = {key: f'{key.rpartition(".cbam.")[0]}.cbam' for key in state_dict if '.cbam.' in key}
+    held = set(modules.values())
     renamed = {}
     for name in names:
         other_names = {re.sub(r'(\.bn[23])?\.cbam$', f'{place}.cbam', name) for place in ('', '.bn2', '.bn3')}
@@ -173,8 +174,7 @@ def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
     made = OrderedDict()
     made._metadata = getattr(state_dict, '_metadata', OrderedDict())
     for key, value in state_dict.items():
-        found = re.match(r'.*?\bcbam\.', key)
-        module = found[0][:-1] if found else None
+        module = modules.get(key)
         made[renamed[module] + key[len(module) :] if module in renamed else key] = value
     return made
 

@@ -27,6 +27,7 @@ from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
+from .checkpoints import meta_of
 from .errors import Stopped
 
 # Streams of random numbers that must not meet.
@@ -129,7 +130,7 @@ class ResumeExactlyHook(Hook):
         self.epoch = self.epoch_began_at = 0  # the present epoch, and the iteration of its first batch
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        self.resumed = checkpoint.get('meta', {}).get(EPOCH_PROGRESS)
+        self.resumed = meta_of(checkpoint).get(EPOCH_PROGRESS)
 
     def before_train(self, runner: Runner) -> None:
         loader = runner.train_dataloader

@@ -21,6 +21,7 @@ from . import evaluation, mixed_precision, ssd_head  # noqa: F401  (they registe
 from .checkpoints import (
     find_checkpoint,
     load_checkpoint,
+    meta_of,
     newest_checkpoint,
     remove_unfinished,
     use_safe_loading,
@@ -274,8 +275,7 @@ def _seed_of(path: str, trust_checkpoint: bool) -> int | None:
     checkpoint = load_checkpoint(path, 'cpu', trust_checkpoint)
     if not isinstance(checkpoint, Mapping):
         raise UserError(f'--resume: {path} holds a {type(checkpoint).__name__}, not the checkpoint of a training run')
-    meta = checkpoint.get('meta')
-    return meta.get('seed') if isinstance(meta, Mapping) else None
+    return meta_of(checkpoint).get('seed')
 
 
 def _check_data(cfg: Config, splits: list[str]) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .checkpoints import AtomicLocalBackend, find_checkpoint, load_checkpoint
+from .checkpoints import AtomicLocalBackend, find_checkpoint, load_checkpoint, meta_of
 from .errors import UserError
 
 DEPTHS = {
@@ -171,7 +171,7 @@ def convert_checkpoint(
     plain = {key: checkpoint[key] for key in ('epoch', 'arch', 'best_prec1', 'best_prec') if key in checkpoint}
     if official:
         made = to_official(state_dict)
-        out = dict(**checkpoint.get('meta', {}).get('official', {}), state_dict=made.state_dict)
+        out = dict(**meta_of(checkpoint).get('official', {}), state_dict=made.state_dict)
     elif is_official(state_dict):
         made = from_official(state_dict, in_norm)
         made = replace(

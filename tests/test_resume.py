@@ -159,6 +159,13 @@ def test_resumed_from_a_checkpoint_that_does_not_say_where_in_its_epoch(logged_b
     assert len(logged_by_print) == 2 and 'trained from its start' in logged_by_print[0]
 
 
+@pytest.mark.parametrize('checkpoint', [{}, dict(meta=None), dict(meta=['of', 'others'])])
+def test_weights_of_no_run_say_nothing_of_an_epoch(checkpoint):
+    hook = resume.ResumeExactlyHook()
+    hook.after_load_checkpoint(None, checkpoint)
+    assert hook.resumed is None
+
+
 @pytest.fixture
 def logged_by_print(monkeypatch):
     messages = []
