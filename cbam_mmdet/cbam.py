@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import UserError, near
-from .functional import (
+from cbam_mmdet.errors import UserError, near
+from cbam_mmdet.functional import (
     CHANNEL_POOLS,
     IMPLS,
     ORDERS,

@@ -21,7 +21,7 @@ from mmengine.runner import CheckpointLoader, find_latest_checkpoint
 from mmengine.runner import checkpoint as checkpoint_module
 from torch import nn
 
-from .errors import UserError, near
+from cbam_mmdet.errors import UserError, near
 
 RUN_STATE = ('meta', 'message_hub', 'optimizer')  # what a training run goes on from, besides the weights
 
@@ -295,7 +295,7 @@ def use_safe_loading(trust: bool = False) -> None:
 
 def _translated(checkpoint: dict) -> dict:
     """The CBAM authors' own checkpoints, in the keys used here."""
-    from .weights import from_official, is_official
+    from cbam_mmdet.weights import from_official, is_official
 
     weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else {}
     if not isinstance(weights, Mapping) or not is_official(weights):

@@ -13,8 +13,8 @@ from mmengine.config import Config, ConfigDict
 from mmpretrain.evaluation import Accuracy
 from mmpretrain.registry import METRICS
 
-from .config import evaluators_of, log, set_data_root, split_datasets
-from .errors import UserError
+from cbam_mmdet.config import evaluators_of, log, set_data_root, split_datasets
+from cbam_mmdet.errors import UserError
 
 SPLITS = ('train', 'val', 'test')
 

@@ -29,10 +29,10 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import ssd_head  # noqa: F401  (SSD is mended)
-from .cbam import CBAM
-from .config import check_plugins, split_datasets
-from .errors import UserError
+from cbam_mmdet import ssd_head  # noqa: F401  (SSD is mended)
+from cbam_mmdet.cbam import CBAM
+from cbam_mmdet.config import check_plugins, split_datasets
+from cbam_mmdet.errors import UserError
 
 LAYERS = ('conv', 'linear', 'matmul', 'mm', 'addmm', 'bmm', 'einsum')  # what the paper counts, as MMEngine names it
 

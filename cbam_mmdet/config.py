@@ -15,7 +15,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from mmengine.registry import OPTIMIZERS
 
-from .errors import UserError, near
+from cbam_mmdet.errors import UserError, near
 
 SPLITS = ('train', 'val', 'test')
 CONFIG_DIR = Path(__file__).parent / '.mim' / 'configs'

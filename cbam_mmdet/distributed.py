@@ -21,7 +21,7 @@ from mmengine.device import get_device
 from mmengine.dist import broadcast_object_list, get_rank, init_dist, is_distributed
 from torch import distributed
 
-from .errors import UserError
+from cbam_mmdet.errors import UserError
 
 T = TypeVar('T')
 HOW = 'start several processes by tools/dist_train.sh CONFIG GPUS, tools/dist_test.sh or tools/slurm_train.sh'

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from .mmcv_ops import OperatorError
+from cbam_mmdet.mmcv_ops import OperatorError
 
 FAILED = 1
 USER_ERROR = 2
@@ -100,7 +100,7 @@ def _leave(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
     speaks = True
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        from .distributed import speak_for_all
+        from cbam_mmdet.distributed import speak_for_all
 
         speaks, code = speak_for_all(code)
     if speaks:
@@ -111,7 +111,7 @@ def _leave(message: str, code: int) -> NoReturn:
 def _end(code: int) -> NoReturn:
     distributed = sys.modules.get('torch.distributed')
     if distributed and distributed.is_available() and distributed.is_initialized():
-        from .distributed import end_process
+        from cbam_mmdet.distributed import end_process
 
         end_process(code)
     sys.exit(code)

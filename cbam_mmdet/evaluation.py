@@ -17,7 +17,7 @@ from mmdet.registry import METRICS
 from mmengine.logging import print_log
 from terminaltables import AsciiTable
 
-from .errors import UserError
+from cbam_mmdet.errors import UserError
 
 MODES = ('11points', 'area')
 

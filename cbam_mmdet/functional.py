@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import cpu_passes, passes
-from .errors import UserError
-from .passes import accumulate_dtype
+from cbam_mmdet import cpu_passes, passes
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.passes import accumulate_dtype
 
 if TYPE_CHECKING:
-    from .cbam import ChannelAttention, SpatialAttention
+    from cbam_mmdet.cbam import ChannelAttention, SpatialAttention
 
 CHANNEL_POOLS = ('avg', 'max', 'lp', 'lse')
 ORDERS = ('channel-spatial', 'spatial-channel', 'parallel')
@@ -154,7 +154,7 @@ def _no_kernels(device: torch.device) -> str | None:
 
 def _passes(x: Tensor, chosen: str) -> passes.Passes | None:
     if chosen == 'fused':
-        from . import kernels
+        from cbam_mmdet import kernels
 
         return kernels.OPERATORS if torch.compiler.is_compiling() else kernels.PASSES
     if x.device.type == 'cpu':

@@ -21,9 +21,9 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox2roi, bbox_overlaps
 from torch import Tensor, nn
 
-from .backbone_places import OUTPUTS, matches, names_of, usual_place
-from .errors import UserError, near
-from .inference import array_pipeline
+from cbam_mmdet.backbone_places import OUTPUTS, matches, names_of, usual_place
+from cbam_mmdet.errors import UserError, near
+from cbam_mmdet.inference import array_pipeline
 
 # Our names, and the library's classes.
 METHODS = {

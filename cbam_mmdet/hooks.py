@@ -18,10 +18,10 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from .checkpoints import compare_state_dicts, run_state_lacking
-from .datasets.loading import LoadCheckedImage
-from .errors import UserError
-from .gates import find_cbams, gate_figures, record_gates
+from cbam_mmdet.checkpoints import compare_state_dicts, run_state_lacking
+from cbam_mmdet.datasets.loading import LoadCheckedImage
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.gates import find_cbams, gate_figures, record_gates
 
 
 @HOOKS.register_module()

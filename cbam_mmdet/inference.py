@@ -23,12 +23,12 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 from tqdm import tqdm
 
-from . import ssd_head  # noqa: F401  (SSD is mended)
-from .checkpoints import compare_state_dicts, find_checkpoint, meta_of, use_safe_loading
-from .config import check_plugins, split_datasets
-from .datasets.checks import check_data, dataset_classes
-from .datasets.loading import read_image
-from .errors import UserError
+from cbam_mmdet import ssd_head  # noqa: F401  (SSD is mended)
+from cbam_mmdet.checkpoints import compare_state_dicts, find_checkpoint, meta_of, use_safe_loading
+from cbam_mmdet.config import check_plugins, split_datasets
+from cbam_mmdet.datasets.checks import check_data, dataset_classes
+from cbam_mmdet.datasets.loading import read_image
+from cbam_mmdet.errors import UserError
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.mpg', '.mpeg')
@@ -220,7 +220,7 @@ def validation_images(cfg: Config, data_root: str | None = None) -> list[Path]:
     Raises:
         UserError: if the config has no validation set, or its data do not pass the check.
     """
-    from .run import point_at_data
+    from cbam_mmdet.run import point_at_data
 
     if not split_datasets(cfg, 'val'):
         raise UserError('the config has no validation set (val_dataloader): give images or folders')

@@ -18,8 +18,8 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from .complexity import Complexity, count
-from .errors import UserError
+from cbam_mmdet.complexity import Complexity, count
+from cbam_mmdet.errors import UserError
 
 # 'caffe' puts a Bottleneck's stride into its first 1x1 convolution, as the ResNet of 2015 has it, and the paper's GFLOPs are of that one;
 # torchvision's stride in the 3x3 costs 6 % more (12 % in a ResNeXt). Widening leaves the stem at 64 channels.

@@ -23,8 +23,8 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .backbone_places import OUTPUTS, matches, names_of, usual_place
-from .errors import UserError, near
+from cbam_mmdet.backbone_places import OUTPUTS, matches, names_of, usual_place
+from cbam_mmdet.errors import UserError, near
 
 KEEP = object()  # `init_cfg` was not given
 
@@ -74,7 +74,7 @@ def PluginBackbone(
 
     add_plugins(module, plugins, inputs, 'model.backbone.plugins', usual_place(module))
     if fuse_tail:
-        from .block_tail import fuse_tails  # which loads MMDetection's backbones
+        from cbam_mmdet.block_tail import fuse_tails  # which loads MMDetection's backbones
 
         fuse_tails(module)
     return module

@@ -27,8 +27,8 @@ from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
-from .checkpoints import meta_of
-from .errors import Stopped
+from cbam_mmdet.checkpoints import meta_of
+from cbam_mmdet.errors import Stopped
 
 # Streams of random numbers that must not meet.
 IN_ITERATION, IN_IMAGE = 0, 1

@@ -17,8 +17,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
-from . import evaluation, mixed_precision, ssd_head  # noqa: F401  (they register what they hold; SSD is mended)
-from .checkpoints import (
+from cbam_mmdet import evaluation, mixed_precision, ssd_head  # noqa: F401  (they register what they hold; SSD is mended)
+from cbam_mmdet.checkpoints import (
     find_checkpoint,
     load_checkpoint,
     meta_of,
@@ -27,16 +27,16 @@ from .checkpoints import (
     use_safe_loading,
     write_whole_files,
 )
-from .config import check_evaluators, check_optimizer, check_plugins, is_first_process, log, set_data_root
-from .datasets.checks import check_data
-from .datasets.classes import set_classes
-from .datasets.voc import fit_image_suffix, fit_layout
-from .distributed import in_first_process, join_processes
-from .errors import Stopped, UserError, is_dead_worker
-from .hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook, GateStatisticsHook, KeepOldUntilNewHook
-from .insertion import say_missing_cbam_in_one_line
-from .resume import ResumeExactlyHook, StopSignalHook
-from .run_record import write_record
+from cbam_mmdet.config import check_evaluators, check_optimizer, check_plugins, is_first_process, log, set_data_root
+from cbam_mmdet.datasets.checks import check_data
+from cbam_mmdet.datasets.classes import set_classes
+from cbam_mmdet.datasets.voc import fit_image_suffix, fit_layout
+from cbam_mmdet.distributed import in_first_process, join_processes
+from cbam_mmdet.errors import Stopped, UserError, is_dead_worker
+from cbam_mmdet.hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook, GateStatisticsHook, KeepOldUntilNewHook
+from cbam_mmdet.insertion import say_missing_cbam_in_one_line
+from cbam_mmdet.resume import ResumeExactlyHook, StopSignalHook
+from cbam_mmdet.run_record import write_record
 
 
 def train(
@@ -198,7 +198,7 @@ def point_at_data(cfg: Config, data_root: str | None, classes: str | Sequence[st
             classification.point_at_folders.
     """
     if _classifies(cfg):
-        from .classification import point_at_folders
+        from cbam_mmdet.classification import point_at_folders
 
         return point_at_folders(cfg, data_root, classes)
     if data_root:
@@ -280,7 +280,7 @@ def _seed_of(path: str, trust_checkpoint: bool) -> int | None:
 
 def _check_data(cfg: Config, splits: list[str]) -> None:
     if _classifies(cfg):
-        from .classification import check_image_folders
+        from cbam_mmdet.classification import check_image_folders
 
         return in_first_process(lambda: check_image_folders(cfg, splits))
     keys = [f'{split}_dataloader' for split in splits]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sysconfig
 from pathlib import Path
 
-from .errors import UserError
+from cbam_mmdet.errors import UserError
 
 NAME = 'cbam_mmdet_startup'
 FINDER = '''"""Written by cbam_mmdet/startup.py: lets torchvision serve mmcv._ext where there is none."""

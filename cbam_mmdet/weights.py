@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .checkpoints import AtomicLocalBackend, find_checkpoint, load_checkpoint, meta_of
-from .errors import UserError
+from cbam_mmdet.checkpoints import AtomicLocalBackend, find_checkpoint, load_checkpoint, meta_of
+from cbam_mmdet.errors import UserError
 
 DEPTHS = {
     ('BasicBlock', (2, 2, 2, 2)): 18,
@@ -289,7 +289,7 @@ def _check_official(state_dict: Mapping[str, Tensor]) -> tuple[str, int]:
 def _official_shapes(block: str, depth: int, state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     import torchvision
 
-    from .cbam import CBAM
+    from cbam_mmdet.cbam import CBAM
 
     mlp = state_dict.get('layer1.0.cbam.ChannelGate.mlp.1.weight')
     reduction = mlp.shape[1] // mlp.shape[0] if mlp is not None and mlp.dim() == 2 else 16

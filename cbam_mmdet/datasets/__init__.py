@@ -1,6 +1,6 @@
 """The built-in demo data set; needs neither torch nor mmdet."""
 
-from .shapes import (
+from cbam_mmdet.datasets.shapes import (
     CLASSES,
     METAINFO,
     PALETTE,

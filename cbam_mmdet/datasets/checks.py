@@ -22,9 +22,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from tqdm import tqdm
 
-from ..config import evaluators_of, split_datasets
-from ..errors import UserError, near
-from .voc import AnySuffixVOCDataset, image_files, voc_folder, voc_image_folder
+from cbam_mmdet.config import evaluators_of, split_datasets
+from cbam_mmdet.datasets.voc import AnySuffixVOCDataset, image_files, voc_folder, voc_image_folder
+from cbam_mmdet.errors import UserError, near
 
 COCO_LAYOUT = """\
     {root}/

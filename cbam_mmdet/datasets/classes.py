@@ -11,9 +11,16 @@ from mmdet.registry import DATASETS, MODELS
 from mmdet.visualization.palette import get_palette
 from mmengine.config import Config, ConfigDict
 
-from ..config import SPLITS, log, split_datasets
-from ..errors import UserError, near
-from .checks import annotation_file, annotation_format, read_coco, read_voc, read_voc_ids, require_annotation_file
+from cbam_mmdet.config import SPLITS, log, split_datasets
+from cbam_mmdet.datasets.checks import (
+    annotation_file,
+    annotation_format,
+    read_coco,
+    read_voc,
+    read_voc_ids,
+    require_annotation_file,
+)
+from cbam_mmdet.errors import UserError, near
 
 AUTO = 'auto'
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from mmengine.config import ConfigDict
 from tqdm import tqdm
 
-from ..errors import UserError
-from .checks import read_coco, read_voc, read_voc_ids
-from .loading import read_image
-from .voc import image_files, voc_image_folder
+from cbam_mmdet.datasets.checks import read_coco, read_voc, read_voc_ids
+from cbam_mmdet.datasets.loading import read_image
+from cbam_mmdet.datasets.voc import image_files, voc_image_folder
+from cbam_mmdet.errors import UserError
 
 
 def convert(source: str, target: str) -> int:

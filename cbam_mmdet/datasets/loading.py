@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from mmengine.registry import TRANSFORMS
 from PIL import Image
 
-from ..errors import UserError
+from cbam_mmdet.errors import UserError
 
 # How a complete JPEG and a complete PNG end.
 END_MARKERS = (b'\xff\xd9', b'IEND\xaeB`\x82')

@@ -9,7 +9,7 @@ from mmdet.datasets import VOCDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
 
-from ..config import SPLITS, log, split_datasets
+from cbam_mmdet.config import SPLITS, log, split_datasets
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 

@@ -1,7 +1,7 @@
 """CBAM's six passes as Triton kernels, for CUDA. Nothing else of the package imports triton, and this only where it is used."""
 
-from ..passes import as_operators
-from .triton_passes import PASSES
+from cbam_mmdet.kernels.triton_passes import PASSES
+from cbam_mmdet.passes import as_operators
 
 OPERATORS = as_operators(PASSES, 'triton')
 

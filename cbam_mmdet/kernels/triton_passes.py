@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..passes import Passes, accumulate_dtype, place_dtype
+from cbam_mmdet.passes import Passes, accumulate_dtype, place_dtype
 
 TILE = 2048  # elements of a tile: 16 for each thread of four warps
 PROGRAMS_PER_PROCESSOR = 4  # below that a reduction is split up

@@ -1,5 +1,5 @@
 """Pictures of a run, and its report."""
 
-from .run_pictures import draw_curve, draw_sheet, read_scalars
+from cbam_mmdet.visualization.run_pictures import draw_curve, draw_sheet, read_scalars
 
 __all__ = ['draw_curve', 'draw_sheet', 'read_scalars']

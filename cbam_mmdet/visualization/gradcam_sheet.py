@@ -15,10 +15,19 @@ from matplotlib.patches import Rectangle
 from torch import nn
 from tqdm import tqdm
 
-from ..datasets.loading import read_image
-from ..errors import UserError, near
-from ..gradcam import BoxScores, Target, best_detections, cam_maps, find_layers, label_at, method_class, prepare
-from ..inference import unique_names
+from cbam_mmdet.datasets.loading import read_image
+from cbam_mmdet.errors import UserError, near
+from cbam_mmdet.gradcam import (
+    BoxScores,
+    Target,
+    best_detections,
+    cam_maps,
+    find_layers,
+    label_at,
+    method_class,
+    prepare,
+)
+from cbam_mmdet.inference import unique_names
 
 
 @dataclass(frozen=True)

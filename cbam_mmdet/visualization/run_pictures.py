@@ -16,8 +16,8 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from ..errors import UserError
-from .run_reader import read_results, read_scalars
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.visualization.run_reader import read_results, read_scalars
 
 COLOURS = matplotlib.colormaps['tab10'].colors
 TRUTH = dict(color='white', linestyle=(0, (4, 3)), linewidth=1.6)
