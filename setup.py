@@ -26,7 +26,7 @@ setup(
     # OpenMMLab's packages have, so `_base_ = 'cbam_mmdet::faster_rcnn_r50_cbam.py'` works after an install.
     package_data={'cbam_mmdet': ['.mim/*.yml', '.mim/configs/**/*', '.mim/tools/*', 'visualization/*.html']},
     extras_require={
-        # The maintained forks; import names mmcv, mmdet, mmengine. No compiler: see cbam_mmdet/mmcv_ops.py.
+        # The maintained forks; import names mmcv, mmdet, mmengine. No compiler: see cbam_mmdet/compat/mmcv_ops.py.
         'mmdet': [
             'torch>=2.4',
             'torchvision',

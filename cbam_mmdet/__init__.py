@@ -6,7 +6,7 @@ Importing this package registers everything, also from a config: `custom_imports
 from cbam_mmdet.version import __version__
 
 # Before anything imports mmcv.ops: where mmcv has no compiled operators, torchvision serves them.
-from cbam_mmdet.mmcv_ops import install_ops  # isort: skip
+from cbam_mmdet.compat.mmcv_ops import install_ops  # isort: skip
 
 install_ops()
 

@@ -29,8 +29,8 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cbam_mmdet import ssd_head  # noqa: F401  (SSD is mended)
 from cbam_mmdet.cbam import CBAM
+from cbam_mmdet.compat import ssd_head  # noqa: F401  (SSD is mended)
 from cbam_mmdet.config import check_plugins, split_datasets
 from cbam_mmdet.errors import UserError
 

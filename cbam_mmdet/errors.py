@@ -16,7 +16,12 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from cbam_mmdet.mmcv_ops import OperatorError
+pass
+import importlib
+import importlib.abc
+import importlib.util
+
+import torch
 
 FAILED = 1
 USER_ERROR = 2
@@ -223,7 +228,6 @@ def _channels_that_do_not_fit(error: BaseException) -> str | None:
 
 
 def _out_of_memory(error: BaseException) -> str | None:
-    import torch
 
     if not isinstance(error, torch.OutOfMemoryError):
         return None
@@ -276,3 +280,7 @@ def _sync_bn_on_cpu(error: BaseException) -> str | None:
     if not isinstance(error, ValueError) or not told:
         return None
     return "SyncBN needs a GPU: on CPUs leave out sync_bn and norm_cfg=dict(type='SyncBN'), or train in one process"
+
+
+class OperatorError(RuntimeError):
+    """An operator, or a mode of one, that only a compiled mmcv has."""

@@ -23,8 +23,8 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 from tqdm import tqdm
 
-from cbam_mmdet import ssd_head  # noqa: F401  (SSD is mended)
 from cbam_mmdet.checkpoints import compare_state_dicts, find_checkpoint, meta_of, use_safe_loading
+from cbam_mmdet.compat import ssd_head  # noqa: F401  (SSD is mended)
 from cbam_mmdet.config import check_plugins, split_datasets
 from cbam_mmdet.datasets.checks import check_data, dataset_classes
 from cbam_mmdet.datasets.loading import read_image

@@ -17,7 +17,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
-from cbam_mmdet import evaluation, mixed_precision, ssd_head  # noqa: F401  (they register what they hold; SSD is mended)
+from cbam_mmdet import evaluation, mixed_precision  # noqa: F401  (they register what they hold; SSD is mended)
 from cbam_mmdet.checkpoints import (
     find_checkpoint,
     load_checkpoint,
@@ -27,6 +27,7 @@ from cbam_mmdet.checkpoints import (
     use_safe_loading,
     write_whole_files,
 )
+from cbam_mmdet.compat import ssd_head  # noqa: F401  (they register what they hold; SSD is mended)
 from cbam_mmdet.config import check_evaluators, check_optimizer, check_plugins, is_first_process, log, set_data_root
 from cbam_mmdet.datasets.checks import check_data
 from cbam_mmdet.datasets.classes import set_classes

@@ -7,7 +7,7 @@ blocks made it; images are normalized as the ImageNet weights were trained; the 
 
 _base_ = 'mmdet::ssd/ssd300_coco.py'
 
-custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.ssd_head'])
+custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.compat.ssd_head'])
 
 model = dict(
     data_preprocessor=dict(std=[58.395, 57.12, 57.375]),

@@ -2,7 +2,7 @@
 
 _base_ = 'mmdet::pascal_voc/ssd300_voc0712.py'
 
-custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.evaluation', 'cbam_mmdet.ssd_head'])
+custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.evaluation', 'cbam_mmdet.compat.ssd_head'])
 
 model = dict(
     data_preprocessor=dict(std=[58.395, 57.12, 57.375]),

@@ -17,8 +17,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from cbam_mmdet import CBAM
+from cbam_mmdet.compat.startup import disable, enable
 from cbam_mmdet.datasets import METAINFO, ensure_shapes
-from cbam_mmdet.startup import disable, enable
 
 CONFIGS = sorted(
     str(p.relative_to(ROOT / 'configs')) for p in (ROOT / 'configs').rglob('*.py') if p.parent.name != 'imagenet'

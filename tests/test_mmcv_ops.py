@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from cbam_mmdet import mmcv_ops
+from cbam_mmdet.compat import mmcv_ops
 
 if not mmcv_ops.install_ops():
     pytest.skip('mmcv has its compiled operators here', allow_module_level=True)
@@ -817,7 +817,7 @@ def test_the_served_module_has_no_other_attributes():
 def test_the_served_module_counts_as_installed():
     from mmengine.utils.dl_utils import mmcv_full_available
 
-    assert importlib.util.find_spec('mmcv._ext').origin == 'cbam_mmdet.mmcv_ops'
+    assert importlib.util.find_spec('mmcv._ext').origin == 'cbam_mmdet.compat.mmcv_ops'
     assert mmcv_full_available()
     if hasattr(pkgutil, 'find_loader'):  # gone in Python 3.14, and with it this question of mmcv's
         with warnings.catch_warnings():
@@ -827,7 +827,7 @@ def test_the_served_module_counts_as_installed():
 
 def test_environment_report():
     report = mmcv.utils.collect_env()
-    assert 'cbam_mmdet.mmcv_ops' in report['MMCV Compiler']
+    assert 'cbam_mmdet.compat.mmcv_ops' in report['MMCV Compiler']
     assert report['MMCV CUDA Compiler'] == 'not available'
 
 
@@ -835,7 +835,7 @@ def run_script(script, *arguments, **environment):
     """Run a script in a process that has ``install_ops`` but, unlike the package, has not called it."""
     prelude = f"""
         import importlib.util, sys, warnings
-        # As in an environment without the files of cbam_mmdet/startup.py.
+        # As in an environment without the files of cbam_mmdet/compat/startup.py.
         sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, '__module__', '') != 'cbam_mmdet_startup']
         import mmcv, torch
         spec = importlib.util.spec_from_file_location('mmcv_ops', {mmcv_ops.__file__!r})

@@ -39,16 +39,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['OPERATORS', 'OperatorError', 'install_ops']
+from cbam_mmdet.errors import OperatorError
+
+__all__ = ['OPERATORS', 'install_ops']
 
 EXTENSION = 'mmcv._ext'
 
 #: The served operators by name.
 OPERATORS: dict[str, Callable] = {}
-
-
-class OperatorError(RuntimeError):
-    """An operator, or a mode of one, that only a compiled mmcv has."""
 
 
 def install_ops() -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from cbam_mmdet.errors import UserError
 
 NAME = 'cbam_mmdet_startup'
-FINDER = '''"""Written by cbam_mmdet/startup.py: lets torchvision serve mmcv._ext where there is none."""
+FINDER = '''"""Written by cbam_mmdet/compat/startup.py: lets torchvision serve mmcv._ext where there is none."""
 
 import sys
 
@@ -28,7 +28,7 @@ class Finder:
             return None
         cls.asked = True  # the import below looks for mmcv._ext itself
         try:
-            from cbam_mmdet.mmcv_ops import install_ops
+            from cbam_mmdet.compat.mmcv_ops import install_ops
 
             install_ops()
         except ModuleNotFoundError as error:

@@ -1,0 +1,1 @@
+"""What other packages lack, and every patch of them, each with its undo."""
