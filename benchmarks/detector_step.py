@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from cbam_mmdet import CBAM
 from cbam_mmdet.block_tail import fuse_tails
-from cbam_mmdet.config import load_config
 from cbam_mmdet.functional import INTERPRETED
+from cbam_mmdet.utils.config import load_config
 
 
 def draw(batch: int, width: int, height: int, device: str, boxes: int = 7) -> tuple[torch.Tensor, list[DetDataSample]]:

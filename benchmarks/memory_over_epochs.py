@@ -17,8 +17,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from record import machine
 
+from cbam_mmdet.cli import run_tool
 from cbam_mmdet.datasets import ensure_shapes
-from cbam_mmdet.errors import run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 

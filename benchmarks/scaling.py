@@ -23,7 +23,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.structures import InstanceData
 
-from cbam_mmdet.config import load_config, set_data_root
+from cbam_mmdet.utils.config import load_config, set_data_root
 
 GPUS, GPUS_PER_NODE = (1, 8, 64, 256), 8
 COCO_IMAGES = 117_266  # of train2017, those with a box

@@ -34,12 +34,12 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from cbam_mmdet.checkpoints import AtomicLocalBackend
 from cbam_mmdet.complexity import interleaved_speeds, multiply_adds
-from cbam_mmdet.config import check_plugins, load_config
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.inference import load_detector
 from cbam_mmdet.run import point_at_data
+from cbam_mmdet.utils.config import check_plugins, load_config
+from cbam_mmdet.utils.files import AtomicLocalBackend
 
 BASE = 'ABLATION_BASE'  # the environment variable that configs/ablation/cbam.py reads
 HEADLINES = ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'pascal_voc/mAP')

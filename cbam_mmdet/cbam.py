@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cbam_mmdet.errors import UserError, near
+from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.functional import (
     CHANNEL_POOLS,
     IMPLS,
@@ -268,5 +268,5 @@ def _check_positive(name: str, value: int) -> None:
 
 def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
     if value not in choices:
-        hint = near(str(value), filter(None, choices), n=1)
+        hint = did_you_mean(str(value), filter(None, choices), n=1)
         raise UserError(f'CBAM: {name}={value!r} is unknown, choose from {list(choices)}{hint}')

@@ -15,13 +15,14 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from mmengine.fileio import LocalBackend, register_backend
+from mmengine.fileio import register_backend
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader, find_latest_checkpoint
 from mmengine.runner import checkpoint as checkpoint_module
 from torch import nn
 
-from cbam_mmdet.errors import UserError, near
+from cbam_mmdet.errors import UserError, did_you_mean
+from cbam_mmdet.utils.files import AtomicLocalBackend
 
 RUN_STATE = ('meta', 'message_hub', 'optimizer')  # what a training run goes on from, besides the weights
 
@@ -59,7 +60,7 @@ def find_checkpoint(path: str) -> str:
         folder = Path(path).parent
         siblings = [str(p) for p in folder.glob('*.pth')] if folder.is_dir() else []
         have = f' {folder} holds {", ".join(sorted(siblings)[:5])}.' if siblings else ''
-        raise UserError(f'checkpoint {path} does not exist{near(path, siblings)}.{have}')
+        raise UserError(f'checkpoint {path} does not exist{did_you_mean(path, siblings)}.{have}')
     with open(path, 'rb') as file:
         head = file.read(2)
     if head == b'PK' and not zipfile.is_zipfile(path):
@@ -117,43 +118,9 @@ def _some(keys: list[str], most: int = 3) -> str:
 # Writing whole files only
 
 
-class AtomicLocalBackend(LocalBackend):
-    """MMEngine's way to the disk, by which it writes checkpoints: beside their place, then moved there when they are on the disk.
-
-    A process that is killed at any moment, or a disk that is full, leaves what was there before.
-    """
-
-    def put(self, obj: bytes, filepath: str | Path) -> None:
-        path = Path(filepath)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f'.{path.name}.{os.getpid()}.unfinished')
-        try:
-            with unfinished.open('wb') as file:
-                file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        except BaseException as error:
-            unfinished.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                error.filename = error.filename or str(path)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too
-        finally:
-            os.close(folder)
-
-
 def write_whole_files() -> None:
     """Let MMEngine write checkpoints through AtomicLocalBackend in this process."""
     register_backend('local', AtomicLocalBackend, force=True, prefixes='')
-
-
-def remove_unfinished(work_dir: str) -> None:
-    """Remove what a killed process left half written in a folder."""
-    for path in Path(work_dir).glob('.*.unfinished'):
-        path.unlink(missing_ok=True)
 
 
 def newest_checkpoint(

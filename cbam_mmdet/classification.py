@@ -13,8 +13,9 @@ from mmengine.config import Config, ConfigDict
 from mmpretrain.evaluation import Accuracy
 from mmpretrain.registry import METRICS
 
-from cbam_mmdet.config import evaluators_of, log, set_data_root, split_datasets
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.config import evaluators_of, set_data_root, split_datasets
+from cbam_mmdet.utils.logging import log
 
 SPLITS = ('train', 'val', 'test')
 

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from cbam_mmdet.cbam import CBAM
 from cbam_mmdet.compat import ssd_head  # noqa: F401  (SSD is mended)
-from cbam_mmdet.config import check_plugins, split_datasets
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.config import check_plugins, split_datasets
 
 LAYERS = ('conv', 'linear', 'matmul', 'mm', 'addmm', 'bmm', 'einsum')  # what the paper counts, as MMEngine names it
 

@@ -3,29 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import importlib
-import importlib.util
-import os
-import pickle
 import re
 import signal
-import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterable
-from typing import NoReturn
-
-pass
-import importlib
-import importlib.abc
-import importlib.util
-
-import torch
-
-FAILED = 1
-USER_ERROR = 2
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -44,7 +24,7 @@ class Stopped(Exception):
         self.code = 128 + number
 
 
-def near(name: str, choices: Iterable[str], n: int = 3) -> str:
+def did_you_mean(name: str, choices: Iterable[str], n: int = 3) -> str:
     """A hint '; did you mean 'a' or 'b'?' for a misspelt name; empty if nothing is near."""
     choices = [choice for choice in choices if choice != name]
     folded = {choice.lower(): choice for choice in choices}
@@ -52,234 +32,11 @@ def near(name: str, choices: Iterable[str], n: int = 3) -> str:
     return f'; did you mean {" or ".join(map(repr, matches))}?' if matches else ''
 
 
-def run_tool(main: Callable[[], int | None]) -> NoReturn:
-    """Run a tool's main function and exit with its code; turn known failures into one message on stderr."""
-    if int(os.environ.get('RANK', 0)) > 0:  # the first of several processes prints the same
-        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
-        warnings.simplefilter('ignore')
-    try:
-        code = main()
-    except Stopped as stop:
-        _leave(str(stop), stop.code)
-    except KeyboardInterrupt:
-        _leave('interrupted', INTERRUPTED)
-    except Exception as error:
-        if _lost_contact(error):
-            _leave(
-                f'error: process {os.environ.get("RANK")} lost contact with another process of this run: {error}',
-                FAILED,
-            )
-        message = explain(error)
-        if message is None:
-            raise
-        _leave(f'error: {message}', USER_ERROR)
-    _end(code or 0)
-
-
-def explain(error: BaseException) -> str | None:
-    """The message for a failure that a user can mend; None for what looks like a bug."""
-    if isinstance(error, UserError):
-        return _without_worker_traceback(str(error))
-    if isinstance(error, OperatorError):
-        return str(error)
-    for explainer in (
-        _cfg_options,
-        _unknown_type,
-        _wrong_argument,
-        _no_readable_image,
-        _damaged_checkpoint,
-        _download_failed,
-        _channels_that_do_not_fit,
-        _out_of_memory,
-        _unusable_file,
-        _dead_worker,
-        _sync_bn_on_cpu,
-    ):
-        message = explainer(error)
-        if message:
-            return message
-    return None
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    sys.stdout.flush()
-    speaks = True
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        from cbam_mmdet.distributed import speak_for_all
-
-        speaks, code = speak_for_all(code)
-    if speaks:
-        print(f'\n{message}', file=sys.stderr, flush=True)
-    _end(code)
-
-
-def _end(code: int) -> NoReturn:
-    distributed = sys.modules.get('torch.distributed')
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        from cbam_mmdet.distributed import end_process
-
-        end_process(code)
-    sys.exit(code)
-
-
-def _lost_contact(error: BaseException) -> bool:
-    """What a collective of gloo or NCCL raises when another process has ended, or cannot be reached."""
-    return isinstance(error, RuntimeError) and bool(
-        re.search(r'gloo/transport|remote process exited|NCCL communicator was aborted', str(error))
-    )
-
-
-def _without_worker_traceback(text: str) -> str:
-    """An exception raised in a DataLoader's worker arrives with that worker's traceback as its text."""
-    _, found, tail = text.rpartition(f'{UserError.__name__}: ')
-    return tail.strip() if found and 'Traceback (most recent call last)' in text else text
-
-
-def _cfg_options(error: BaseException) -> str | None:
-    """MMEngine's parser of --cfg-options fails on a pair without '='."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not isinstance(error, ValueError) or not frames:
-        return None
-    code = frames[-1][0].f_code
-    if code.co_name != '__call__' or not code.co_filename.endswith('mmengine/config/config.py'):
-        return None
-    return '--cfg-options takes KEY=VALUE pairs, with no space around the =: --cfg-options train_cfg.max_epochs=3 load_from=a.pth'
-
-
-def _no_readable_image(error: BaseException) -> str | None:
-    if 'Cannot find valid image after' not in str(error):
-        return None
-    return 'no training image can be read: the lines above name them. Check the data set, or the disk that holds it.'
-
-
-def _damaged_checkpoint(error: BaseException) -> str | None:
-    damaged = isinstance(error, RuntimeError) and 'PytorchStreamReader' in str(error)
-    if not damaged and not isinstance(error, (pickle.UnpicklingError, EOFError)):
-        return None
-    return f'the checkpoint is damaged or is none of PyTorch: {error}. Use an earlier one.'
-
-
-def _unknown_type(error: BaseException) -> str | None:
-    """MMEngine's registries name what they lack but not what they have."""
-    found = re.search(r"'?\"?([\w.]+) is not in the ([\w-]+)::([\w ]+) registry", str(error))
-    if not isinstance(error, KeyError) or not found:
-        return None
-    name, scope, registry = found.groups()
-    package, dot, _ = name.partition('.')
-    if dot and importlib.util.find_spec(package) is None:
-        extra = " (pip install 'cbam-mmdet[backbones]')" if package == 'mmpretrain' else ''
-        return f'type={name!r} in the config needs the package {package}, which is not installed here{extra}'
-    return f'type={name!r} in the config is not a registered {registry}{near(name, _registered(registry, scope))}'
-
-
-@functools.cache
-def _registered(registry: str, scope: str) -> tuple[str, ...]:
-    names = set()
-    for package in {scope, 'mmdet', 'mmengine'}:
-        try:
-            module = importlib.import_module(f'{package}.registry')
-        except ImportError:
-            continue
-        for candidate in vars(module).values():
-            if getattr(candidate, 'name', None) == registry and hasattr(candidate, 'module_dict'):
-                candidate.import_from_location()
-                names.update(candidate.module_dict)
-    return tuple(sorted(names))
-
-
-def _wrong_argument(error: BaseException) -> str | None:
-    """A key of a config that its class does not take."""
-    found = re.search(
-        r'(?:(\w+)\.)?__init__\(\) (got an unexpected keyword argument|missing \d+ required) ?(.*)', str(error)
-    )
-    if not isinstance(error, TypeError) or not found:
-        return None
-    owner, _, rest = found.groups()
-    if 'unexpected' in found.group(2):
-        return f'type={owner!r} in the config does not take the key {rest}'
-    return f'type={owner!r} in the config lacks {rest}'
-
-
-def _download_failed(error: BaseException) -> str | None:
-    from urllib.error import URLError
-
-    broken_off = isinstance(error, (ConnectionError, TimeoutError)) and _came_through(error, 'urllib/request.py')
-    if not isinstance(error, URLError) and not broken_off:
-        return None
-    return (
-        f'a download failed ({error}). Pretrained weights come from the network the first time: connect once, or give a local file '
-        '(--cfg-options model.backbone.init_cfg.checkpoint=FILE), or start from random weights '
-        '(--cfg-options model.backbone.init_cfg=None).'
-    )
-
-
-def _channels_that_do_not_fit(error: BaseException) -> str | None:
-    """Neighbours in a detector's config that do not fit each other."""
-    found = re.search(
-        r'weight of size \[.*?\], expected input\[.*?\] to have (\d+) channels, but got (\d+) channels', str(error)
-    )
-    if not isinstance(error, RuntimeError) or not found:
-        return None
-    expected, given = found.groups()
-    return (
-        f'a convolution that takes {expected} channels was given {given}. Most often model.neck.in_channels does not say what the backbone '
-        f'returns: set it to the channels of its outputs, level by level ({error})'
-    )
-
-
-def _out_of_memory(error: BaseException) -> str | None:
-
-    if not isinstance(error, torch.OutOfMemoryError):
-        return None
-    return (
-        f'the GPU has no memory left ({str(error).split(". ")[0]}). Lower train_dataloader.batch_size (and the learning rate with it, '
-        '--auto-scale-lr), use --amp, or set with_cp=True in the backbone.'
-    )
-
-
-def _unusable_file(error: BaseException) -> str | None:
-    import errno
-
-    if not isinstance(error, OSError) or not error.filename or _came_through(error, 'subprocess.py'):
-        return None
-    name = error.filename
-    if error.errno == errno.ENOENT:
-        return f'{name} does not exist (any more): check the path, and the disk that holds it'
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f'{name} cannot be written: {os.strerror(error.errno)}. Checkpoints that were saved are whole: make room, then --resume'
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE):
-        return f'{name} cannot be used: {os.strerror(error.errno)}'
-    return None
-
-
-def _came_through(error: BaseException, *files: str) -> bool:
-    """Whether an exception was raised in, or below, a source file whose path ends so."""
-    return any(frame.f_code.co_filename.endswith(files) for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
 def is_dead_worker(error: BaseException) -> bool:
     """What a DataLoader raises when one of its processes is gone."""
     return isinstance(error, RuntimeError) and bool(
         re.search(r'DataLoader worker \(pid.*\) (is killed|exited)', str(error))
     )
-
-
-def _dead_worker(error: BaseException) -> str | None:
-    if not is_dead_worker(error):
-        return None
-    reason = re.search(r'is killed by signal: (.*?)\.', f'{error} {error.__cause__}')
-    return (
-        f'a process that loads images has died ({reason.group(1) if reason else "it ended by itself"}). Most often the machine, or its /dev/shm, '
-        'has no memory left: lower train_dataloader.num_workers or batch_size. --resume goes on from the last checkpoint.'
-    )
-
-
-def _sync_bn_on_cpu(error: BaseException) -> str | None:
-    # DDP's words, and those of the layer itself.
-    told = re.search(r'SyncBatchNorm (layers only work with GPU|expected input tensor to be on GPU)', str(error))
-    if not isinstance(error, ValueError) or not told:
-        return None
-    return "SyncBN needs a GPU: on CPUs leave out sync_bn and norm_cfg=dict(type='SyncBN'), or train in one process"
 
 
 class OperatorError(RuntimeError):

@@ -22,7 +22,7 @@ from mmdet.structures.bbox import bbox2roi, bbox_overlaps
 from torch import Tensor, nn
 
 from cbam_mmdet.backbone_places import OUTPUTS, matches, names_of, usual_place
-from cbam_mmdet.errors import UserError, near
+from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.inference import array_pipeline
 
 # Our names, and the library's classes.
@@ -201,7 +201,7 @@ def method_class(name: str) -> type:
         UserError: for another name; if the library is not installed.
     """
     if name not in METHODS:
-        raise UserError(f'--method {name} is unknown, choose from {list(METHODS)}{near(name, METHODS)}')
+        raise UserError(f'--method {name} is unknown, choose from {list(METHODS)}{did_you_mean(name, METHODS)}')
     if importlib.util.find_spec('pytorch_grad_cam') is None:
         raise UserError(
             "Grad-CAM needs the package grad-cam, which is not installed here (pip install 'cbam-mmdet[explain]')"
@@ -221,7 +221,7 @@ def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[st
     for name in names or ():
         if name not in modules or not name:
             raise UserError(
-                f'--layers {name}: this {type(model).__name__} has no such layer{near(name, filter(None, modules))}'
+                f'--layers {name}: this {type(model).__name__} has no such layer{did_you_mean(name, filter(None, modules))}'
             )
     if names:
         return {name: modules[name] for name in names}

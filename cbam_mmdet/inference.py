@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from cbam_mmdet.checkpoints import compare_state_dicts, find_checkpoint, meta_of, use_safe_loading
 from cbam_mmdet.compat import ssd_head  # noqa: F401  (SSD is mended)
-from cbam_mmdet.config import check_plugins, split_datasets
 from cbam_mmdet.datasets.checks import check_data, dataset_classes
 from cbam_mmdet.datasets.loading import read_image
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.config import check_plugins, split_datasets
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.mpg', '.mpeg')

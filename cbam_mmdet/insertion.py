@@ -35,8 +35,9 @@ from torch import nn
 
 from cbam_mmdet.backbone_places import usual_place
 from cbam_mmdet.cbam import CBAM
-from cbam_mmdet.checkpoints import AtomicLocalBackend, compare_state_dicts, find_checkpoint, load_checkpoint, meta_of
+from cbam_mmdet.checkpoints import compare_state_dicts, find_checkpoint, load_checkpoint, meta_of
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.files import AtomicLocalBackend
 
 _load_state_dict = checkpoint_module.load_state_dict  # MMEngine's own
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from cbam_mmdet.backbone_places import OUTPUTS, matches, names_of, usual_place
-from cbam_mmdet.errors import UserError, near
+from cbam_mmdet.errors import UserError, did_you_mean
 
 KEEP = object()  # `init_cfg` was not given
 
@@ -172,7 +172,7 @@ def _check_plugin_configs(plugins: Sequence[Mapping], where: str) -> None:
         name = plugin['cfg']['type']
         if isinstance(name, str) and MODELS.get(name) is None:
             known = [name for registry in (MODELS, *MODELS.children.values()) for name in registry.module_dict]
-            raise UserError(f'{where}[{i}].cfg.type={name!r} is not a registered model{near(name, known)}')
+            raise UserError(f'{where}[{i}].cfg.type={name!r} is not a registered model{did_you_mean(name, known)}')
 
 
 def _places(module: nn.Module, plugin: Mapping, where: str, usual: Sequence[str]) -> list[str]:
@@ -209,7 +209,7 @@ def _hint(pattern: str, names: list[str]) -> str:
         if not children:
             continue
         wrong = segments[length]
-        guess = near(wrong, [child for child in children if child != wrong])
+        guess = did_you_mean(wrong, [child for child in children if child != wrong])
         inside = f'{prefix!r} matches {_some(reached)}, which hold' if prefix else 'it holds'
         return f', whose modules have other names: {inside} {_some(list(children), 16)}{guess}'
     return ''

@@ -23,12 +23,10 @@ from cbam_mmdet.checkpoints import (
     load_checkpoint,
     meta_of,
     newest_checkpoint,
-    remove_unfinished,
     use_safe_loading,
     write_whole_files,
 )
 from cbam_mmdet.compat import ssd_head  # noqa: F401  (they register what they hold; SSD is mended)
-from cbam_mmdet.config import check_evaluators, check_optimizer, check_plugins, is_first_process, log, set_data_root
 from cbam_mmdet.datasets.checks import check_data
 from cbam_mmdet.datasets.classes import set_classes
 from cbam_mmdet.datasets.voc import fit_image_suffix, fit_layout
@@ -38,6 +36,9 @@ from cbam_mmdet.hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook,
 from cbam_mmdet.insertion import say_missing_cbam_in_one_line
 from cbam_mmdet.resume import ResumeExactlyHook, StopSignalHook
 from cbam_mmdet.run_record import write_record
+from cbam_mmdet.utils.config import check_evaluators, check_optimizer, check_plugins, set_data_root
+from cbam_mmdet.utils.files import remove_unfinished
+from cbam_mmdet.utils.logging import is_first_process, log
 
 
 def train(

@@ -21,8 +21,8 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size
 from mmengine.runner import Runner
 
-from cbam_mmdet.checkpoints import AtomicLocalBackend
-from cbam_mmdet.config import CONFIG_DIR, PREFIX
+from cbam_mmdet.utils.config import CONFIG_DIR, PREFIX
+from cbam_mmdet.utils.files import AtomicLocalBackend
 
 RECORD = 'vis_data/run.json'
 PACKAGES = ('cbam_mmdet', 'torch', 'torchvision', 'mmcv', 'mmengine', 'mmdet')

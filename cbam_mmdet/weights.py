@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cbam_mmdet.checkpoints import AtomicLocalBackend, find_checkpoint, load_checkpoint, meta_of
+from cbam_mmdet.checkpoints import find_checkpoint, load_checkpoint, meta_of
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.files import AtomicLocalBackend
 
 DEPTHS = {
     ('BasicBlock', (2, 2, 2, 2)): 18,

@@ -24,7 +24,6 @@ from mmengine.runner.checkpoint import load_from_local, save_checkpoint
 
 from cbam_mmdet import checkpoints
 from cbam_mmdet.checkpoints import (
-    AtomicLocalBackend,
     find_checkpoint,
     load_checkpoint,
     newest_checkpoint,
@@ -33,6 +32,7 @@ from cbam_mmdet.checkpoints import (
 )
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.hooks import KeepOldUntilNewHook
+from cbam_mmdet.utils.files import AtomicLocalBackend
 
 
 @pytest.fixture(autouse=True)

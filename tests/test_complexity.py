@@ -9,8 +9,8 @@ from mmengine.config import Config
 from torch import nn
 
 from cbam_mmdet.complexity import count, input_size, measure, peak_memory
-from cbam_mmdet.config import load_config
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.config import load_config
 
 PLAIN = str(ROOT / 'configs/demo/faster_rcnn.py')
 SSD = str(ROOT / 'configs/ssd300_vgg16_voc0712.py')

@@ -172,9 +172,7 @@ def test_a_thread_that_wants_the_gil_at_the_end(end, code, tmp_path):
 
 def test_a_container_that_says_it_is_one_process_of_one(tmp_path):
     """WORLD_SIZE alone joins no group: a tool ends as any program, and leaves the one that called it alone."""
-    program = (
-        'from cbam_mmdet.errors import run_tool\ntry: run_tool(lambda: 3)\nexcept SystemExit as end: print(end.code)'
-    )
+    program = 'from cbam_mmdet.cli import run_tool\ntry: run_tool(lambda: 3)\nexcept SystemExit as end: print(end.code)'
     environment = dict(ENVIRONMENT, WORLD_SIZE='1', RANK='0')
     done = subprocess.run(
         [sys.executable, '-c', program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60

@@ -18,9 +18,9 @@ from mmdet.registry import METRICS
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cbam_mmdet.config import check_evaluators, load_config
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation import SampleCocoMetric, VOCDetectionMetric
+from cbam_mmdet.utils.config import check_evaluators, load_config
 
 BCCD = DATA / 'bccd'
 CLASSES = ('often', 'rare', 'only detected', 'only there', 'neither', 'only difficult')

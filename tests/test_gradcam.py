@@ -10,7 +10,6 @@ from conftest import DEMO, ROOT
 from mmdet.apis import init_detector
 from pycocotools.coco import COCO
 
-from cbam_mmdet.config import load_config
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.gradcam import (
     METHODS,
@@ -23,6 +22,7 @@ from cbam_mmdet.gradcam import (
     prepare,
 )
 from cbam_mmdet.inference import load_detector
+from cbam_mmdet.utils.config import load_config
 
 pytest.importorskip('pytorch_grad_cam', reason="needs pip install '.[explain]'")
 

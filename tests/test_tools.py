@@ -134,7 +134,7 @@ def test_help(run_tool, name):
 def test_data_root_reaches_every_loader_and_evaluator(tmp_path):
     from mmengine.config import Config
 
-    from cbam_mmdet.config import set_data_root, split_datasets
+    from cbam_mmdet.utils.config import set_data_root, split_datasets
 
     cfg = Config.fromfile(ROOT / 'configs/faster_rcnn_r50_cbam.py')
     cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=dict(

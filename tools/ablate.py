@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from cbam_mmdet.errors import run_tool
+from cbam_mmdet.cli import run_tool
 
 
 def parse_args() -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from cbam_mmdet.errors import run_tool
+from cbam_mmdet.cli import run_tool
 
 
 def parse_args() -> argparse.Namespace:

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from cbam_mmdet.config import load_config
-from cbam_mmdet.errors import UserError, run_tool
+from cbam_mmdet.cli import run_tool
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.config import load_config
 
 
 def parse_args() -> argparse.Namespace:

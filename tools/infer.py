@@ -5,8 +5,8 @@ import sys
 
 from mmengine.config import DictAction
 
-from cbam_mmdet.config import load_config
-from cbam_mmdet.errors import USER_ERROR, run_tool
+from cbam_mmdet.cli.tool import USER_ERROR, run_tool
+from cbam_mmdet.utils.config import load_config
 
 
 def parse_args() -> argparse.Namespace:

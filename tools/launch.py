@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-FAILED, USER_ERROR = 1, 2  # as in cbam_mmdet/errors.py
+FAILED, USER_ERROR = 1, 2  # as in cbam_mmdet/cli/tool.py
 DEFAULT_PORT = 29500
 WATCHED = 'torch.distributed.elastic.multiprocessing.api'
 

@@ -2,7 +2,8 @@
 
 import argparse
 
-from cbam_mmdet.errors import UserError, near, run_tool
+from cbam_mmdet.cli import run_tool
+from cbam_mmdet.errors import UserError, did_you_mean
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,7 +25,7 @@ def main() -> None:
     for name in args.only or []:
         if name not in BACKBONES:
             raise UserError(
-                f'--only {name}: the table has no such row{near(name, BACKBONES) or "."} It has: {", ".join(BACKBONES)}'
+                f'--only {name}: the table has no such row{did_you_mean(name, BACKBONES) or "."} It has: {", ".join(BACKBONES)}'
             )
     print(as_markdown(measure_all(args.only or BACKBONES)))
 

@@ -5,7 +5,7 @@ One HTML file that opens without a network, and its tables (CSV, Markdown) and f
 
 import argparse
 
-from cbam_mmdet.errors import run_tool
+from cbam_mmdet.cli import run_tool
 
 
 def parse_args() -> argparse.Namespace:

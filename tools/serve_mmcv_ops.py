@@ -2,8 +2,8 @@
 
 import argparse
 
+from cbam_mmdet.cli import run_tool
 from cbam_mmdet.compat.startup import disable, enable
-from cbam_mmdet.errors import run_tool
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ import os
 
 from mmengine.config import DictAction
 
-from cbam_mmdet.config import load_config
-from cbam_mmdet.errors import run_tool
+from cbam_mmdet.cli import run_tool
+from cbam_mmdet.utils.config import load_config
 
 
 def parse_args() -> argparse.Namespace:

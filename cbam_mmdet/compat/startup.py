@@ -28,7 +28,7 @@ class Finder:
             return None
         cls.asked = True  # the import below looks for mmcv._ext itself
         try:
-            from cbam_mmdet.compat.mmcv_ops import install_ops
+            from cbam_mmdet import install_ops
 
             install_ops()
         except ModuleNotFoundError as error:

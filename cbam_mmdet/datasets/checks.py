@@ -22,9 +22,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from tqdm import tqdm
 
-from cbam_mmdet.config import evaluators_of, split_datasets
 from cbam_mmdet.datasets.voc import AnySuffixVOCDataset, image_files, voc_folder, voc_image_folder
-from cbam_mmdet.errors import UserError, near
+from cbam_mmdet.errors import UserError, did_you_mean
+from cbam_mmdet.utils.config import evaluators_of, split_datasets
 
 COCO_LAYOUT = """\
     {root}/
@@ -337,13 +337,13 @@ def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], orde
         "the model's heads to their number."
     )
     if not shared:
-        hints = [near(name, found, n=1) for name in classes[:20]]
+        hints = [did_you_mean(name, found, n=1) for name in classes[:20]]
         raise UserError(f'{what}: none is the same{next(filter(None, hints), "")}. {fix}')
     if not ordered:
         return
     lacking = [name for name in classes if name not in found]
     if lacking:
-        raise UserError(f'{what}: {_abridge(lacking)} are not in the file{near(lacking[0], found, n=1)}. {fix}')
+        raise UserError(f'{what}: {_abridge(lacking)} are not in the file{did_you_mean(lacking[0], found, n=1)}. {fix}')
     if shared != list(classes):
         raise UserError(f"{what}: in another order, and the file's order is the one that numbers them. {fix}")
 

@@ -11,7 +11,6 @@ from mmdet.registry import DATASETS, MODELS
 from mmdet.visualization.palette import get_palette
 from mmengine.config import Config, ConfigDict
 
-from cbam_mmdet.config import SPLITS, log, split_datasets
 from cbam_mmdet.datasets.checks import (
     annotation_file,
     annotation_format,
@@ -20,7 +19,9 @@ from cbam_mmdet.datasets.checks import (
     read_voc_ids,
     require_annotation_file,
 )
-from cbam_mmdet.errors import UserError, near
+from cbam_mmdet.errors import UserError, did_you_mean
+from cbam_mmdet.utils.config import SPLITS, split_datasets
+from cbam_mmdet.utils.logging import log
 
 AUTO = 'auto'
 
@@ -133,7 +134,7 @@ def _choose(
     if lacking:
         where = ' and '.join(path for path, _, _ in files)
         raise UserError(
-            f'--classes: {where} ({split}) has no {lacking[0]!r}{near(lacking[0], available) or "."} It has: {", ".join(available)}'
+            f'--classes: {where} ({split}) has no {lacking[0]!r}{did_you_mean(lacking[0], available) or "."} It has: {", ".join(available)}'
         )
     if not available:
         raise UserError(f'--classes: {" and ".join(path for path, _, _ in files)} holds no object, hence no class')

@@ -9,7 +9,8 @@ from mmdet.datasets import VOCDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
 
-from cbam_mmdet.config import SPLITS, log, split_datasets
+from cbam_mmdet.utils.config import SPLITS, split_datasets
+from cbam_mmdet.utils.logging import log
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 

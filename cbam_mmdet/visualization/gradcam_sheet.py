@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cbam_mmdet.datasets.loading import read_image
-from cbam_mmdet.errors import UserError, near
+from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.gradcam import (
     BoxScores,
     Target,
@@ -88,7 +88,7 @@ def explain_images(
             )
     if choice.class_name is not None and choice.class_name not in classes:
         raise UserError(
-            f'--class {choice.class_name}: the detector knows {", ".join(classes)}{near(choice.class_name, classes)}'
+            f'--class {choice.class_name}: the detector knows {", ".join(classes)}{did_you_mean(choice.class_name, classes)}'
         )
     if choice.box is not None and len(files) > 1:
         raise UserError(f'--box is a box of one image, {len(files)} were given')

@@ -36,11 +36,11 @@ from cbam_mmdet.gates import Gates, find_cbams
 from cbam_mmdet.inference import array_pipeline, load_detector
 from cbam_mmdet.run import point_at_data, test
 from cbam_mmdet.run_record import differences
+from cbam_mmdet.utils.tables import Cell, Table, change
 from cbam_mmdet.visualization.attention import gates_over
 from cbam_mmdet.visualization.charts import COLOURS, COLOURS_ON_DARK, Chart, Line, save
 from cbam_mmdet.visualization.run_reader import Run, read_results, read_runs
 from cbam_mmdet.visualization.scores import Outcome, Scores, score
-from cbam_mmdet.visualization.tables import Cell, Table, change
 
 WIDEST = 480  # pixels of a picture in the page
 MOST_CLASSES = 12  # with a precision-recall curve of their own

@@ -19,9 +19,9 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from cbam_mmdet.config import evaluators_of
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation import MODES, SampleCocoMetric, VOCDetectionMetric
+from cbam_mmdet.utils.config import evaluators_of
 
 # COCOeval's figures, in the order of its `stats`.
 COCO_FIGURES = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l', 'AR@1', 'AR@10', 'AR@100', 'AR_s', 'AR_m', 'AR_l')

@@ -11,11 +11,11 @@ from mmdet.visualization.palette import get_palette
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from cbam_mmdet.config import set_data_root, split_datasets
 from cbam_mmdet.datasets import ensure_shapes
 from cbam_mmdet.datasets.classes import set_classes
 from cbam_mmdet.datasets.voc import fit_layout
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.config import set_data_root, split_datasets
 
 BCCD = DATA / 'bccd'
 SHAPES = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')  # the order of the COCO files

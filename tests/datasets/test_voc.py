@@ -13,12 +13,12 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from cbam_mmdet.config import set_data_root, split_datasets
 from cbam_mmdet.datasets import ensure_shapes
 from cbam_mmdet.datasets.checks import check_data
 from cbam_mmdet.datasets.classes import set_classes
 from cbam_mmdet.datasets.voc import fit_image_suffix, fit_layout
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.config import set_data_root, split_datasets
 
 
 @pytest.fixture(scope='module')

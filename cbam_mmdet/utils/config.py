@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import logging
-import os
 import os.path as osp
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import print_log
 from mmengine.registry import OPTIMIZERS
 
-from cbam_mmdet.errors import UserError, near
+from cbam_mmdet.errors import UserError, did_you_mean
 
 SPLITS = ('train', 'val', 'test')
-CONFIG_DIR = Path(__file__).parent / '.mim' / 'configs'
+CONFIG_DIR = Path(__file__).parents[1] / '.mim' / 'configs'
 PREFIX = 'cbam_mmdet::'
 ANY = "Any backbone takes them inside type='PluginBackbone' (README, 'CBAM in any backbone')."
-
-
-def is_first_process() -> bool:
-    """Whether this is the job's only process or its first, also before MMEngine knows."""
-    return int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
-
-
-def log(message: str, level: int = logging.INFO) -> None:
-    """Log what was done to a config: every process does it, the first one tells."""
-    if is_first_process():
-        print_log(message, logger='current', level=level)
 
 
 def config_path(name: str) -> str:
@@ -43,7 +29,9 @@ def config_path(name: str) -> str:
     path = CONFIG_DIR / name
     if not path.is_file():
         shipped = [p.relative_to(CONFIG_DIR).as_posix() for p in sorted(CONFIG_DIR.rglob('*.py'))]
-        raise UserError(f'cbam_mmdet ships no config {name!r}{near(name, shipped) or "."} It has: {", ".join(shipped)}')
+        raise UserError(
+            f'cbam_mmdet ships no config {name!r}{did_you_mean(name, shipped) or "."} It has: {", ".join(shipped)}'
+        )
     return str(path)
 
 
@@ -76,7 +64,7 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
     if not osp.isfile(path):
         folder = Path(path).parent
         siblings = [str(p) for p in folder.glob('*.py')] if folder.is_dir() else []
-        raise UserError(f'config {path!r} does not exist{near(path, siblings)}')
+        raise UserError(f'config {path!r} does not exist{did_you_mean(path, siblings)}')
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is code: anything may happen in it
@@ -90,8 +78,8 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
         raise UserError(f'config {path!r} has no `model`: it is not the config of a detector')
     for key in cfg_options or {}:
         first = key.split('.')[0]
-        if first not in cfg and near(first, cfg):
-            warnings.warn(f'--cfg-options {key}: the config has no {first!r}{near(first, cfg)}', stacklevel=2)
+        if first not in cfg and did_you_mean(first, cfg):
+            warnings.warn(f'--cfg-options {key}: the config has no {first!r}{did_you_mean(first, cfg)}', stacklevel=2)
     try:
         cfg.merge_from_dict(cfg_options or {})
     except (KeyError, TypeError, IndexError) as error:
@@ -206,7 +194,7 @@ def check_plugins(cfg: Config) -> None:
         position, stages, name = plugin.get('position'), plugin.get('stages'), plugin['cfg']['type']
         if position not in positions:
             raise UserError(
-                f'{key}.position={position!r}: expected one of {list(positions)}{near(str(position), positions)}'
+                f'{key}.position={position!r}: expected one of {list(positions)}{did_you_mean(str(position), positions)}'
             )
         if stages is not None and len(stages) != num_stages:
             raise UserError(
@@ -214,7 +202,7 @@ def check_plugins(cfg: Config) -> None:
             )
         if isinstance(name, str) and MODELS.get(name) is None:
             known = [*MODELS.module_dict, *MODELS.parent.module_dict]
-            raise UserError(f'{key}.cfg.type={name!r} is not a registered model{near(name, known)}')
+            raise UserError(f'{key}.cfg.type={name!r} is not a registered model{did_you_mean(name, known)}')
 
 
 def check_optimizer(cfg: Config) -> None:
@@ -226,7 +214,9 @@ def check_optimizer(cfg: Config) -> None:
     name = (cfg.get('optim_wrapper') or {}).get('optimizer', {}).get('type')
     if isinstance(name, str) and OPTIMIZERS.get(name) is None:
         known = list(OPTIMIZERS.module_dict)
-        raise UserError(f'optim_wrapper.optimizer.type={name!r} is not a registered optimizer{near(name, known)}')
+        raise UserError(
+            f'optim_wrapper.optimizer.type={name!r} is not a registered optimizer{did_you_mean(name, known)}'
+        )
 
 
 def check_evaluators(cfg: Config) -> None:
