@@ -25,7 +25,7 @@ from test_functional import saved_share
 from textbook import PlainCBAM
 
 from cbam_mmdet import CBAM
-from cbam_mmdet.functional import INTERPRETED
+from cbam_mmdet.ops.functional import INTERPRETED
 
 # The four stages of a ResNet-50 for images of 800x1333, the first at the size of the project's first measurements, and SSD300's maps.
 SHAPES = {

@@ -31,8 +31,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cbam_mmdet.cbam import CBAM
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.functional import as_map, gates
-from cbam_mmdet.passes import PoolPixels, accumulate_dtype, letter, like, refuse_second_derivatives
+from cbam_mmdet.ops.functional import as_map, gates
+from cbam_mmdet.ops.passes import PoolPixels, accumulate_dtype, letter, like, refuse_second_derivatives
 from cbam_mmdet.plugin_backbone import ApplyChild
 
 LAST_NORM = {Bottleneck.forward: 3, BasicBlock.forward: 2}
@@ -100,7 +100,7 @@ def tail(v: Tensor, identity: Tensor, norm: _BatchNorm, cbam: CBAM) -> Tensor:
     Returns:
         Of v's shape, dtype and layout.
     """
-    from cbam_mmdet.kernels import triton_passes
+    from cbam_mmdet.ops import triton_passes
 
     dtype = accumulate_dtype(v)
     a = (norm.running_var.to(dtype) + norm.eps).rsqrt()

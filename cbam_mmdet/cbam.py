@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cbam_mmdet.errors import UserError, did_you_mean
-from cbam_mmdet.functional import (
+from cbam_mmdet.ops.functional import (
     CHANNEL_POOLS,
     IMPLS,
     ORDERS,

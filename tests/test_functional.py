@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cbam_mmdet import CBAM
-from cbam_mmdet.functional import cbam_reference
+from cbam_mmdet.ops.functional import cbam_reference
 
 VARIANTS = list(
     itertools.product(

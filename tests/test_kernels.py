@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cbam_mmdet import CBAM
-from cbam_mmdet.functional import INTERPRETED, cbam_reference
+from cbam_mmdet.ops.functional import INTERPRETED, cbam_reference
 
 triton = pytest.importorskip('triton')
 
@@ -38,7 +38,7 @@ class Hopper:
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter compiles nothing')
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_every_launch_compiles_for_an_h200(layout, monkeypatch):
-    from cbam_mmdet.kernels import triton_passes
+    from cbam_mmdet.ops import triton_passes
 
     compiled = {}
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from test_functional import saved_share
 
-from cbam_mmdet import CBAM, cpu_passes
+from cbam_mmdet import CBAM
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.functional import INTERPRETED, cbam_reference
+from cbam_mmdet.ops import cpu_passes
+from cbam_mmdet.ops.functional import INTERPRETED, cbam_reference
 
 SHAPES = [(1, 1, 1, 1), (3, 17, 5, 7), (2, 256, 25, 42), (5, 123, 13, 11)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -28,7 +29,7 @@ def many_small_blocks(monkeypatch):
     """So that small maps are cut up and shared out, too."""
     monkeypatch.setattr(cpu_passes, 'BLOCK', 4096)
     if INTERPRETED:  # whose time goes by the number of programs
-        from cbam_mmdet.kernels import triton_passes
+        from cbam_mmdet.ops import triton_passes
 
         monkeypatch.setattr(triton_passes, 'TILE', 2**15)
     threads = torch.get_num_threads()

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cbam_mmdet.passes import Passes, accumulate_dtype, place_dtype
+from cbam_mmdet.ops.passes import Passes, accumulate_dtype, as_operators, place_dtype
 
 TILE = 2048  # elements of a tile: 16 for each thread of four warps
 PROGRAMS_PER_PROCESSOR = 4  # below that a reduction is split up
@@ -376,3 +376,4 @@ def _wide(x: Tensor) -> bool:
 
 
 PASSES = Passes(pool_pixels, pool_channels, refine, backward_maps, backward_pool_channels, backward_input)
+OPERATORS = as_operators(PASSES, 'triton')

@@ -145,7 +145,7 @@ def refuse_second_derivatives() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             'CBAM computes first derivatives only, not gradients of gradients (create_graph=True): '
-            'use cbam_mmdet.functional.cbam_reference there'
+            'use cbam_mmdet.ops.functional.cbam_reference there'
         )
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from cbam_mmdet.passes import Passes, accumulate_dtype, as_operators, place_dtype
+from cbam_mmdet.ops.passes import Passes, accumulate_dtype, as_operators, place_dtype
 
 BLOCK = (
     2**19

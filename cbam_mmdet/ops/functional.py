@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cbam_mmdet import cpu_passes, passes
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.passes import accumulate_dtype
+from cbam_mmdet.ops import cpu_passes, passes
+from cbam_mmdet.ops.passes import accumulate_dtype
 
 if TYPE_CHECKING:
     from cbam_mmdet.cbam import ChannelAttention, SpatialAttention
@@ -104,7 +104,7 @@ def cbam(
 def implementation(
     x: Tensor, channel: ChannelAttention, spatial: SpatialAttention | None, order: str, impl: str = 'auto'
 ) -> str:
-    """What :func:`cbam` takes for x: 'fused', the Triton kernels of cbam_mmdet/kernels/, or 'eager', PyTorch's operators.
+    """What :func:`cbam` takes for x: 'fused', the Triton kernels of triton_passes.py, or 'eager', PyTorch's operators.
 
     'auto' takes the kernels for a CUDA tensor (of a GPU of compute capability 8.0 or more), where Triton is installed and they cover the
     variant: order 'channel-spatial', spatial 'pool', pools out of 'avg' and 'max', and any gate, norm, kernel size, reduction, shape, layout
@@ -154,9 +154,9 @@ def _no_kernels(device: torch.device) -> str | None:
 
 def _passes(x: Tensor, chosen: str) -> passes.Passes | None:
     if chosen == 'fused':
-        from cbam_mmdet import kernels
+        from cbam_mmdet.ops import triton_passes  # Triton is optional
 
-        return kernels.OPERATORS if torch.compiler.is_compiling() else kernels.PASSES
+        return triton_passes.OPERATORS if torch.compiler.is_compiling() else triton_passes.PASSES
     if x.device.type == 'cpu':
         return cpu_passes.OPERATORS if torch.compiler.is_compiling() else cpu_passes.PASSES
     return None
