@@ -23,7 +23,7 @@ from record import machine, write
 from tqdm import tqdm
 
 from cbam_mmdet import CBAM
-from cbam_mmdet.block_tail import fuse_tails
+from cbam_mmdet.models.fused_tail import fuse_tails
 from cbam_mmdet.ops.functional import INTERPRETED
 from cbam_mmdet.utils.config import load_config
 

@@ -25,8 +25,8 @@ from mmengine.visualization import Visualizer
 from record import machine, write
 from tqdm import tqdm
 
-from cbam_mmdet.gates import find_cbams
 from cbam_mmdet.hooks import GateStatisticsHook
+from cbam_mmdet.models.gates import find_cbams
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ from cbam_mmdet.compat.mmcv_ops import install_ops  # isort: skip
 install_ops()
 
 from cbam_mmdet import datasets, hooks  # noqa: E402
-from cbam_mmdet.cbam import CBAM, ChannelAttention, SpatialAttention  # noqa: E402
 from cbam_mmdet.datasets import loading  # noqa: E402
-from cbam_mmdet.gates import record_gates  # noqa: E402
-from cbam_mmdet.plugin_backbone import PluginBackbone, PluginNeck  # noqa: E402
+from cbam_mmdet.models.cbam import CBAM, ChannelAttention, SpatialAttention  # noqa: E402
+from cbam_mmdet.models.gates import record_gates  # noqa: E402
+from cbam_mmdet.models.plugins.backbone import PluginBackbone  # noqa: E402
+from cbam_mmdet.models.plugins.neck import PluginNeck  # noqa: E402
 from cbam_mmdet.utils.config import config_path, enable_package_configs  # noqa: E402
 
 enable_package_configs()

@@ -12,9 +12,9 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from cbam_mmdet.backbone_places import usual_place
-from cbam_mmdet.cbam import CBAM
-from cbam_mmdet.plugin_backbone import PluginBackbone
+from cbam_mmdet.models.cbam import CBAM
+from cbam_mmdet.models.plugins.backbone import PluginBackbone
+from cbam_mmdet.models.plugins.places import usual_place
 
 FOUR_STAGES = dict(num_stages=4, strides=(1, 2, 2, 2), dilations=(1, 1, 1, 1), out_indices=(0, 1, 2, 3))
 

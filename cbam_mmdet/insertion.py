@@ -33,10 +33,10 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import checkpoint as checkpoint_module
 from torch import nn
 
-from cbam_mmdet.backbone_places import usual_place
-from cbam_mmdet.cbam import CBAM
 from cbam_mmdet.checkpoints import compare_state_dicts, find_checkpoint, load_checkpoint, meta_of
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.models.cbam import CBAM
+from cbam_mmdet.models.plugins.places import usual_place
 from cbam_mmdet.utils.files import AtomicLocalBackend
 
 _load_state_dict = checkpoint_module.load_state_dict  # MMEngine's own

@@ -290,7 +290,7 @@ def _check_official(state_dict: Mapping[str, Tensor]) -> tuple[str, int]:
 def _official_shapes(block: str, depth: int, state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     import torchvision
 
-    from cbam_mmdet.cbam import CBAM
+    from cbam_mmdet.models.cbam import CBAM
 
     mlp = state_dict.get('layer1.0.cbam.ChannelGate.mlp.1.weight')
     reduction = mlp.shape[1] // mlp.shape[0] if mlp is not None and mlp.dim() == 2 else 16

@@ -15,8 +15,8 @@ from torch import nn
 
 import cbam_mmdet  # noqa: F401 (registers)
 from cbam_mmdet import CBAM
-from cbam_mmdet.block_tail import tail
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.models.fused_tail import tail
 from cbam_mmdet.ops.functional import INTERPRETED, cbam_reference
 
 FUSED = pytest.mark.parametrize('impl', IMPLS[1:], ids=['fused'])  # what the interpreter's process selects
@@ -123,7 +123,7 @@ def backbones(impl, fuse_tail, depth=50, own=False):
 def test_a_backbone_trains_to_the_same(depth, own, impl, monkeypatch):
     fused, plain = backbones(impl, True, depth, own), backbones(impl, False, depth, own)
     calls = []
-    monkeypatch.setattr('cbam_mmdet.block_tail.tail', lambda *args: calls.append(1) or tail(*args))
+    monkeypatch.setattr('cbam_mmdet.models.fused_tail.tail', lambda *args: calls.append(1) or tail(*args))
     assert fused.state_dict().keys() == plain.state_dict().keys()
     x, results = torch.randn(2, 3, 32, 32).to(DEVICE), []
     plain.load_state_dict(shake(fused).state_dict())
@@ -142,7 +142,7 @@ def test_a_backbone_trains_to_the_same(depth, own, impl, monkeypatch):
 def test_steps_aside(impl, monkeypatch):
     """Where it does not serve, the block's own forward runs: batch statistics, a listener, activation checkpoints."""
     model = shake(backbones(impl, True)).to(DEVICE)
-    monkeypatch.setattr('cbam_mmdet.block_tail.tail', None)  # not to be called
+    monkeypatch.setattr('cbam_mmdet.models.fused_tail.tail', None)  # not to be called
     x = torch.randn(2, 3, 32, 32).to(DEVICE)
     for module in model.modules():
         module.training = True

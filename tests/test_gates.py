@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cbam_mmdet import CBAM, record_gates
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.gates import FIGURES, gate_figures
 from cbam_mmdet.hooks import GateStatisticsHook
+from cbam_mmdet.models.gates import FIGURES, gate_figures
 
 VARIANTS = [
     dict(),

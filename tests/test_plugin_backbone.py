@@ -17,9 +17,9 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from cbam_mmdet import CBAM, PluginBackbone, PluginNeck
-from cbam_mmdet.backbone_places import matches
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.plugin_backbone import add_plugins
+from cbam_mmdet.models.plugins.add import add_plugins
+from cbam_mmdet.models.plugins.places import matches
 
 R18 = dict(type='ResNet', depth=18, base_channels=8, init_cfg=None, zero_init_residual=False)
 R50 = dict(type='ResNet', depth=50, base_channels=8, init_cfg=None, zero_init_residual=False)

@@ -25,7 +25,7 @@ from cbam_mmdet.ops import cpu_passes, passes
 from cbam_mmdet.ops.passes import accumulate_dtype
 
 if TYPE_CHECKING:
-    from cbam_mmdet.cbam import ChannelAttention, SpatialAttention
+    from cbam_mmdet.models.cbam import ChannelAttention, SpatialAttention
 
 CHANNEL_POOLS = ('avg', 'max', 'lp', 'lse')
 ORDERS = ('channel-spatial', 'spatial-channel', 'parallel')

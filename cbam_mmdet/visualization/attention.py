@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from cbam_mmdet.datasets.loading import read_image
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.gates import SATURATED, Gates, gate_figures, record_gates
 from cbam_mmdet.inference import array_pipeline, unique_names
+from cbam_mmdet.models.gates import SATURATED, Gates, gate_figures, record_gates
 
 # A gate that moves by less than this share of its range is dead: it does not answer to what it sees.
 DEAD = 0.01

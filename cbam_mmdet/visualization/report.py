@@ -32,8 +32,8 @@ from cbam_mmdet.checkpoints import find_checkpoint
 from cbam_mmdet.complexity import Complexity, measure
 from cbam_mmdet.datasets.loading import read_image
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.gates import Gates, find_cbams
 from cbam_mmdet.inference import array_pipeline, load_detector
+from cbam_mmdet.models.gates import Gates, find_cbams
 from cbam_mmdet.run import point_at_data, test
 from cbam_mmdet.run_record import differences
 from cbam_mmdet.utils.tables import Cell, Table, change

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from cbam_mmdet.cbam import CBAM
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.models.cbam import CBAM
 
 # Within this share of its range from an end, a sigmoid's slope is less than a fifth of its steepest.
 SATURATED = 0.05

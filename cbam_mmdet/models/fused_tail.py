@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cbam_mmdet.cbam import CBAM
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.models.cbam import CBAM
+from cbam_mmdet.models.plugins.apply_child import ApplyChild
 from cbam_mmdet.ops.functional import as_map, gates
 from cbam_mmdet.ops.passes import PoolPixels, accumulate_dtype, letter, like, refuse_second_derivatives
-from cbam_mmdet.plugin_backbone import ApplyChild
 
 LAST_NORM = {Bottleneck.forward: 3, BasicBlock.forward: 2}
 

@@ -1,0 +1,1 @@
+"""CBAM, and the ways to put it into a network."""

@@ -1,0 +1,1 @@
+"""Plugins at named places of any backbone or neck."""

@@ -1,0 +1,85 @@
+"""A plugin in its place: a child of the module that it follows, applied to that module's output by a forward hook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmcv.cnn import build_plugin_layer
+from torch import Tensor, nn
+
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.models.plugins.dry_run import module_at
+from cbam_mmdet.models.plugins.places import OUTPUTS
+
+
+class ApplyChild:
+    """A forward hook: apply the child of that name to the module's output."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        return getattr(module, self.name)(output)
+
+
+class ApplyChildToEach:
+    """A forward hook: apply one child to each of the module's outputs."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+
+    def __call__(self, module: nn.Module, inputs: tuple, outputs: Any) -> Any:
+        if isinstance(outputs, Tensor):
+            return getattr(module, self.names[0])(outputs)
+        maps = [i for i, output in enumerate(outputs) if output is not None]
+        if len(maps) != len(self.names):
+            raise UserError(
+                f'{type(module).__name__} returns {len(maps)} maps here, and {len(self.names)} in the dry run in eval mode: plugins at '
+                f"'{OUTPUTS}' need the same maps always. Choose modules inside."
+            )
+        refined = list(outputs)
+        for i, name in zip(maps, self.names, strict=True):
+            refined[i] = getattr(module, name)(refined[i])
+        make = getattr(outputs, '_make', type(outputs))  # a NamedTuple, or a tuple or list
+        return make(refined)
+
+
+def _apply_after_conversion(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """The conversion between BatchNorm and SyncBN builds new norms and hands the children over, but not the hooks."""
+    is_norm = 'BatchNorm' in type(module).__name__
+    if is_norm and name == getattr(child, '_follows_its_parent_as', None) and name not in _applied(module):
+        module.register_forward_hook(ApplyChild(name))
+
+
+def _applied(module: nn.Module) -> list[str]:
+    return [hook.name for hook in module._forward_hooks.values() if isinstance(hook, ApplyChild)]
+
+
+def insert(module: nn.Module, name: str, cfg: Mapping, shapes: list[torch.Size], where: str) -> list[nn.Module]:
+    cfg = dict(cfg)
+    postfix = cfg.pop('postfix', '')
+    parent = module_at(module, name)
+    if name == OUTPUTS:
+        built = [_build(cfg, shape[1], f'{postfix}{i}', parent, name, where) for i, shape in enumerate(shapes)]
+        for child, plugin in built:
+            parent.add_module(child, plugin)
+        parent.register_forward_hook(ApplyChildToEach([child for child, _ in built]))
+        return [plugin for _, plugin in built]
+    child, plugin = _build(cfg, shapes[0][1], postfix, parent, name, where)
+    parent.add_module(child, plugin)
+    if type(parent).forward is not nn.Sequential.forward:  # which runs its last child after the others by itself
+        plugin._follows_its_parent_as = child
+        parent.register_forward_hook(ApplyChild(child))
+    return [plugin]
+
+
+def _build(cfg: dict, channels: int, postfix: str, parent: nn.Module, name: str, where: str) -> tuple[str, nn.Module]:
+    child, plugin = build_plugin_layer(cfg, postfix=postfix, in_channels=channels)
+    if hasattr(parent, child):
+        raise UserError(
+            f"{where}: {name} already has a child {child!r}. To put two of a kind at one place, name one: cfg=dict(type={cfg['type']!r}, postfix='_2', ...)"
+        )
+    weight = next(parent.parameters(), None)
+    return child, plugin if weight is None else plugin.to(weight.device)

@@ -1,0 +1,63 @@
+"""Plugins are initialized, and frozen, as the backbone that holds them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+
+class InitWeights:
+    """A backbone's init_weights, which reaches the plugins as MMEngine means it to.
+
+    MMEngine's initialization descends only through its own modules, while a plugin often hangs on one of PyTorch's; and what a
+    backbone's init_cfg says of a norm (`zero_init_residual`) would strike all that hangs on it.
+    """
+
+    def __init__(self, module: nn.Module, plugins: Sequence[nn.Module]) -> None:
+        self.module, self.plugins = module, plugins
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        own = [{key: value.clone() for key, value in plugin.state_dict().items()} for plugin in self.plugins]
+        with _seen_loading(self.plugins) as loaded:
+            type(self.module).init_weights(self.module, *args, **kwargs)
+        for plugin, state in zip(self.plugins, own, strict=True):
+            if plugin not in loaded:
+                plugin.load_state_dict(state)
+                if hasattr(plugin, 'init_weights') and not getattr(plugin, 'is_init', False):
+                    plugin.init_weights()
+
+
+@contextlib.contextmanager
+def _seen_loading(plugins: Sequence[nn.Module]) -> Iterator[set[nn.Module]]:
+    """The plugins whose weights a state dict brings meanwhile (a pretrained backbone with plugins in it)."""
+    loaded: set[nn.Module] = set()
+
+    def watch(plugin: nn.Module) -> Any:
+        def hook(state_dict: Mapping, prefix: str, *_: Any) -> None:
+            if any(key.startswith(prefix) for key in state_dict):
+                loaded.add(plugin)
+
+        return plugin._register_load_state_dict_pre_hook(hook)
+
+    with contextlib.ExitStack() as stack:
+        for plugin in plugins:
+            stack.callback(watch(plugin).remove)
+        yield loaded
+
+
+def reach_by_init_weights(module: nn.Module, plugins: Sequence[nn.Module]) -> None:
+    if isinstance(getattr(module, 'init_weights', None), InitWeights):  # there are plugins in it from before
+        plugins = [*module.init_weights.plugins, *plugins]
+    if plugins and hasattr(module, 'init_weights'):
+        module.init_weights = InitWeights(module, plugins)
+
+
+def freeze_as_configured(module: nn.Module) -> None:
+    """Backbones freeze stages when they are built, and again in train(): the second time the plugins are there."""
+    modes = {m: m.training for m in module.modules()}
+    module.train()
+    for m, mode in modes.items():
+        m.training = mode
