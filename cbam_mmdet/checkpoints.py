@@ -23,6 +23,7 @@ from torch import nn
 
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.utils.files import AtomicLocalBackend
+from cbam_mmdet.utils.text import abridge
 
 RUN_STATE = ('meta', 'message_hub', 'optimizer')  # what a training run goes on from, besides the weights
 
@@ -98,7 +99,7 @@ def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, nam
     details = []
     for what, keys in (('not in the checkpoint', missing), ('not in the model', unexpected)):
         if keys:
-            details.append(f'{len(keys)} keys are {what} ({_some(keys)})')
+            details.append(f'{len(keys)} keys are {what} ({abridge(keys)})')
     if misshapen:
         key = misshapen[0]
         details.append(
@@ -109,10 +110,6 @@ def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, nam
         f'checkpoint {name} is of another architecture than the config: {fitting} of {len(expected)} keys fit; '
         f'{"; ".join(details)}. Give the config that it was trained with (a copy lies in its work dir).'
     )
-
-
-def _some(keys: list[str], most: int = 3) -> str:
-    return ', '.join(keys[:most]) + (', ...' if len(keys) > most else '')
 
 
 # Writing whole files only

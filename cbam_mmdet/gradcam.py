@@ -21,8 +21,8 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox2roi, bbox_overlaps
 from torch import Tensor, nn
 
+from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.errors import UserError, did_you_mean
-from cbam_mmdet.inference import array_pipeline
 from cbam_mmdet.models.plugins.places import OUTPUTS, matches, names_of, usual_place
 
 # Our names, and the library's classes.

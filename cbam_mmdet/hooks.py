@@ -19,7 +19,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from cbam_mmdet.checkpoints import compare_state_dicts, run_state_lacking
-from cbam_mmdet.datasets.loading import LoadCheckedImage
+from cbam_mmdet.datasets.transforms.loading import LoadCheckedImage
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.gates import find_cbams, gate_figures, record_gates
 

@@ -12,26 +12,22 @@ import cv2
 import mmcv
 import numpy as np
 import torch
-from mmcv.transforms import Compose
 from mmdet.apis import inference_detector, init_detector
-from mmdet.registry import DATASETS, VISUALIZERS
+from mmdet.registry import VISUALIZERS
 from mmdet.structures import DetDataSample
-from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
 from torch import nn
 from tqdm import tqdm
 
 from cbam_mmdet.checkpoints import compare_state_dicts, find_checkpoint, meta_of, use_safe_loading
 from cbam_mmdet.compat import ssd_head  # noqa: F401  (SSD is mended)
-from cbam_mmdet.datasets.checks import check_data, dataset_classes
-from cbam_mmdet.datasets.loading import read_image
+from cbam_mmdet.datasets.checks import dataset_classes
+from cbam_mmdet.datasets.inputs import VIDEOS, expand_inputs, unique_names
+from cbam_mmdet.datasets.transforms.arrays import array_pipeline
+from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import check_plugins, split_datasets
-
-IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
-VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.mpg', '.mpeg')
 
 
 @dataclass
@@ -173,12 +169,6 @@ def _infer_video(model, pipeline, file, target, painter, records, before, score_
     return count
 
 
-def array_pipeline(cfg: Config) -> Compose:
-    """The test pipeline, for images that are read already."""
-    pipeline = get_test_pipeline_cfg(cfg.copy())
-    return Compose([dict(type='mmdet.LoadImageFromNDArray'), *pipeline[1:]])
-
-
 def _records(model: nn.Module, sample: DetDataSample, score_thr: float, **where) -> list[dict]:
     found = sample.pred_instances.cpu()
     found = found[found.scores >= score_thr]
@@ -195,69 +185,6 @@ def _records(model: nn.Module, sample: DetDataSample, score_thr: float, **where)
             found.bboxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
         )
     ]
-
-
-def image_files(inputs: Iterable[str]) -> list[Path]:
-    """The images among files and folders, for tools that take no videos.
-
-    Raises:
-        UserError: if an input does not exist, or holds no image.
-    """
-    files = [file for source in inputs for file in expand_inputs(Path(source))]
-    images = [file for file in files if file.suffix.lower() not in VIDEOS]
-    if not images:
-        raise UserError(f'{", ".join(map(str, inputs))}: no image among them, only videos')
-    return images
-
-
-def validation_images(cfg: Config, data_root: str | None = None) -> list[Path]:
-    """The images of a config's validation set, in its order.
-
-    Args:
-        cfg: the config; a data root given here re-points it (see run.point_at_data).
-        data_root: the folder of the data set, in place of the config's.
-
-    Raises:
-        UserError: if the config has no validation set, or its data do not pass the check.
-    """
-    from cbam_mmdet.run import point_at_data
-
-    if not split_datasets(cfg, 'val'):
-        raise UserError('the config has no validation set (val_dataloader): give images or folders')
-    cfg.setdefault('default_scope', 'mmdet')
-    init_default_scope(cfg.default_scope)
-    point_at_data(cfg, data_root, None)
-    check_data(cfg, ['val'])
-    dataset = DATASETS.build(cfg.val_dataloader.dataset)
-    return [Path(dataset.get_data_info(i)['img_path']) for i in range(len(dataset))]
-
-
-def expand_inputs(source: Path) -> list[Path]:
-    """A file itself; of a folder, the images and videos in it and below, sorted.
-
-    Raises:
-        UserError: if it does not exist, or is a folder without any.
-    """
-    if source.is_dir():
-        files = sorted(p for p in source.rglob('*') if p.suffix.lower() in IMAGES + VIDEOS)
-        if not files:
-            raise UserError(f'folder {source} holds no image and no video ({", ".join(IMAGES + VIDEOS)})')
-        return files
-    if not source.exists():
-        raise UserError(f'input {source} does not exist: give image files, folders or videos')
-    return [source]
-
-
-def unique_names(files: list[Path]) -> list[str]:
-    """A name for each file's picture: its stem, or, where several share it, with a number behind it."""
-    names: dict[str, None] = {}
-    for file in files:
-        name, i = file.stem, 1
-        while name in names:
-            i += 1
-            name = f'{file.stem}_{i}'
-        names[name] = None
-    return list(names)
 
 
 def _config_classes(cfg: Config) -> tuple[str, ...]:

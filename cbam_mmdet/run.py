@@ -28,15 +28,15 @@ from cbam_mmdet.checkpoints import (
 )
 from cbam_mmdet.compat import ssd_head  # noqa: F401  (they register what they hold; SSD is mended)
 from cbam_mmdet.datasets.checks import check_data
-from cbam_mmdet.datasets.classes import set_classes
-from cbam_mmdet.datasets.voc import fit_image_suffix, fit_layout
+from cbam_mmdet.datasets.image_folders import check_image_folders, is_classifier
+from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.distributed import in_first_process, join_processes
 from cbam_mmdet.errors import Stopped, UserError, is_dead_worker
 from cbam_mmdet.hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook, GateStatisticsHook, KeepOldUntilNewHook
 from cbam_mmdet.insertion import say_missing_cbam_in_one_line
 from cbam_mmdet.resume import ResumeExactlyHook, StopSignalHook
 from cbam_mmdet.run_record import write_record
-from cbam_mmdet.utils.config import check_evaluators, check_optimizer, check_plugins, set_data_root
+from cbam_mmdet.utils.config import check_evaluators, check_optimizer, check_plugins
 from cbam_mmdet.utils.files import remove_unfinished
 from cbam_mmdet.utils.logging import is_first_process, log
 
@@ -173,7 +173,7 @@ def test(
     _prepare(cfg, data_root, classes, work_dir, launcher)
     if any(cfg.get(key) is None for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
         raise UserError('the config has no test split: it needs test_dataloader, test_cfg and test_evaluator')
-    if _classifies(cfg) and (show or show_dir or tta):
+    if is_classifier(cfg) and (show or show_dir or tta):
         raise UserError('--show, --show-dir and --tta are for detectors; this is the config of a classifier')
     if show or show_dir:
         _draw(cfg, show, show_dir, wait_time)
@@ -187,33 +187,9 @@ def test(
     runner = _build_runner(cfg, [CheckpointFitHook(strict=True), CheckImagesHook()])
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        dump = DumpResults if _classifies(cfg) else DumpDetResults
+        dump = DumpResults if is_classifier(cfg) else DumpDetResults
         runner.test_evaluator.metrics.append(dump(out_file_path=out))
     return runner.test()
-
-
-def point_at_data(cfg: Config, data_root: str | None, classes: str | Sequence[str] | None) -> None:
-    """What --data-root and --classes do to a config, in place; None leaves the config's own.
-
-    Raises:
-        UserError: see config.set_data_root, datasets.voc.fit_layout and datasets.classes.set_classes; for a classifier
-            classification.point_at_folders.
-    """
-    if _classifies(cfg):
-        from cbam_mmdet.classification import point_at_folders
-
-        return point_at_folders(cfg, data_root, classes)
-    if data_root:
-        set_data_root(cfg, data_root)
-        fit_layout(cfg)
-    fit_image_suffix(cfg)
-    if classes:
-        set_classes(cfg, classes)
-
-
-def _classifies(cfg: Config) -> bool:
-    """Is this a config of mmpretrain, which is imported only then?"""
-    return cfg.get('default_scope') == 'mmpretrain'
 
 
 def _prepare(
@@ -281,9 +257,7 @@ def _seed_of(path: str, trust_checkpoint: bool) -> int | None:
 
 
 def _check_data(cfg: Config, splits: list[str]) -> None:
-    if _classifies(cfg):
-        from cbam_mmdet.classification import check_image_folders
-
+    if is_classifier(cfg):
         return in_first_process(lambda: check_image_folders(cfg, splits))
     keys = [f'{split}_dataloader' for split in splits]
     # The check may set a filter: every process must go on with the same data set.

@@ -372,7 +372,7 @@ def test_broken_validation_image_fails(train, own_shapes):
 
 
 def test_truncated_jpeg_is_found_where_opencv_is_silent(tmp_path):
-    from cbam_mmdet.datasets.loading import read_image
+    from cbam_mmdet.datasets.transforms.loading import read_image
     from cbam_mmdet.errors import UserError
 
     rng = np.random.default_rng(0)

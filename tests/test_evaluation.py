@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.evaluation import SampleCocoMetric, VOCDetectionMetric
+from cbam_mmdet.evaluation.metrics import SampleCocoMetric, VOCDetectionMetric
 from cbam_mmdet.utils.config import check_evaluators, load_config
 
 BCCD = DATA / 'bccd'

@@ -104,7 +104,7 @@ def test_infer_on_images_a_folder_and_a_video(run_tool, trained, shapes, tmp_pat
 
 
 def test_pictures_get_names_of_their_own():
-    from cbam_mmdet.inference import unique_names
+    from cbam_mmdet.datasets.inputs import unique_names
 
     files = [Path(p) for p in ('a.jpg', 'b/a.jpg', 'a_2.jpg', '10.11.12.jpg', '10.11.13.jpg')]
     assert unique_names(files) == ['a', 'a_2', 'a_2_2', '10.11.12', '10.11.13']

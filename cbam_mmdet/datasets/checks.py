@@ -25,6 +25,7 @@ from tqdm import tqdm
 from cbam_mmdet.datasets.voc import AnySuffixVOCDataset, image_files, voc_folder, voc_image_folder
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.utils.config import evaluators_of, split_datasets
+from cbam_mmdet.utils.text import abridge
 
 COCO_LAYOUT = """\
     {root}/
@@ -88,7 +89,7 @@ def _check_num_classes(node: object, dataset: ConfigDict, where: str, inside_hea
         if inside_head and classes and isinstance(count, int) and count != len(classes):
             raise UserError(
                 f'{where}.num_classes={count}, but the data set ({dataset.get("ann_file")}) has {len(classes)} classes: '
-                f'{_abridge(classes)}. Set {where}.num_classes={len(classes)}, or metainfo=dict(classes=(...)) in each data set.'
+                f'[{abridge(classes, 8, quoted=True)}]. Set {where}.num_classes={len(classes)}, or metainfo=dict(classes=(...)) in each data set.'
             )
         for key, value in node.items():
             _check_num_classes(value, dataset, f'{where}.{key}', inside_head=key == 'bbox_head')
@@ -331,7 +332,7 @@ def _count(
 def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], ordered: bool = True) -> None:
     """MMDetection numbers the classes in the file's order, and names them in the config's: both must be the same."""
     shared = [name for name in found if name in classes]
-    what = f'annotation file {path} has the classes {_abridge(found)}, the config expects {_abridge(classes)}'
+    what = f'annotation file {path} has the classes [{abridge(found, 8, quoted=True)}], the config expects [{abridge(classes, 8, quoted=True)}]'
     fix = (
         "Give --classes auto (or their names), or set metainfo=dict(classes=(...)) in each dataset to the file's names, and num_classes in "
         "the model's heads to their number."
@@ -343,14 +344,11 @@ def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], orde
         return
     lacking = [name for name in classes if name not in found]
     if lacking:
-        raise UserError(f'{what}: {_abridge(lacking)} are not in the file{did_you_mean(lacking[0], found, n=1)}. {fix}')
+        raise UserError(
+            f'{what}: [{abridge(lacking, 8, quoted=True)}] are not in the file{did_you_mean(lacking[0], found, n=1)}. {fix}'
+        )
     if shared != list(classes):
         raise UserError(f"{what}: in another order, and the file's order is the one that numbers them. {fix}")
-
-
-def _abridge(names: Sequence[str], most: int = 8) -> str:
-    head = ', '.join(map(repr, names[:most]))
-    return f'[{head}]' if len(names) <= most else f'[{head}, ... ({len(names)} in all)]'
 
 
 def _check_image_files(path: str, split: str, folder: str, names: list[str]) -> None:
@@ -361,9 +359,7 @@ def _check_image_files(path: str, split: str, folder: str, names: list[str]) -> 
     if names and len(missing) == len(names):
         raise UserError(f'none of the {len(names)} images that {path} lists is in {folder} (the first: {names[0]}).')
     if missing:
-        what = (
-            f'{len(missing)} of the {len(names)} images that {path} lists are not in {folder}: {_abridge(missing, 3)}'
-        )
+        what = f'{len(missing)} of the {len(names)} images that {path} lists are not in {folder}: [{abridge(missing, quoted=True)}]'
         if split != 'train':
             raise UserError(f'{what}. Without them the score would not be that of the whole {split} set.')
         print_log(what, logger='current', level=logging.WARNING)

@@ -16,7 +16,7 @@ from mmengine.config import ConfigDict
 from tqdm import tqdm
 
 from cbam_mmdet.datasets.checks import read_coco, read_voc, read_voc_ids
-from cbam_mmdet.datasets.loading import read_image
+from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.datasets.voc import image_files, voc_image_folder
 from cbam_mmdet.errors import UserError
 

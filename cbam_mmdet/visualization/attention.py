@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from cbam_mmdet.datasets.loading import read_image
+from cbam_mmdet.datasets.inputs import unique_names
+from cbam_mmdet.datasets.transforms.arrays import array_pipeline
+from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.inference import array_pipeline, unique_names
 from cbam_mmdet.models.gates import SATURATED, Gates, gate_figures, record_gates
 
 # A gate that moves by less than this share of its range is dead: it does not answer to what it sees.

@@ -15,7 +15,8 @@ from matplotlib.patches import Rectangle
 from torch import nn
 from tqdm import tqdm
 
-from cbam_mmdet.datasets.loading import read_image
+from cbam_mmdet.datasets.inputs import unique_names
+from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.gradcam import (
     BoxScores,
@@ -27,7 +28,6 @@ from cbam_mmdet.gradcam import (
     method_class,
     prepare,
 )
-from cbam_mmdet.inference import unique_names
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,19 @@ from torch import Tensor
 from cbam_mmdet import __version__
 from cbam_mmdet.checkpoints import find_checkpoint
 from cbam_mmdet.complexity import Complexity, measure
-from cbam_mmdet.datasets.loading import read_image
+from cbam_mmdet.datasets.pointing import point_at_data
+from cbam_mmdet.datasets.transforms.arrays import array_pipeline
+from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.inference import array_pipeline, load_detector
+from cbam_mmdet.evaluation.scores import Outcome, Scores, score
+from cbam_mmdet.inference import load_detector
 from cbam_mmdet.models.gates import Gates, find_cbams
-from cbam_mmdet.run import point_at_data, test
+from cbam_mmdet.run import test
 from cbam_mmdet.run_record import differences
 from cbam_mmdet.utils.tables import Cell, Table, change
 from cbam_mmdet.visualization.attention import gates_over
 from cbam_mmdet.visualization.charts import COLOURS, COLOURS_ON_DARK, Chart, Line, save
 from cbam_mmdet.visualization.run_reader import Run, read_results, read_runs
-from cbam_mmdet.visualization.scores import Outcome, Scores, score
 
 WIDEST = 480  # pixels of a picture in the page
 MOST_CLASSES = 12  # with a precision-recall curve of their own

@@ -5,7 +5,7 @@ The checkpoint goes into a detector by init_cfg=dict(type='Pretrained', checkpoi
 
 _base_ = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'
 
-custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.classification'])
+custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.evaluation.classification'])
 
 model = dict(
     backbone=dict(

@@ -10,24 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
-from mmpretrain.evaluation import Accuracy
-from mmpretrain.registry import METRICS
 
+from cbam_mmdet import evaluation, mixed_precision  # noqa: F401  (they register what they hold; SSD is mended)
+from cbam_mmdet.compat import ssd_head  # noqa: F401  (they register what they hold; SSD is mended)  # noqa: F401  (SSD is mended)
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.config import evaluators_of, set_data_root, split_datasets
+from cbam_mmdet.utils.config import SPLITS, evaluators_of, set_data_root, split_datasets
 from cbam_mmdet.utils.logging import log
-
-SPLITS = ('train', 'val', 'test')
-
-
-@METRICS.register_module()
-class TopKError(Accuracy):
-    """Top-1 and top-5 error in percent, as the paper's tables 4 and 5 give them: 100 less mmpretrain's accuracy."""
-
-    default_prefix = 'error'
-
-    def compute_metrics(self, results: list) -> dict[str, float]:
-        return {name: 100 - value for name, value in super().compute_metrics(results).items()}
+from cbam_mmdet.utils.text import abridge
 
 
 def point_at_folders(cfg: Config, data_root: str | None, classes: str | Sequence[str] | None) -> None:
@@ -49,9 +38,9 @@ def point_at_folders(cfg: Config, data_root: str | None, classes: str | Sequence
     if classes != 'auto':
         names = sorted(classes.split(',') if isinstance(classes, str) else classes)
         if names != found:
-            raise UserError(f'--classes {",".join(names)}: the class folders are {_some(found)}')
+            raise UserError(f'--classes {",".join(names)}: the class folders are {abridge(found)}')
     if cfg.model.head.num_classes != len(found):
-        log(f'model.head.num_classes: {cfg.model.head.num_classes} -> {len(found)}, for the classes {_some(found)}')
+        log(f'model.head.num_classes: {cfg.model.head.num_classes} -> {len(found)}, for the classes {abridge(found)}')
         cfg.model.head.num_classes = len(found)
     for split in ('val', 'test'):
         for metric in evaluators_of(cfg, split):
@@ -71,12 +60,12 @@ def check_image_folders(cfg: Config, splits: Sequence[str]) -> None:
             names = class_folders(dataset, split)
             if len(names) != cfg.model.head.num_classes:
                 raise UserError(
-                    f'{_folder(dataset)} has {len(names)} class folders ({_some(names)}), model.head.num_classes is '
+                    f'{_folder(dataset)} has {len(names)} class folders ({abridge(names)}), model.head.num_classes is '
                     f'{cfg.model.head.num_classes}: give --classes auto to take the number from the data'
                 )
             if known is not None and names != known:
                 other = sorted(set(names) ^ set(known))
-                raise UserError(f'the splits have different class folders: {_some(other)} not in all of them')
+                raise UserError(f'the splits have different class folders: {abridge(other)} not in all of them')
             known = names
             log(f'{_folder(dataset)}: {len(names)} classes')
 
@@ -102,5 +91,6 @@ def _folder(dataset: ConfigDict) -> Path:
     return Path(dataset.get('data_root', ''), prefix if isinstance(prefix, str) else prefix.get('img_path', ''))
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ', '.join(names[:most]) + (f', ... ({len(names)})' if len(names) > most else '')
+def is_classifier(cfg: Config) -> bool:
+    """Is this a config of mmpretrain, which is imported only then?"""
+    return cfg.get('default_scope') == 'mmpretrain'

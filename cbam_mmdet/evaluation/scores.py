@@ -20,7 +20,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.evaluation import MODES, SampleCocoMetric, VOCDetectionMetric
+from cbam_mmdet.evaluation.metrics import MODES, SampleCocoMetric, VOCDetectionMetric
 from cbam_mmdet.utils.config import evaluators_of
 
 # COCOeval's figures, in the order of its `stats`.

@@ -1,0 +1,55 @@
+"""Image files, folders of them and videos, as people give them to a tool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from cbam_mmdet.compat import ssd_head  # noqa: F401  (SSD is mended)
+from cbam_mmdet.errors import UserError
+
+IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
+
+
+VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.mpg', '.mpeg')
+
+
+def image_files(inputs: Iterable[str]) -> list[Path]:
+    """The images among files and folders, for tools that take no videos.
+
+    Raises:
+        UserError: if an input does not exist, or holds no image.
+    """
+    files = [file for source in inputs for file in expand_inputs(Path(source))]
+    images = [file for file in files if file.suffix.lower() not in VIDEOS]
+    if not images:
+        raise UserError(f'{", ".join(map(str, inputs))}: no image among them, only videos')
+    return images
+
+
+def expand_inputs(source: Path) -> list[Path]:
+    """A file itself; of a folder, the images and videos in it and below, sorted.
+
+    Raises:
+        UserError: if it does not exist, or is a folder without any.
+    """
+    if source.is_dir():
+        files = sorted(p for p in source.rglob('*') if p.suffix.lower() in IMAGES + VIDEOS)
+        if not files:
+            raise UserError(f'folder {source} holds no image and no video ({", ".join(IMAGES + VIDEOS)})')
+        return files
+    if not source.exists():
+        raise UserError(f'input {source} does not exist: give image files, folders or videos')
+    return [source]
+
+
+def unique_names(files: list[Path]) -> list[str]:
+    """A name for each file's picture: its stem, or, where several share it, with a number behind it."""
+    names: dict[str, None] = {}
+    for file in files:
+        name, i = file.stem, 1
+        while name in names:
+            i += 1
+            name = f'{file.stem}_{i}'
+        names[name] = None
+    return list(names)

@@ -1,0 +1,56 @@
+"""What --data-root and --classes do to a config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmdet.registry import DATASETS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from cbam_mmdet.datasets.checks import check_data
+from cbam_mmdet.datasets.classes import set_classes
+from cbam_mmdet.datasets.image_folders import is_classifier, point_at_folders
+from cbam_mmdet.datasets.voc import fit_image_suffix, fit_layout
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.config import set_data_root, split_datasets
+
+
+def point_at_data(cfg: Config, data_root: str | None, classes: str | Sequence[str] | None) -> None:
+    """What --data-root and --classes do to a config, in place; None leaves the config's own.
+
+    Raises:
+        UserError: see config.set_data_root, datasets.voc.fit_layout and datasets.classes.set_classes; for a classifier
+            classification.point_at_folders.
+    """
+    if is_classifier(cfg):
+        return point_at_folders(cfg, data_root, classes)
+    if data_root:
+        set_data_root(cfg, data_root)
+        fit_layout(cfg)
+    fit_image_suffix(cfg)
+    if classes:
+        set_classes(cfg, classes)
+
+
+def validation_images(cfg: Config, data_root: str | None = None) -> list[Path]:
+    """The images of a config's validation set, in its order.
+
+    Args:
+        cfg: the config; a data root given here re-points it (see run.point_at_data).
+        data_root: the folder of the data set, in place of the config's.
+
+    Raises:
+        UserError: if the config has no validation set, or its data do not pass the check.
+    """
+    from cbam_mmdet.datasets.pointing import point_at_data
+
+    if not split_datasets(cfg, 'val'):
+        raise UserError('the config has no validation set (val_dataloader): give images or folders')
+    cfg.setdefault('default_scope', 'mmdet')
+    init_default_scope(cfg.default_scope)
+    point_at_data(cfg, data_root, None)
+    check_data(cfg, ['val'])
+    dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    return [Path(dataset.get_data_info(i)['img_path']) for i in range(len(dataset))]

@@ -1,0 +1,1 @@
+"""Reading an image, from a file or from memory."""

@@ -1,0 +1,15 @@
+"""The test pipeline for images that are in memory."""
+
+from __future__ import annotations
+
+from mmcv.transforms import Compose
+from mmdet.utils import get_test_pipeline_cfg
+from mmengine.config import Config
+
+from cbam_mmdet.compat import ssd_head  # noqa: F401  (SSD is mended)
+
+
+def array_pipeline(cfg: Config) -> Compose:
+    """The test pipeline, for images that are read already."""
+    pipeline = get_test_pipeline_cfg(cfg.copy())
+    return Compose([dict(type='mmdet.LoadImageFromNDArray'), *pipeline[1:]])
