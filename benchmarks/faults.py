@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from record import machine
 
-from cbam_mmdet.checkpoints import load_checkpoint, newest_checkpoint
 from cbam_mmdet.datasets import ensure_shapes
+from cbam_mmdet.engine.checkpoint.files import newest_checkpoint
+from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVAL = 5

@@ -25,7 +25,7 @@ from mmengine.visualization import Visualizer
 from record import machine, write
 from tqdm import tqdm
 
-from cbam_mmdet.hooks import GateStatisticsHook
+from cbam_mmdet.engine.hooks.gate_statistics import GateStatisticsHook
 from cbam_mmdet.models.gates import find_cbams
 
 

@@ -20,12 +20,15 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 from tqdm import tqdm
 
-from cbam_mmdet.checkpoints import compare_state_dicts, find_checkpoint, meta_of, use_safe_loading
 from cbam_mmdet.compat import ssd_head  # noqa: F401  (SSD is mended)
 from cbam_mmdet.datasets.checks import dataset_classes
 from cbam_mmdet.datasets.inputs import VIDEOS, expand_inputs, unique_names
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
+from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
+from cbam_mmdet.engine.checkpoint.content import meta_of
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint
+from cbam_mmdet.engine.checkpoint.loading import use_safe_loading
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import check_plugins, split_datasets
 

@@ -13,11 +13,7 @@ in benchmarks/results/accuracy_study.md; the README says which.
 
 from __future__ import annotations
 
-import functools
 import io
-import logging
-import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,21 +21,18 @@ from typing import Any
 
 import torch
 from mmdet.registry import MODELS
-from mmengine import runner as runner_module
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.registry import init_default_scope
-from mmengine.runner import checkpoint as checkpoint_module
 from torch import nn
 
-from cbam_mmdet.checkpoints import compare_state_dicts, find_checkpoint, load_checkpoint, meta_of
+from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
+from cbam_mmdet.engine.checkpoint.content import meta_of
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint
+from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import CBAM
 from cbam_mmdet.models.plugins.places import usual_place
 from cbam_mmdet.utils.files import AtomicLocalBackend
-
-_load_state_dict = checkpoint_module.load_state_dict  # MMEngine's own
 
 
 @dataclass(frozen=True)
@@ -143,66 +136,3 @@ def _trained_places(backbone: nn.Module) -> list[str]:
             f'every stage is frozen (frozen_stages={frozen}): CBAM would never train. Set model.backbone.frozen_stages lower'
         )
     return [pattern.replace('layer*', stages, 1) for pattern in patterns]
-
-
-def say_missing_cbam_in_one_line() -> None:
-    """In this process, let MMEngine name CBAMs that a checkpoint lacks in one line, in place of every key of theirs.
-
-    Keys that are missing besides, or left over, are named as before.
-    """
-    checkpoint_module.load_state_dict = runner_module.load_state_dict = _load_plain
-
-
-def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
-    """CBAMs at the ends of residual blocks under this model's names.
-
-    They are children of the block (`plugins=`: layer1.0.cbam) or of its last norm (PluginBackbone: layer1.0.bn3.cbam), and compute the same.
-    """
-    modules = {key: f'{key.rpartition(".cbam.")[0]}.cbam' for key in state_dict if '.cbam.' in key}
-    held = set(modules.values())
-    renamed = {}
-    for name in names:
-        other_names = {re.sub(r'(\.bn[23])?\.cbam$', f'{place}.cbam', name) for place in ('', '.bn2', '.bn3')}
-        others = held & other_names - set(names)
-        if name not in held and len(others) == 1:
-            renamed[others.pop()] = name
-    if not renamed:
-        return state_dict
-    print_log(
-        f'the checkpoint has {len(renamed)} CBAM modules under other names: {next(iter(renamed))} is {next(iter(renamed.values()))}',
-        logger='current',
-    )
-    made = OrderedDict()
-    made._metadata = getattr(state_dict, '_metadata', OrderedDict())
-    for key, value in state_dict.items():
-        module = modules.get(key)
-        made[renamed[module] + key[len(module) :] if module in renamed else key] = value
-    return made
-
-
-@functools.wraps(_load_state_dict)
-def _load_plain(module: nn.Module, state_dict: Mapping, strict: bool = False, logger: Any = None) -> None:
-    while is_model_wrapper(module):
-        module = module.module
-    names = [name for name, child in module.named_modules() if isinstance(child, CBAM)]
-    if not strict:
-        state_dict = _cbam_at_block_ends(state_dict, names)
-    lacking = tuple(f'{name}.' for name in names if not any(key.startswith(f'{name}.') for key in state_dict))
-    if strict or not lacking:
-        return _load_state_dict(module, state_dict, strict, logger)
-
-    def drop(_: nn.Module, incompatible: Any) -> None:
-        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(lacking)]
-
-    hook = module.register_load_state_dict_post_hook(drop)
-    try:
-        _load_state_dict(module, state_dict, strict, logger)
-    finally:
-        hook.remove()
-    unit = sum(module.get_submodule(name[:-1]).unit for name in lacking)
-    print_log(
-        f'the checkpoint has no weights for {len(lacking)} CBAM modules of {len(names)}: they keep their initial ones'
-        + (f' ({unit} of them are the exact identity)' if unit else ''),
-        logger='current',
-        level=logging.INFO,
-    )

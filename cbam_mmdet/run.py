@@ -17,25 +17,26 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
-from cbam_mmdet import evaluation, mixed_precision  # noqa: F401  (they register what they hold; SSD is mended)
-from cbam_mmdet.checkpoints import (
-    find_checkpoint,
-    load_checkpoint,
-    meta_of,
-    newest_checkpoint,
-    use_safe_loading,
-    write_whole_files,
-)
+from cbam_mmdet import evaluation  # noqa: F401  (they register what they hold; SSD is mended)
 from cbam_mmdet.compat import ssd_head  # noqa: F401  (they register what they hold; SSD is mended)
 from cbam_mmdet.datasets.checks import check_data
 from cbam_mmdet.datasets.image_folders import check_image_folders, is_classifier
 from cbam_mmdet.datasets.pointing import point_at_data
-from cbam_mmdet.distributed import in_first_process, join_processes
+from cbam_mmdet.engine import mixed_precision  # noqa: F401  (they register what they hold; SSD is mended)
+from cbam_mmdet.engine.checkpoint.content import meta_of
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint, newest_checkpoint, write_whole_files
+from cbam_mmdet.engine.checkpoint.loading import load_checkpoint, use_safe_loading
+from cbam_mmdet.engine.checkpoint.missing_cbam import say_missing_cbam_in_one_line
+from cbam_mmdet.engine.distributed import in_first_process, join_processes
+from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
+from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
+from cbam_mmdet.engine.hooks.finite_loss import FiniteLossHook
+from cbam_mmdet.engine.hooks.gate_statistics import GateStatisticsHook
+from cbam_mmdet.engine.hooks.resume_exactly import ResumeExactlyHook
+from cbam_mmdet.engine.hooks.safe_checkpoint import KeepOldUntilNewHook
+from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
+from cbam_mmdet.engine.record import write_record
 from cbam_mmdet.errors import Stopped, UserError, is_dead_worker
-from cbam_mmdet.hooks import CheckImagesHook, CheckpointFitHook, FiniteLossHook, GateStatisticsHook, KeepOldUntilNewHook
-from cbam_mmdet.insertion import say_missing_cbam_in_one_line
-from cbam_mmdet.resume import ResumeExactlyHook, StopSignalHook
-from cbam_mmdet.run_record import write_record
 from cbam_mmdet.utils.config import check_evaluators, check_optimizer, check_plugins
 from cbam_mmdet.utils.files import remove_unfinished
 from cbam_mmdet.utils.logging import is_first_process, log

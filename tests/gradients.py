@@ -19,7 +19,7 @@ from mmengine.structures import InstanceData
 from torch import distributed, nn
 from torch.distributed.nn.functional import all_reduce
 
-from cbam_mmdet.distributed import end_process
+from cbam_mmdet.engine.distributed import end_process
 
 BATCH, SIZE, CLASSES = 4, 64, 3
 PLACES = ('plugins', 'PluginBackbone')

@@ -22,16 +22,11 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as checkpoint_module
 from mmengine.runner.checkpoint import load_from_local, save_checkpoint
 
-from cbam_mmdet import checkpoints
-from cbam_mmdet.checkpoints import (
-    find_checkpoint,
-    load_checkpoint,
-    newest_checkpoint,
-    use_safe_loading,
-    write_whole_files,
-)
+from cbam_mmdet.engine.checkpoint import files as checkpoints
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint, newest_checkpoint, write_whole_files
+from cbam_mmdet.engine.checkpoint.loading import load_checkpoint, use_safe_loading
+from cbam_mmdet.engine.hooks.safe_checkpoint import KeepOldUntilNewHook
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.hooks import KeepOldUntilNewHook
 from cbam_mmdet.utils.files import AtomicLocalBackend
 
 
@@ -235,7 +230,7 @@ def test_killed_while_writing_leaves_the_old_file(tmp_path):
     """SIGKILL at random moments of a process that does nothing but write the same checkpoint again and again."""
     program = (
         'import sys, torch\n'
-        'from cbam_mmdet.checkpoints import write_whole_files\n'
+        'from cbam_mmdet.engine.checkpoint.files import write_whole_files\n'
         'from mmengine.runner.checkpoint import save_checkpoint\n'
         'write_whole_files()\n'
         'i = 0\n'

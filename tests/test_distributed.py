@@ -135,7 +135,7 @@ def test_same_seed_same_curve(run_tool, shapes, tmp_path):
 ENDING = """
 import atexit, sys, threading, time
 import torch
-from cbam_mmdet.distributed import end_process
+from cbam_mmdet.engine.distributed import end_process
 
 class SlowToGo:  # gives the thread its turn while Python finalizes
     def __del__(self):

@@ -304,7 +304,7 @@ import sys
 import torch
 from torch import distributed
 from cbam_mmdet import CBAM
-from cbam_mmdet.distributed import end_process
+from cbam_mmdet.engine.distributed import end_process
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)

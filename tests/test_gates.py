@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cbam_mmdet import CBAM, record_gates
+from cbam_mmdet.engine.hooks.gate_statistics import GateStatisticsHook
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.hooks import GateStatisticsHook
 from cbam_mmdet.models.gates import FIGURES, gate_figures
 
 VARIANTS = [

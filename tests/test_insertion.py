@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import checkpoint as checkpoint_module
 
 from cbam_mmdet import CBAM
-from cbam_mmdet.insertion import _load_state_dict, say_missing_cbam_in_one_line
+from cbam_mmdet.engine.checkpoint.missing_cbam import _load_state_dict, say_missing_cbam_in_one_line
 
 PLAIN = str(ROOT / 'configs/demo/faster_rcnn.py')
 SMALL = ['model.backbone.base_channels=4', 'model.neck.in_channels=[16,32,64,128]']

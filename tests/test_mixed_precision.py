@@ -5,7 +5,7 @@ import torch
 from conftest import DEMO, tiny
 from torch import nn
 
-from cbam_mmdet.mixed_precision import BFloat16OptimWrapper
+from cbam_mmdet.engine.mixed_precision import BFloat16OptimWrapper
 
 
 def test_bf16_computes_in_bfloat16_and_steps_in_float32():

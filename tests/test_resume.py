@@ -16,9 +16,9 @@ import torch
 from conftest import DEMO, ROOT, tiny
 from torch.utils.data import DataLoader
 
-from cbam_mmdet import resume
-from cbam_mmdet.checkpoints import load_checkpoint
-from cbam_mmdet.resume import PlacedBatches, PlacedImages
+from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
+from cbam_mmdet.engine.hooks import resume_exactly as resume
+from cbam_mmdet.engine.hooks.resume_exactly import PlacedBatches, PlacedImages
 
 EPOCHS, ITERATIONS = 3, 4  # of an epoch: 8 images in batches of 2
 
@@ -287,7 +287,7 @@ def test_stopped_in_a_validation(uninterrupted, shapes, tmp_path):
 def test_one_of_two_processes_is_told_to_stop(shapes, tmp_path):
     """And the first one writes the checkpoint slowly: the other must wait."""
     slow = (
-        'from cbam_mmdet.resume import StopSignalHook\n'
+        'from cbam_mmdet.engine.hooks.resume_exactly import StopSignalHook\n'
         'import mmengine.runner.runner as r, time\n'
         'save = r.Runner.save_checkpoint\n'
         'def slowly(*args, **kwargs):\n'

@@ -10,10 +10,10 @@ from textbook import PlainCBAM
 from torch import nn
 
 from cbam_mmdet import CBAM
-from cbam_mmdet.checkpoints import use_safe_loading
+from cbam_mmdet.engine.checkpoint.keys import from_official, from_timm, to_official, translate
+from cbam_mmdet.engine.checkpoint.loading import use_safe_loading
+from cbam_mmdet.engine.checkpoint.missing_cbam import _load_state_dict, say_missing_cbam_in_one_line
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.insertion import _load_state_dict, say_missing_cbam_in_one_line
-from cbam_mmdet.weights import from_official, from_timm, to_official, translate
 
 BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3]}
 

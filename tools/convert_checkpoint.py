@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from cbam_mmdet.weights import convert_checkpoint
+    from cbam_mmdet.apis.convert import convert_checkpoint
 
     lines = convert_checkpoint(
         args.source,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from cbam_mmdet.cli.messages import explain
-from cbam_mmdet.distributed import end_process, speak_for_all
+from cbam_mmdet.engine.distributed import end_process, speak_for_all
 from cbam_mmdet.errors import Stopped
 
 FAILED = 1

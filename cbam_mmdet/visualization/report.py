@@ -28,17 +28,17 @@ from mmengine.config import ConfigDict
 from torch import Tensor
 
 from cbam_mmdet import __version__
-from cbam_mmdet.checkpoints import find_checkpoint
 from cbam_mmdet.complexity import Complexity, measure
 from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint
+from cbam_mmdet.engine.record import differences
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.scores import Outcome, Scores, score
 from cbam_mmdet.inference import load_detector
 from cbam_mmdet.models.gates import Gates, find_cbams
 from cbam_mmdet.run import test
-from cbam_mmdet.run_record import differences
 from cbam_mmdet.utils.tables import Cell, Table, change
 from cbam_mmdet.visualization.attention import gates_over
 from cbam_mmdet.visualization.charts import COLOURS, COLOURS_ON_DARK, Chart, Line, save

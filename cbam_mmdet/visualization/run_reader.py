@@ -14,8 +14,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from cbam_mmdet.engine.record import RECORD, Setting, base_differences, shipped_config
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.run_record import RECORD, Setting, base_differences, shipped_config
 from cbam_mmdet.utils.config import load_config, split_datasets
 
 SCALARS = 'vis_data/scalars.json'

@@ -8,27 +8,20 @@ another number of workers, too. MMEngine, left alone, repeats the epoch from its
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 import random
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import FrameType
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, barrier, get_rank, get_world_size, is_main_process
-from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
-from cbam_mmdet.checkpoints import meta_of
-from cbam_mmdet.errors import Stopped
+from cbam_mmdet.engine.checkpoint.content import meta_of
+from cbam_mmdet.engine.hooks.between_steps import between_steps
 
 # Streams of random numbers that must not meet.
 IN_ITERATION, IN_IMAGE = 0, 1
@@ -207,144 +200,3 @@ class ResumeExactlyHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         seed_all(IN_ITERATION, self.seed, get_rank(), runner.iter)
-
-
-def between_steps(runner: Runner) -> bool:
-    """Whether all gradients so far have gone into the weights: not in the middle of an accumulation."""
-    wrapper = runner.optim_wrapper
-    return not hasattr(wrapper, 'should_update') or wrapper.should_update()
-
-
-class LeaveSignalsToMain:
-    """What a data-loading worker does first: it leaves SIGTERM and Ctrl-C, which often go to all processes, to the main one.
-
-    Otherwise the batches would end before the checkpoint is saved.
-
-    Args:
-        before: the loader's own worker_init_fn, or None.
-        training: shared with the main process; when it is 0, SIGTERM ends the worker, as when the program ends.
-    """
-
-    def __init__(self, before: Callable[[int], None] | None, training: Any) -> None:
-        self.before, self.training = before, training
-
-    def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._receive)
-        if self.before:
-            self.before(worker)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.training.value:
-            os._exit(0)  # as PyTorch's own workers do when the main process tells them to
-
-
-class StopSignalHook(Hook):
-    """On SIGTERM (a cluster's notice of preemption) or Ctrl-C: finish the iteration, save a checkpoint, end.
-
-    The signal may go to the main process alone, to its group, or to every process of a job. Another one after GRACE seconds ends
-    at once, without saving.
-
-    Args:
-        interval: with several processes, iterations between two looks whether one of them was told to stop.
-
-    Raises:
-        Stopped: that names the checkpoint; its exit code is 128 + the signal's number, as a shell has it.
-    """
-
-    priority = 'LOWEST'
-    # The same notice comes by two ways within moments: from Slurm, and once more from torchrun, which passes its own on.
-    GRACE = 2.0
-
-    def __init__(self, interval: int = 10) -> None:
-        self.interval = interval
-        self.received: int | None = None  # by this process
-        self.received_at = 0.0
-        self.agreed: int | None = None  # by all
-        self.before: dict[int, Any] = {}
-        self.process = os.getpid()
-        self.training = multiprocessing.RawValue('b', 0)
-        self.validates_in_step = True
-
-    def before_train(self, runner: Runner) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        self.training.value = 1
-        for loop in filter(None, (runner.train_loop, runner.val_loop)):
-            loader = loop.dataloader
-            if isinstance(loader, DataLoader):
-                loader.worker_init_fn = LeaveSignalsToMain(loader.worker_init_fn, self.training)
-
-    def after_train(self, runner: Runner) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        """Put the handlers back that were there; the workers heed SIGTERM again."""
-        self.training.value = 0
-        while self.before:
-            signal.signal(*self.before.popitem())
-
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
-    ) -> None:
-        if get_world_size() == 1 or self.every_n_train_iters(runner, self.interval):
-            self._agree(runner)
-        if self.agreed is not None and between_steps(runner):
-            self._stop(runner, runner.iter + 1)
-
-    def before_val_epoch(self, runner: Runner) -> None:
-        if self.before and get_world_size() > 1:
-            batches = len(runner.val_dataloader)
-            most = torch.tensor([batches, -batches], device=next(runner.model.parameters()).device)
-            all_reduce(most, 'max')
-            self.validates_in_step = int(most[0]) == -int(most[1])
-
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        alone = get_world_size() == 1
-        if self.before and (alone or (self.validates_in_step and self.every_n_inner_iters(batch_idx, self.interval))):
-            self._agree(runner)
-            if self.agreed is not None and between_steps(runner):
-                for hook in runner.hooks:
-                    if isinstance(hook, EMAHook):  # the model has the averaged weights during a validation
-                        hook.after_val_epoch(runner)
-                self._stop(runner, runner.iter)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:
-            return  # a worker that has not begun to load
-        now = time.monotonic()
-        if self.received is None:
-            self.received, self.received_at = number, now
-            if is_main_process():  # not by print: the signal may have come in the middle of one
-                name = signal.Signals(number).name
-                os.write(2, f'{name}: stopping at the end of this iteration, with a checkpoint\n'.encode())
-        elif now - self.received_at > self.GRACE:
-            os.write(2, b'ending at once, without a checkpoint\n')
-            self.restore()
-            os.kill(self.process, number)
-
-    def _agree(self, runner: Runner) -> None:
-        """Let every process know of a signal that one of them received."""
-        number = self.received or 0  # a signal may come at any moment: it is read once, and never written here
-        if get_world_size() > 1:
-            told = torch.tensor(number, device=next(runner.model.parameters()).device)
-            all_reduce(told, 'max')
-            number = int(told)
-        if number and self.agreed is None:
-            self.agreed, self.received_at = number, time.monotonic()
-
-    def _stop(self, runner: Runner, iterations: int) -> None:
-        path = Path(runner.work_dir, f'iter_{iterations}.pth')
-        runner.save_checkpoint(
-            runner.work_dir, path.name, meta=dict(epoch=runner.epoch, iter=iterations), by_epoch=False
-        )
-        if is_main_process():
-            Path(runner.work_dir, 'last_checkpoint').write_text(str(path))
-            hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
-            if hooks and all(hook.by_epoch and hook.max_keep_ckpts > 0 for hook in hooks):
-                for earlier in Path(runner.work_dir).glob('iter_*.pth'):  # of earlier stops
-                    if earlier != path:
-                        earlier.unlink()
-        barrier()  # torchrun ends all processes when the first one ends
-        raise Stopped(self.agreed, str(path))

@@ -1,0 +1,77 @@
+"""A checkpoint of the authors, timm or MMYOLO converted to the keys used here, or back."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cbam_mmdet.engine.checkpoint.content import meta_of
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint
+from cbam_mmdet.engine.checkpoint.keys import from_official, is_official, to_official, translate
+from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.files import AtomicLocalBackend
+
+
+def convert_checkpoint(
+    source: str, target: str, official: bool = False, in_norm: bool | None = None, trust_checkpoint: bool = False
+) -> list[str]:
+    """Convert a file: what tools/convert_checkpoint.py does.
+
+    A network of the authors becomes a classifier in mmpretrain's form, 'backbone.' and 'head.fc.', which a detector's config takes by
+    init_cfg=dict(type='Pretrained', checkpoint=TARGET, prefix='backbone.').
+
+    Args:
+        source: a checkpoint of the authors, timm or MMYOLO, or, with official, one with our keys.
+        target: the file to write.
+        official: convert to the authors' keys.
+        in_norm: see from_official.
+        trust_checkpoint: load the source by full unpickling, which runs code from the file.
+
+    Returns:
+        A line for every key, one for every note, and a summary.
+
+    Raises:
+        UserError: if the source is none of these, or a key of it is left over, missing or misshapen.
+    """
+    checkpoint = load_checkpoint(find_checkpoint(source), 'cpu', trust_checkpoint)
+    state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise UserError(f'{source} holds no weights (a dict of tensors, or one with the key state_dict)')
+    plain = {key: checkpoint[key] for key in ('epoch', 'arch', 'best_prec1', 'best_prec') if key in checkpoint}
+    if official:
+        made = to_official(state_dict)
+        out = dict(**meta_of(checkpoint).get('official', {}), state_dict=made.state_dict)
+    elif is_official(state_dict):
+        made = from_official(state_dict, in_norm)
+        made = replace(
+            made,
+            state_dict={_as_classifier(key): value for key, value in made.state_dict.items()},
+            origins={_as_classifier(key): old for key, old in made.origins.items()},
+        )
+        out = dict(meta=dict(official=plain), state_dict=made.state_dict)
+    else:
+        made = translate(state_dict)
+        if made is None:
+            raise UserError(
+                f"{source} has no CBAM of the authors' networks (layer1.0.cbam.ChannelGate.mlp.1.weight), timm (spatial.conv.conv.weight) or "
+                'MMYOLO (spatial_attention.conv.conv.weight) in it. Weights without CBAM need no conversion: tools/insert_cbam.py'
+            )
+        out = dict(meta={}, state_dict=made.state_dict)
+    buffer = io.BytesIO()
+    torch.save(out, buffer)
+    AtomicLocalBackend().put(buffer.getvalue(), target)
+    lines = [
+        f'{origin or "(zeros)"} -> {key} {tuple(made.state_dict[key].shape)}' for key, origin in made.origins.items()
+    ]
+    left = sorted(set(checkpoint) - {*plain, 'state_dict', 'meta'}) if checkpoint is not state_dict else []
+    notes = [*made.notes, *([f'not carried over: {", ".join(left)}'] if left else [])]
+    return [*lines, *(f'note: {note}' for note in notes), f'{target}: {len(lines)} keys, none left over']
+
+
+def _as_classifier(key: str) -> str:
+    return f'head.{key}' if key.startswith('fc.') else f'backbone.{key}'

@@ -1,0 +1,51 @@
+"""Does a checkpoint fit a model?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.text import abridge
+
+
+def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, name: str) -> None:
+    """Raise unless a checkpoint fits a model.
+
+    Args:
+        checkpoint: what was loaded: a state dict, or a dict that holds one as 'state_dict'.
+        model: the model it is for, without a DDP wrapper.
+        strict: every key must fit; otherwise at least one weight must.
+        name: the checkpoint's name, for the message.
+
+    Raises:
+        UserError: that names keys which are missing, left over or of another shape.
+    """
+    weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(weights, Mapping):
+        raise UserError(
+            f'{name} holds no weights (a dict of tensors, or one with the key state_dict): it is not a checkpoint'
+        )
+    given = {key.removeprefix('module.'): value for key, value in weights.items()}
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in given]
+    unexpected = [key for key in given if key not in expected]
+    misshapen = [key for key in expected if key in given and getattr(given[key], 'shape', None) != expected[key].shape]
+    fitting = len(expected) - len(missing) - len(misshapen)
+    if not (missing or unexpected or misshapen) or (not strict and fitting):
+        return
+    details = []
+    for what, keys in (('not in the checkpoint', missing), ('not in the model', unexpected)):
+        if keys:
+            details.append(f'{len(keys)} keys are {what} ({abridge(keys)})')
+    if misshapen:
+        key = misshapen[0]
+        details.append(
+            f'{len(misshapen)} keys have another shape ({key}: {tuple(given[key].shape)} in the checkpoint, '
+            f'{tuple(expected[key].shape)} in the model)'
+        )
+    raise UserError(
+        f'checkpoint {name} is of another architecture than the config: {fitting} of {len(expected)} keys fit; '
+        f'{"; ".join(details)}. Give the config that it was trained with (a copy lies in its work dir).'
+    )

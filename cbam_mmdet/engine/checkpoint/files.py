@@ -1,0 +1,128 @@
+"""Checkpoints: found, written whole, loaded without running code from them, and compared with the model they are for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.fileio import register_backend
+from mmengine.logging import print_log
+from mmengine.runner import find_latest_checkpoint
+
+from cbam_mmdet.engine.checkpoint.content import run_state_lacking
+from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
+from cbam_mmdet.errors import UserError, did_you_mean
+from cbam_mmdet.utils.files import AtomicLocalBackend
+
+
+def find_checkpoint(path: str) -> str:
+    """Find a checkpoint, and look at its first and last bytes before minutes are spent on data and models.
+
+    Args:
+        path: a file, or a work dir, which stands for the newest checkpoint in it; URLs and 'torchvision://' names are left to
+            MMEngine.
+
+    Returns:
+        The file's path, or the name as it was.
+
+    Raises:
+        UserError: if it does not exist, is cut off, or is no checkpoint.
+    """
+    if '://' in path:
+        return path
+    if os.path.isdir(path):
+        newest = find_latest_checkpoint(path)
+        inside = os.path.join(path, os.path.basename(newest or ''))
+        if os.path.isfile(inside):  # the folder may have been moved or copied
+            newest = inside
+        if not newest or not os.path.isfile(newest):  # killed while it was written
+            newest, passed_over = newest_checkpoint(path)
+            for reason in passed_over:
+                print_log(f'passed over: {reason}', logger='current', level=logging.WARNING)
+        if newest is None:
+            raise UserError(
+                f'{path} is a folder without a checkpoint of a training run: give a .pth file or the work dir of a run'
+            )
+        path = newest
+    if not os.path.isfile(path):
+        folder = Path(path).parent
+        siblings = [str(p) for p in folder.glob('*.pth')] if folder.is_dir() else []
+        have = f' {folder} holds {", ".join(sorted(siblings)[:5])}.' if siblings else ''
+        raise UserError(f'checkpoint {path} does not exist{did_you_mean(path, siblings)}.{have}')
+    with open(path, 'rb') as file:
+        head = file.read(2)
+    if head == b'PK' and not zipfile.is_zipfile(path):
+        raise UserError(f'checkpoint {path} is cut off (a killed job or a full disk?): use an earlier one.')
+    if head != b'PK' and not head.startswith(b'\x80'):  # zip, and the pickle of torch before 1.6
+        raise UserError(f'{path} is not a checkpoint of PyTorch.')
+    return path
+
+
+def write_whole_files() -> None:
+    """Let MMEngine write checkpoints through AtomicLocalBackend in this process."""
+    register_backend('local', AtomicLocalBackend, force=True, prefixes='')
+
+
+def newest_checkpoint(
+    *folders: str, trust: bool = False, templates: Sequence[str] = ('epoch_{}.pth', 'iter_{}.pth')
+) -> tuple[str | None, list[str]]:
+    """The newest checkpoint of a training run that can be gone on from.
+
+    That is the one which last_checkpoint names, or one that was written later and is further, as after a kill between the two. If that file is missing or
+    names none that loads: the one written last.
+
+    Args:
+        folders: where the run's checkpoints may lie.
+        trust: load them by full unpickling (see load_checkpoint).
+        templates: their names.
+
+    Returns:
+        Its path, None if there is none; and for each that was newer, or was named, why it was passed over.
+    """
+    names = re.compile('|'.join(re.escape(template).replace(r'\{\}', r'\d+') for template in templates))
+    files = [path for folder in folders for path in Path(folder).glob('*') if names.fullmatch(path.name)]
+    files.sort(key=lambda path: (path.stat().st_mtime_ns, int(re.findall(r'\d+', path.name)[-1])), reverse=True)
+    named = _named_by_last_checkpoint(folders)
+    later = files[: files.index(named)] if named in files else []
+    passed_over: list[str] = []
+    if named in files:
+        done = {path: _iterations(path, trust, passed_over) for path in [*later, named]}
+        if done[named] is not None:
+            return str(max((path for path in done if done[path] is not None), key=lambda path: done[path])), passed_over
+        files = [path for path in files if path != named]
+        passed_over.clear()
+        _iterations(named, trust, passed_over)
+    for path in files:
+        if _iterations(path, trust, passed_over) is not None:
+            return str(path), passed_over
+    return None, passed_over
+
+
+def _named_by_last_checkpoint(folders: Sequence[str]) -> Path | None:
+    for folder in folders:
+        try:
+            name = Path(folder, 'last_checkpoint').read_text().strip()
+        except OSError:
+            continue
+        for place in folders:
+            if name and Path(place, os.path.basename(name)).is_file():
+                return Path(place, os.path.basename(name))
+    return None
+
+
+def _iterations(path: Path, trust: bool, passed_over: list[str]) -> int | None:
+    """How many iterations a checkpoint holds the state after; None, with the reason, if it cannot be gone on from."""
+    try:
+        checkpoint = load_checkpoint(find_checkpoint(str(path)), 'cpu', trust)
+    except UserError as error:
+        passed_over.append(str(error))
+        return None
+    lacking = run_state_lacking(checkpoint)
+    if lacking:
+        passed_over.append(f'checkpoint {path} lacks the state of the run ({", ".join(lacking)})')
+        return None
+    return checkpoint['meta'].get('iter', 0)

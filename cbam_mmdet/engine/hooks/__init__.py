@@ -1,0 +1,19 @@
+"""Hooks of a training or test; the tools put them on the Runner, so a work dir's config works without them."""
+
+from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
+from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
+from cbam_mmdet.engine.hooks.finite_loss import FiniteLossHook
+from cbam_mmdet.engine.hooks.gate_statistics import GateStatisticsHook
+from cbam_mmdet.engine.hooks.resume_exactly import ResumeExactlyHook
+from cbam_mmdet.engine.hooks.safe_checkpoint import KeepOldUntilNewHook
+from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
+
+__all__ = [
+    'CheckImagesHook',
+    'CheckpointFitHook',
+    'FiniteLossHook',
+    'GateStatisticsHook',
+    'KeepOldUntilNewHook',
+    'ResumeExactlyHook',
+    'StopSignalHook',
+]

@@ -1,0 +1,79 @@
+"""Hooks that stop a run which has gone wrong, with a message, before it costs days, keep its checkpoints, and log what the gates do.
+
+The tools put them on the Runner, not into the config: the copy that a work dir keeps works without them too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook, LoggerHook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from cbam_mmdet.engine.hooks.unwrapped import _unwrapped
+from cbam_mmdet.models.gates import find_cbams, gate_figures, record_gates
+
+
+@HOOKS.register_module()
+class GateStatisticsHook(Hook):
+    """Log what the gates of each CBAM do, in the iterations in which the losses are logged, to the same places (TensorBoard, scalars.json).
+
+    For each CBAM and gate: `gates/NAME/channel_mean`, `..._spread`, `..._saturated`, `..._distance`, and the same for `spatial`, as
+    gates.gate_figures defines them, over the images of that iteration, their padding included. With several processes it is the first
+    one's images. Other iterations run without any hook on the model, and without CBAMs it does nothing.
+    """
+
+    priority = 'LOW'  # after LoggerHook: the losses' line comes first
+
+    def __init__(self) -> None:
+        self.losses_logger: LoggerHook | None = None
+        self.recording = contextlib.ExitStack()
+        self.gates = None
+
+    def before_train(self, runner: Runner) -> None:
+        serves = is_main_process() and find_cbams(_unwrapped(runner.model))
+        self.losses_logger = next((h for h in runner.hooks if isinstance(h, LoggerHook)), None) if serves else None
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        if self._is_logged(runner, batch_idx):
+            self.gates = self.recording.enter_context(record_gates(_unwrapped(runner.model)))
+
+    def _is_logged(self, runner: Runner, batch_idx: int) -> bool:
+        """Whether MMEngine's LoggerHook will log the losses of this iteration."""
+        logger = self.losses_logger
+        if logger is None:
+            return False
+        if self.every_n_inner_iters(batch_idx, logger.interval):
+            return True
+        loader = runner.train_dataloader
+        return self.end_of_epoch(loader, batch_idx) and not (logger.ignore_last and len(loader) > logger.interval)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
+        if self.gates is None:
+            return
+        self.recording.close()
+        names, figures = [], []
+        for name, gates in self.gates.items():
+            for branch in ('channel', 'spatial'):
+                images = getattr(gates, branch)
+                if images:
+                    names.append(f'gates/{name}/{branch}')
+                    figures.append(gate_figures(torch.cat([image.flatten() for image in images]), gates.upper))
+        self.gates = None
+        if not figures:
+            self.losses_logger = None
+            runner.logger.warning('no gate statistics: a compiled model (torch.compile) runs no hooks')
+            return
+        scalars = {}
+        # One transfer for all, so a GPU is waited for once.
+        for name, (mean, spread, closed, opened, distance) in zip(names, torch.stack(figures).tolist(), strict=True):
+            scalars |= {f'{name}_mean': mean, f'{name}_spread': spread}
+            scalars |= {f'{name}_saturated': closed + opened, f'{name}_distance': distance}
+        runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
+
+    def after_train(self, runner: Runner) -> None:
+        self.recording.close()
+        self.gates = None

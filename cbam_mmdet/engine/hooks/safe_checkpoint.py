@@ -1,0 +1,79 @@
+"""An old checkpoint is removed when the new one is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.fileio import BaseStorageBackend
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import Runner
+
+
+class KeepOldUntilNewHook(CheckpointHook):
+    """MMEngine's CheckpointHook, but an old checkpoint goes when the new one is there, not before.
+
+    With max_keep_ckpts=1, or save_best, a kill or a full disk between the two would leave none.
+    """
+
+    @classmethod
+    def replace_in(cls, runner: Runner) -> None:
+        """Change the hooks of a Runner that are MMEngine's own, in place; its config keeps the usual name."""
+        for hook in runner.hooks:
+            if type(hook) is CheckpointHook:
+                hook.__class__ = cls
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        limit = self.max_keep_ckpts
+        if limit <= 0:
+            return super()._save_checkpoint_with_step(runner, step, meta)
+        before = list(self.keep_ckpt_ids)
+        if step not in before:
+            self.keep_ckpt_ids.append(step)  # and forgets its first, if it is full
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        self.max_keep_ckpts = -1  # for MMEngine: remove nothing
+        try:
+            super()._save_checkpoint_with_step(runner, step, meta)
+        finally:
+            self.max_keep_ckpts = limit
+        if is_main_process():
+            for old in set(before) - set(self.keep_ckpt_ids):
+                path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
+                if self.file_backend.isfile(path):
+                    self.file_backend.remove(path)
+                elif self.file_backend.isdir(path):  # DeepSpeed's are folders
+                    self.file_backend.rmtree(path)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        backend = self.file_backend
+        self.file_backend = late = RemovesLater(backend)
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+        finally:
+            self.file_backend = backend
+        best = {getattr(self, 'best_ckpt_path', None), *getattr(self, 'best_ckpt_path_dict', {}).values()}
+        late.remove_all(but=best)
+
+
+class RemovesLater:
+    """A file backend of MMEngine that removes nothing before remove_all."""
+
+    def __init__(self, backend: BaseStorageBackend) -> None:
+        self.backend = backend
+        self.removals: list[tuple[Callable[[str], None], str]] = []
+
+    def remove(self, path: str) -> None:
+        self.removals.append((self.backend.remove, path))
+
+    def rmtree(self, path: str) -> None:
+        self.removals.append((self.backend.rmtree, path))
+
+    def remove_all(self, but: set[str | None]) -> None:
+        """Remove what was to be removed, but not the paths that have been written anew."""
+        for remove, path in self.removals:
+            if path not in but:
+                remove(path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
