@@ -34,7 +34,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from cbam_mmdet.complexity import interleaved_speeds, multiply_adds
+from cbam_mmdet.analysis.complexity import interleaved_speeds, multiply_adds
 from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.inference import load_detector

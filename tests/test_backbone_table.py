@@ -11,7 +11,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from cbam_mmdet import CBAM
-from cbam_mmdet.backbone_table import BACKBONES, build_plain, build_with_cbam, measure
+from cbam_mmdet.analysis.backbone_table import BACKBONES, build_plain, build_with_cbam, measure
 
 # Registered by MMDetection and not tried here: class -> why.
 NOT_BUILT: dict[str, str] = {}

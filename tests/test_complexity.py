@@ -8,7 +8,7 @@ from conftest import DEMO, ROOT
 from mmengine.config import Config
 from torch import nn
 
-from cbam_mmdet.complexity import count, input_size, measure, peak_memory
+from cbam_mmdet.analysis.complexity import count, input_size, measure, peak_memory
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import load_config
 
@@ -19,7 +19,7 @@ SSD = str(ROOT / 'configs/ssd300_vgg16_voc0712.py')
 @pytest.fixture
 def paper_table():
     pytest.importorskip('mmpretrain')
-    from cbam_mmdet import paper_table
+    from cbam_mmdet.analysis import paper_table
 
     return paper_table
 

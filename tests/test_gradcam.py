@@ -10,8 +10,7 @@ from conftest import DEMO, ROOT
 from mmdet.apis import init_detector
 from pycocotools.coco import COCO
 
-from cbam_mmdet.errors import UserError
-from cbam_mmdet.gradcam import (
+from cbam_mmdet.analysis.gradcam import (
     METHODS,
     BoxScores,
     Target,
@@ -21,6 +20,7 @@ from cbam_mmdet.gradcam import (
     label_at,
     prepare,
 )
+from cbam_mmdet.errors import UserError
 from cbam_mmdet.inference import load_detector
 from cbam_mmdet.utils.config import load_config
 

@@ -57,7 +57,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # MMDetection prints when imported; stdout is for the table
-        from cbam_mmdet import complexity, paper_table  # after the arguments: this takes seconds
+        from cbam_mmdet.analysis import (
+            complexity,  # after the arguments: this takes seconds
+            paper_table,  # after the arguments: this takes seconds
+        )
 
     if args.paper:
         rows = paper_table.count_networks()

@@ -16,7 +16,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from cbam_mmdet.backbone_table import (  # after the arguments: imports take seconds
+    from cbam_mmdet.analysis.backbone_table import (  # after the arguments: imports take seconds
         BACKBONES,
         as_markdown,
         measure_all,

@@ -15,10 +15,7 @@ from matplotlib.patches import Rectangle
 from torch import nn
 from tqdm import tqdm
 
-from cbam_mmdet.datasets.inputs import unique_names
-from cbam_mmdet.datasets.transforms.loading import read_image
-from cbam_mmdet.errors import UserError, did_you_mean
-from cbam_mmdet.gradcam import (
+from cbam_mmdet.analysis.gradcam import (
     BoxScores,
     Target,
     best_detections,
@@ -28,6 +25,9 @@ from cbam_mmdet.gradcam import (
     method_class,
     prepare,
 )
+from cbam_mmdet.datasets.inputs import unique_names
+from cbam_mmdet.datasets.transforms.loading import read_image
+from cbam_mmdet.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from mmengine.config import ConfigDict
 from torch import Tensor
 
 from cbam_mmdet import __version__
-from cbam_mmdet.complexity import Complexity, measure
+from cbam_mmdet.analysis.complexity import Complexity, measure
 from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image

@@ -18,7 +18,7 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from cbam_mmdet.complexity import Complexity, count
+from cbam_mmdet.analysis.complexity import Complexity, count
 from cbam_mmdet.errors import UserError
 
 # 'caffe' puts a Bottleneck's stride into its first 1x1 convolution, as the ResNet of 2015 has it, and the paper's GFLOPs are of that one;

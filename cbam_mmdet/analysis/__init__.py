@@ -1,0 +1,1 @@
+"""What CBAM costs, and what it looks at."""
