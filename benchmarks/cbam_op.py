@@ -2,7 +2,7 @@
 
     python benchmarks/cbam_op.py [--shapes C2 C3 C4 C5] [--batch 2] [--dtypes float32 bfloat16] [--out benchmarks/results/NAME]
 
-Compared are the equations in plain PyTorch (`textbook`, tests/textbook.py), timm's CbamModule where timm is installed, torch.compile of the
+Compared are the equations in plain PyTorch (`textbook`, plain_cbam.py), timm's CbamModule where timm is installed, torch.compile of the
 textbook, and ours, eager and fused (on a GPU; with TRITON_INTERPRET=1 on a CPU, to try the script). Times are medians of rounds that alternate between them, so that a slow moment of the machine meets
 all; on a GPU they are taken by events. The ratios are what counts; milliseconds belong to one machine. `bandwidth` is that of the forward
 pass, counted at 3 reads and 1 write of x, as a share of what copying x reaches here.
@@ -10,19 +10,14 @@ pass, counted at 3 reads and 1 write of x, as a share of what copying x reaches 
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from plain_cbam import PlainCBAM, saved_share
 from record import machine, write
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
-
-from test_functional import saved_share
-from textbook import PlainCBAM
 
 from cbam_mmdet import CBAM
 from cbam_mmdet.ops.functional import INTERPRETED

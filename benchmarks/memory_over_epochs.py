@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument('--epochs', type=int, default=20)
     parser.add_argument('--out', type=Path, help='write the figures as JSON')
     args = parser.parse_args()
-    from cbam_mmdet import run
+    from cbam_mmdet.apis import train as run
 
     hook, build = PeakHook(), run._build_runner
     run._build_runner = lambda cfg, hooks: build(cfg, [*hooks, hook])

@@ -12,7 +12,7 @@ install_ops()
 
 from cbam_mmdet import datasets  # noqa: E402
 from cbam_mmdet.datasets.transforms import loading  # noqa: E402
-from cbam_mmdet.engine.hooks import gate_statistics as hooks  # noqa: E402
+from cbam_mmdet.engine import hooks  # noqa: E402
 from cbam_mmdet.models.cbam import CBAM, ChannelAttention, SpatialAttention  # noqa: E402
 from cbam_mmdet.models.gates import record_gates  # noqa: E402
 from cbam_mmdet.models.plugins.backbone import PluginBackbone  # noqa: E402

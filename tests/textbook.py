@@ -60,22 +60,3 @@ def cbam(x, weights, pools=('avg', 'max'), spatial='pool', order='channel-spatia
     for attention in (channel, where) if order == 'channel-spatial' else (where, channel):
         x = x * attention(x)
     return x
-
-
-class PlainCBAM(torch.nn.Module):
-    """CBAM as people write it in plain PyTorch: what memory and speed are compared with."""
-
-    def __init__(self, channels, reduction=16):
-        super().__init__()
-        hidden = max(channels // reduction, 1)
-        self.mlp = torch.nn.Sequential(
-            torch.nn.Linear(channels, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, channels)
-        )
-        self.conv = torch.nn.Conv2d(2, 1, 7, padding=3, bias=False)
-        self.bn = torch.nn.BatchNorm2d(1, momentum=0.01)
-
-    def forward(self, x):
-        avg, top = F.adaptive_avg_pool2d(x, 1).flatten(1), F.adaptive_max_pool2d(x, 1).flatten(1)
-        x = x * torch.sigmoid(self.mlp(avg) + self.mlp(top))[:, :, None, None]
-        planes = torch.cat([x.max(1, keepdim=True)[0], x.mean(1, keepdim=True)], 1)
-        return x * torch.sigmoid(self.bn(self.conv(planes)))

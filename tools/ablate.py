@@ -53,7 +53,7 @@ def main() -> int:
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the training is stopped too
     with contextlib.redirect_stdout(sys.stderr):  # MMDetection prints when imported; stdout may be a list of commands
-        from cbam_mmdet.ablation import ablate  # after the arguments: this takes seconds
+        from cbam_mmdet.apis.ablate import ablate  # after the arguments: this takes seconds
 
     return ablate(
         args.configs,

@@ -40,9 +40,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
+    from cbam_mmdet.apis.infer import load_detector  # MMDetection takes seconds to import
     from cbam_mmdet.datasets.inputs import image_files  # MMDetection takes seconds to import
     from cbam_mmdet.datasets.pointing import validation_images  # MMDetection takes seconds to import
-    from cbam_mmdet.inference import load_detector  # MMDetection takes seconds to import
     from cbam_mmdet.visualization.attention import attend, markdown
 
     files = image_files(args.inputs) if args.inputs else validation_images(cfg, args.data_root)

@@ -59,8 +59,8 @@ def main() -> int:
     args = parse_args()
     pairs = [(args.config, args.checkpoint), *([args.compare] if args.compare else [])]
     configs = [load_config(path, args.cfg_options) for path, _ in pairs]
+    from cbam_mmdet.apis.infer import load_detector  # MMDetection takes seconds to import
     from cbam_mmdet.datasets.inputs import image_files  # MMDetection takes seconds to import
-    from cbam_mmdet.inference import load_detector  # MMDetection takes seconds to import
     from cbam_mmdet.visualization.gradcam_sheet import Choice, explain_images
 
     files = image_files(args.inputs)

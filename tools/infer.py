@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    from cbam_mmdet.inference import infer, load_detector  # after the arguments: MMDetection takes seconds to import
+    from cbam_mmdet.apis.infer import infer, load_detector  # after the arguments: MMDetection takes seconds to import
 
     model = load_detector(cfg, args.checkpoint, args.device, args.trust_checkpoint)
     done = infer(

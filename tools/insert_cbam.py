@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    from cbam_mmdet.insertion import insert_cbam
+    from cbam_mmdet.apis.insert import insert_cbam
 
     made = insert_cbam(
         cfg,

@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    from cbam_mmdet.run import test  # after the arguments: MMDetection takes seconds to import
+    from cbam_mmdet.apis.test import test  # after the arguments: MMDetection takes seconds to import
 
     test(
         cfg,

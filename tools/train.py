@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    from cbam_mmdet.run import train  # after the arguments: MMDetection takes seconds to import
+    from cbam_mmdet.apis.train import train  # after the arguments: MMDetection takes seconds to import
 
     train(
         cfg,

@@ -29,6 +29,8 @@ from torch import Tensor
 
 from cbam_mmdet import __version__
 from cbam_mmdet.analysis.complexity import Complexity, measure
+from cbam_mmdet.apis.infer import load_detector
+from cbam_mmdet.apis.test import test
 from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
@@ -36,9 +38,7 @@ from cbam_mmdet.engine.checkpoint.files import find_checkpoint
 from cbam_mmdet.engine.record import differences
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.scores import Outcome, Scores, score
-from cbam_mmdet.inference import load_detector
 from cbam_mmdet.models.gates import Gates, find_cbams
-from cbam_mmdet.run import test
 from cbam_mmdet.utils.tables import Cell, Table, change
 from cbam_mmdet.visualization.attention import gates_over
 from cbam_mmdet.visualization.charts import COLOURS, COLOURS_ON_DARK, Chart, Line, save

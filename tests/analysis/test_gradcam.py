@@ -20,8 +20,8 @@ from cbam_mmdet.analysis.gradcam import (
     label_at,
     prepare,
 )
+from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.inference import load_detector
 from cbam_mmdet.utils.config import load_config
 
 pytest.importorskip('pytorch_grad_cam', reason="needs pip install '.[explain]'")

@@ -531,7 +531,7 @@ def test_worker_that_dies(run_tool, shapes, tmp_path, monkeypatch):
 
 
 def test_annotation_file_that_disappears_after_the_check(run_tool, own_shapes, tmp_path, monkeypatch):
-    from cbam_mmdet import run
+    from cbam_mmdet.apis import train as run
 
     check = run._check_data
 

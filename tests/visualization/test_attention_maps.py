@@ -9,9 +9,9 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.inference import load_detector
 from cbam_mmdet.models.gates import Gates
 from cbam_mmdet.visualization.attention import GateAverage, gates_over, stage_and_block
 

@@ -189,9 +189,9 @@ def test_what_was_run(compared, page):
 def test_gates_are_those_of_a_forward_pass(compared, page, shapes):
     from mmdet.apis import inference_detector
 
+    from cbam_mmdet.apis.infer import load_detector
     from cbam_mmdet.datasets.transforms.arrays import array_pipeline
     from cbam_mmdet.datasets.transforms.loading import read_image
-    from cbam_mmdet.inference import load_detector
     from cbam_mmdet.utils.config import load_config
     from cbam_mmdet.visualization.attention import gates_over
 

@@ -1,6 +1,6 @@
 """The six passes, on a CPU and as Triton kernels, against the equations in float64 under autograd.
 
-Without a GPU the kernels run under Triton's interpreter, in a process of their own (test_kernels.py): a kernel is made for it when it
+Without a GPU the kernels run under Triton's interpreter, in a process of their own (test_triton_passes.py): a kernel is made for it when it
 is imported.
 """
 
@@ -10,32 +10,14 @@ import signal
 
 import pytest
 import torch
-from test_functional import saved_share
+from passes_cases import DEVICE, DTYPES, IMPLS, LAYOUTS, SHAPES, assert_near, draw
+from passes_cases import many_small_blocks as many_small_blocks  # a fixture
+from plain_cbam import saved_share
 
 from cbam_mmdet import CBAM
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.ops import cpu_passes
 from cbam_mmdet.ops.functional import INTERPRETED, cbam_reference
-
-SHAPES = [(1, 1, 1, 1), (3, 17, 5, 7), (2, 256, 25, 42), (5, 123, 13, 11)]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-DEVICE = 'cpu' if INTERPRETED else 'cuda'
-IMPLS = ['eager', pytest.param('fused', marks=[] if INTERPRETED else pytest.mark.gpu)]
-
-
-@pytest.fixture(autouse=True)
-def many_small_blocks(monkeypatch):
-    """So that small maps are cut up and shared out, too."""
-    monkeypatch.setattr(cpu_passes, 'BLOCK', 4096)
-    if INTERPRETED:  # whose time goes by the number of programs
-        from cbam_mmdet.ops import triton_passes
-
-        monkeypatch.setattr(triton_passes, 'TILE', 2**15)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(forward, module, x, grad):
@@ -59,17 +41,6 @@ def both(x, grad, impl, training=True, **options):
         module, x, grad = module.to(DEVICE), x.to(DEVICE), grad.to(DEVICE)
     assert module.implementation(x) == impl
     return [value.cpu() for value in run(module, module, x, grad)], truth
-
-
-def draw(shape, dtype=torch.float32, layout=torch.contiguous_format, seed=0):
-    torch.manual_seed(seed)
-    return [t.to(dtype).contiguous(memory_format=layout) for t in torch.randn(2, *shape, dtype=torch.float64)]
-
-
-def assert_near(ours, truth, dtype):
-    limit = {torch.float64: 1e-11, torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
-    for value, exact in zip(ours, truth, strict=True):
-        assert (value.double() - exact).abs().max() <= limit * exact.abs().max().clamp(min=1e-3)
 
 
 @pytest.mark.parametrize('impl', IMPLS)

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os.path as osp
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from mmdet.evaluation import DumpDetResults
-from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
-from mmengine.evaluator import DumpResults
-from mmengine.hooks import Hook
-from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
-from cbam_mmdet import evaluation  # noqa: F401  (they register what they hold; SSD is mended)
-from cbam_mmdet.compat import ssd_head  # noqa: F401  (they register what they hold; SSD is mended)
-from cbam_mmdet.datasets.checks import check_data
-from cbam_mmdet.datasets.image_folders import check_image_folders, is_classifier
-from cbam_mmdet.datasets.pointing import point_at_data
-from cbam_mmdet.engine import mixed_precision  # noqa: F401  (they register what they hold; SSD is mended)
+from cbam_mmdet.apis.runner import build_runner, check_splits, prepare
 from cbam_mmdet.engine.checkpoint.content import meta_of
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint, newest_checkpoint, write_whole_files
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint, use_safe_loading
 from cbam_mmdet.engine.checkpoint.missing_cbam import say_missing_cbam_in_one_line
-from cbam_mmdet.engine.distributed import in_first_process, join_processes
+from cbam_mmdet.engine.distributed import in_first_process
 from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
 from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.engine.hooks.finite_loss import FiniteLossHook
@@ -37,7 +25,6 @@ from cbam_mmdet.engine.hooks.safe_checkpoint import KeepOldUntilNewHook
 from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
 from cbam_mmdet.engine.record import write_record
 from cbam_mmdet.errors import Stopped, UserError, is_dead_worker
-from cbam_mmdet.utils.config import check_evaluators, check_optimizer, check_plugins
 from cbam_mmdet.utils.files import remove_unfinished
 from cbam_mmdet.utils.logging import is_first_process, log
 
@@ -73,7 +60,7 @@ def train(
     Raises:
         UserError: for whatever in config, data or checkpoint would end in a failure later.
     """
-    _prepare(cfg, data_root, classes, work_dir, launcher)
+    prepare(cfg, data_root, classes, work_dir, launcher)
     use_safe_loading(trust_checkpoint)
     say_missing_cbam_in_one_line()
     write_whole_files()
@@ -103,7 +90,7 @@ def train(
         if seed is not None and given not in (None, seed):
             log(f'--resume: seed {seed} of the run that is resumed, in place of {given}', logging.WARNING)
         cfg.randomness.seed = given if seed is None else seed
-    _check_data(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
+    check_splits(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
     hooks = [
         FiniteLossHook(),
         CheckpointFitHook(strict=bool(resume)),
@@ -113,7 +100,7 @@ def train(
     ]
     if cfg.get('gate_statistics', True):
         hooks.append(GateStatisticsHook())
-    runner = _build_runner(cfg, hooks)
+    runner = build_runner(cfg, hooks)
     KeepOldUntilNewHook.replace_in(runner)
     if is_first_process():
         for folder in _checkpoint_folders(cfg):
@@ -127,98 +114,6 @@ def train(
         raise
     finally:
         stop.restore()
-    return runner
-
-
-def test(
-    cfg: Config,
-    checkpoint: str,
-    *,
-    data_root: str | None = None,
-    classes: str | Sequence[str] | None = None,
-    work_dir: str | None = None,
-    out: str | None = None,
-    show: bool = False,
-    show_dir: str | None = None,
-    wait_time: float = 2,
-    tta: bool = False,
-    trust_checkpoint: bool = False,
-    launcher: str = 'none',
-) -> dict[str, float]:
-    """Check a config, its data and a checkpoint, then evaluate.
-
-    Args:
-        cfg: the config.
-        checkpoint: the weights: a file, or a work dir for its newest.
-        data_root: re-points every dataloader and evaluator (see config.set_data_root and datasets.voc.fit_layout).
-        classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
-        work_dir: for the log; by default the config's, else work_dirs/NAME.
-        out: a .pkl file for the detections of all images.
-        show: show each picture in a window.
-        show_dir: a folder, below work_dir, for the pictures.
-        wait_time: seconds that a window stays.
-        tta: test-time augmentation (horizontal flip where the config has no `tta_pipeline`).
-        trust_checkpoint: load it by full unpickling, which runs code from the file (see checkpoints.load_checkpoint).
-        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
-
-    Returns:
-        The metrics, e.g. {'coco/bbox_mAP': 0.37, ...}.
-
-    Raises:
-        UserError: for whatever in config, data or checkpoint would end in a failure later.
-    """
-    if out and not out.endswith(('.pkl', '.pickle')):
-        raise UserError(f'--out {out}: the detections are written as a pickle, the name must end with .pkl')
-    use_safe_loading(trust_checkpoint)
-    cfg.load_from, cfg.resume = find_checkpoint(checkpoint), False
-    _prepare(cfg, data_root, classes, work_dir, launcher)
-    if any(cfg.get(key) is None for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
-        raise UserError('the config has no test split: it needs test_dataloader, test_cfg and test_evaluator')
-    if is_classifier(cfg) and (show or show_dir or tta):
-        raise UserError('--show, --show-dir and --tta are for detectors; this is the config of a classifier')
-    if show or show_dir:
-        _draw(cfg, show, show_dir, wait_time)
-    if tta:
-        _use_tta(cfg)
-    _check_data(cfg, ['test'])
-    # The checkpoint holds every weight: a pretrained backbone would be fetched for nothing.
-    model = cfg.model.module if tta else cfg.model
-    if model.get('backbone'):
-        model.backbone.init_cfg = None
-    runner = _build_runner(cfg, [CheckpointFitHook(strict=True), CheckImagesHook()])
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        dump = DumpResults if is_classifier(cfg) else DumpDetResults
-        runner.test_evaluator.metrics.append(dump(out_file_path=out))
-    return runner.test()
-
-
-def _prepare(
-    cfg: Config, data_root: str | None, classes: str | Sequence[str] | None, work_dir: str | None, launcher: str
-) -> None:
-    setup_cache_size_limit_of_dynamo()
-    cfg.setdefault('default_scope', 'mmdet')
-    init_default_scope(cfg.default_scope)
-    cfg.launcher = launcher
-    join_processes(cfg, launcher)
-    if work_dir:
-        cfg.work_dir = work_dir
-    elif not cfg.get('work_dir'):
-        cfg.work_dir = osp.join('work_dirs', Path(cfg.filename).stem)
-    point_at_data(cfg, data_root, classes)
-    check_plugins(cfg)
-    check_optimizer(cfg)
-    check_evaluators(cfg)
-
-
-def _build_runner(cfg: Config, hooks: list[Hook]) -> Runner:
-    try:
-        Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--work-dir {cfg.work_dir}: cannot be made ({error.strerror})') from error
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    for hook in hooks:
-        runner.register_hook(hook)
     return runner
 
 
@@ -257,16 +152,6 @@ def _seed_of(path: str, trust_checkpoint: bool) -> int | None:
     return meta_of(checkpoint).get('seed')
 
 
-def _check_data(cfg: Config, splits: list[str]) -> None:
-    if is_classifier(cfg):
-        return in_first_process(lambda: check_image_folders(cfg, splits))
-    keys = [f'{split}_dataloader' for split in splits]
-    # The check may set a filter: every process must go on with the same data set.
-    checked = in_first_process(lambda: (check_data(cfg, splits), {key: cfg[key] for key in keys})[1])
-    for key, loader in checked.items():
-        cfg[key] = loader
-
-
 def _use_amp(cfg: Config, dtype: str) -> None:
     if dtype == 'bf16':
         cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
@@ -275,30 +160,3 @@ def _use_amp(cfg: Config, dtype: str) -> None:
     else:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
-
-
-def _draw(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:
-    hook = cfg.setdefault('default_hooks', ConfigDict()).setdefault(
-        'visualization', ConfigDict(type='DetVisualizationHook')
-    )
-    hook.update(draw=True, show=show, wait_time=wait_time, test_out_dir=show_dir)
-
-
-def _use_tta(cfg: Config) -> None:
-    """As MMDetection's tools/test.py: flip horizontally, merge by NMS, unless the config says otherwise."""
-    cfg.setdefault(
-        'tta_model', dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
-    )
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    if 'tta_pipeline' not in cfg:
-        pack = dict(
-            type='PackDetInputs',
-            meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction'),
-        )
-        # The merged sample keeps the boxes of the first view as its ground truth: not those of the flipped one.
-        flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
-        cfg.tta_pipeline = [*copy.deepcopy(dataset.pipeline[:-1]), dict(type='TestTimeAug', transforms=[flips, [pack]])]
-    dataset.pipeline = cfg.tta_pipeline
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)

@@ -4,10 +4,10 @@ import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from cbam_mmdet import CBAM
 from cbam_mmdet.ops.functional import INTERPRETED, cbam_reference
@@ -16,7 +16,7 @@ triton = pytest.importorskip('triton')
 
 
 def test_passes_under_tritons_interpreter():
-    files = [str(Path(__file__).with_name(name)) for name in ('test_passes.py', 'test_block_tail.py')]
+    files = [str(ROOT / 'tests' / name) for name in ('ops/test_passes.py', 'models/test_fused_tail.py')]
     command = [sys.executable, '-m', 'pytest', *files, '-k', 'fused']
     done = subprocess.run(command, env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]  # no test at all is an error, too

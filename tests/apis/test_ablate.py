@@ -18,7 +18,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from cbam_mmdet.ablation import (
+from cbam_mmdet.apis.ablate import (
     Cost,
     Run,
     _locked,
@@ -247,7 +247,7 @@ def test_multiply_adds_do_not_depend_on_the_proposals_found():
 
 def test_speed_is_the_median_of_rounds_that_take_turns(monkeypatch):
     clock, calls = [0.0], []
-    monkeypatch.setattr('cbam_mmdet.ablation.time.perf_counter', lambda: clock[0])
+    monkeypatch.setattr('cbam_mmdet.apis.ablate.time.perf_counter', lambda: clock[0])
 
     def detector(name, *seconds):
         durations = iter((100, 100, *seconds))  # the first two warm up

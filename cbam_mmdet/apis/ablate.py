@@ -35,9 +35,9 @@ from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from cbam_mmdet.analysis.complexity import interleaved_speeds, multiply_adds
+from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.inference import load_detector
 from cbam_mmdet.utils.config import check_plugins, load_config
 from cbam_mmdet.utils.files import AtomicLocalBackend
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import textbook
 import torch
+from plain_cbam import PlainCBAM, saved_share
 from torch.utils.checkpoint import checkpoint
 
 from cbam_mmdet import CBAM
@@ -49,7 +49,7 @@ def test_gradients_by_finite_differences(pools, spatial, order, gate):
 def test_gradients_equal_those_of_plain_pytorch(training, channels_last):
     torch.manual_seed(0)
     module = CBAM(32).double().train(training)
-    plain = textbook.PlainCBAM(32).double().train(training)
+    plain = PlainCBAM(32).double().train(training)
     plain.load_state_dict(dict(zip(plain.state_dict(), module.state_dict().values(), strict=True)))
     x, grad = torch.randn(2, 3, 32, 9, 7, dtype=torch.float64).unbind(0)
     if channels_last:
@@ -60,7 +60,7 @@ def test_gradients_equal_those_of_plain_pytorch(training, channels_last):
 
 def test_of_equal_maxima_the_first_gets_the_gradient():
     """As in max pooling, which the authors use; amax would share it out."""
-    module, plain = CBAM(8).double(), textbook.PlainCBAM(8).double()
+    module, plain = CBAM(8).double(), PlainCBAM(8).double()
     plain.load_state_dict(dict(zip(plain.state_dict(), module.state_dict().values(), strict=True)))
     x = torch.randint(0, 3, (2, 8, 4, 4)).double()
     grad = torch.randn(2, 8, 4, 4, dtype=torch.float64)
@@ -69,23 +69,6 @@ def test_of_equal_maxima_the_first_gets_the_gradient():
             gradients(module, x.to(memory_format=layout), grad), gradients(plain, x, grad), strict=True
         ):
             torch.testing.assert_close(ours, theirs)
-
-
-def saved_share(module, x):
-    """Bytes saved for the backward pass beyond x itself, as a share of x's; a storage counts once."""
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = module(x)
-    own = {p.untyped_storage().data_ptr() for p in itertools.chain(module.parameters(), module.buffers())}
-    storages = {k: v for k, v in storages.items() if k not in own and k != x.untyped_storage().data_ptr()}
-    del y
-    return sum(storages.values()) / (x.numel() * x.element_size())
 
 
 @pytest.mark.parametrize('gate', ['sigmoid', 'unit'])
@@ -108,7 +91,7 @@ def test_saves_23_bytes_a_pixel_of_a_narrow_input(channels, dtype, gate):
 def test_plain_pytorch_saves_more_than_the_input():
     """What the line above is worth; and that the counting counts."""
     x = torch.randn(2, 256, 50, 84, requires_grad=True)
-    assert saved_share(textbook.PlainCBAM(256), x) > 1
+    assert saved_share(PlainCBAM(256), x) > 1
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -117,7 +100,7 @@ def test_half_precision_is_as_exact_as_plain_pytorch(dtype):
     errors = []
     for seed in range(9):
         torch.manual_seed(seed)
-        module, plain = CBAM(64), textbook.PlainCBAM(64)
+        module, plain = CBAM(64), PlainCBAM(64)
         plain.load_state_dict(dict(zip(plain.state_dict(), module.state_dict().values(), strict=True)))
         x, grad = torch.randn(2, 2, 64, 20, 30).to(dtype).unbind(0)
         exact_module = copy.deepcopy(module).double()
@@ -364,4 +347,4 @@ def test_cuda_peak_memory_of_forward_and_backward_stays_below_plain_pytorch():
         module.cuda()(x).sum().backward()
         return torch.cuda.max_memory_allocated()
 
-    assert peak(CBAM(256)) < peak(textbook.PlainCBAM(256))
+    assert peak(CBAM(256)) < peak(PlainCBAM(256))

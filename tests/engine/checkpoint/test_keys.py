@@ -6,7 +6,7 @@ import torchvision
 from mmdet.registry import MODELS
 from mmengine import runner as runner_module
 from mmengine.runner import checkpoint as checkpoint_module
-from textbook import PlainCBAM
+from plain_cbam import PlainCBAM
 from torch import nn
 
 from cbam_mmdet import CBAM

@@ -1,6 +1,6 @@
 """A residual block's tail in CBAM's passes, against the block operator by operator in float64.
 
-Without a GPU the kernels run under Triton's interpreter, in a process of their own (test_kernels.py).
+Without a GPU the kernels run under Triton's interpreter, in a process of their own (test_triton_passes.py).
 """
 
 import copy
@@ -8,9 +8,9 @@ import copy
 import pytest
 import torch
 from mmengine.registry import MODELS
-from test_functional import saved_share
-from test_passes import DEVICE, DTYPES, IMPLS, LAYOUTS, SHAPES, assert_near, draw
-from test_passes import many_small_blocks as many_small_blocks  # a fixture
+from passes_cases import DEVICE, DTYPES, IMPLS, LAYOUTS, SHAPES, assert_near, draw
+from passes_cases import many_small_blocks as many_small_blocks  # a fixture
+from plain_cbam import saved_share
 from torch import nn
 
 import cbam_mmdet  # noqa: F401 (registers)

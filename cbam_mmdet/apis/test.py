@@ -1,0 +1,109 @@
+"""Evaluate a detector: what tools/test.py calls."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmdet.evaluation import DumpDetResults
+from mmengine.config import Config, ConfigDict
+from mmengine.evaluator import DumpResults
+
+from cbam_mmdet.apis.runner import build_runner, check_splits, prepare
+from cbam_mmdet.datasets.image_folders import is_classifier
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint
+from cbam_mmdet.engine.checkpoint.loading import use_safe_loading
+from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
+from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
+from cbam_mmdet.errors import UserError
+
+
+def test(
+    cfg: Config,
+    checkpoint: str,
+    *,
+    data_root: str | None = None,
+    classes: str | Sequence[str] | None = None,
+    work_dir: str | None = None,
+    out: str | None = None,
+    show: bool = False,
+    show_dir: str | None = None,
+    wait_time: float = 2,
+    tta: bool = False,
+    trust_checkpoint: bool = False,
+    launcher: str = 'none',
+) -> dict[str, float]:
+    """Check a config, its data and a checkpoint, then evaluate.
+
+    Args:
+        cfg: the config.
+        checkpoint: the weights: a file, or a work dir for its newest.
+        data_root: re-points every dataloader and evaluator (see config.set_data_root and datasets.voc.fit_layout).
+        classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
+        work_dir: for the log; by default the config's, else work_dirs/NAME.
+        out: a .pkl file for the detections of all images.
+        show: show each picture in a window.
+        show_dir: a folder, below work_dir, for the pictures.
+        wait_time: seconds that a window stays.
+        tta: test-time augmentation (horizontal flip where the config has no `tta_pipeline`).
+        trust_checkpoint: load it by full unpickling, which runs code from the file (see checkpoints.load_checkpoint).
+        launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Returns:
+        The metrics, e.g. {'coco/bbox_mAP': 0.37, ...}.
+
+    Raises:
+        UserError: for whatever in config, data or checkpoint would end in a failure later.
+    """
+    if out and not out.endswith(('.pkl', '.pickle')):
+        raise UserError(f'--out {out}: the detections are written as a pickle, the name must end with .pkl')
+    use_safe_loading(trust_checkpoint)
+    cfg.load_from, cfg.resume = find_checkpoint(checkpoint), False
+    prepare(cfg, data_root, classes, work_dir, launcher)
+    if any(cfg.get(key) is None for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
+        raise UserError('the config has no test split: it needs test_dataloader, test_cfg and test_evaluator')
+    if is_classifier(cfg) and (show or show_dir or tta):
+        raise UserError('--show, --show-dir and --tta are for detectors; this is the config of a classifier')
+    if show or show_dir:
+        _draw(cfg, show, show_dir, wait_time)
+    if tta:
+        _use_tta(cfg)
+    check_splits(cfg, ['test'])
+    # The checkpoint holds every weight: a pretrained backbone would be fetched for nothing.
+    model = cfg.model.module if tta else cfg.model
+    if model.get('backbone'):
+        model.backbone.init_cfg = None
+    runner = build_runner(cfg, [CheckpointFitHook(strict=True), CheckImagesHook()])
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        dump = DumpResults if is_classifier(cfg) else DumpDetResults
+        runner.test_evaluator.metrics.append(dump(out_file_path=out))
+    return runner.test()
+
+
+def _draw(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:
+    hook = cfg.setdefault('default_hooks', ConfigDict()).setdefault(
+        'visualization', ConfigDict(type='DetVisualizationHook')
+    )
+    hook.update(draw=True, show=show, wait_time=wait_time, test_out_dir=show_dir)
+
+
+def _use_tta(cfg: Config) -> None:
+    """As MMDetection's tools/test.py: flip horizontally, merge by NMS, unless the config says otherwise."""
+    cfg.setdefault(
+        'tta_model', dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+    )
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if 'tta_pipeline' not in cfg:
+        pack = dict(
+            type='PackDetInputs',
+            meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction'),
+        )
+        # The merged sample keeps the boxes of the first view as its ground truth: not those of the flipped one.
+        flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
+        cfg.tta_pipeline = [*copy.deepcopy(dataset.pipeline[:-1]), dict(type='TestTimeAug', transforms=[flips, [pack]])]
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)

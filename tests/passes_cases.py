@@ -1,0 +1,46 @@
+"""Shapes, dtypes and layouts on which the passes are tested, alone and as the tail of a block."""
+
+import pytest
+import torch
+
+from cbam_mmdet.ops import cpu_passes
+from cbam_mmdet.ops.functional import INTERPRETED
+
+SHAPES = [(1, 1, 1, 1), (3, 17, 5, 7), (2, 256, 25, 42), (5, 123, 13, 11)]
+
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+DEVICE = 'cpu' if INTERPRETED else 'cuda'
+
+
+IMPLS = ['eager', pytest.param('fused', marks=[] if INTERPRETED else pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def many_small_blocks(monkeypatch):
+    """So that small maps are cut up and shared out, too."""
+    monkeypatch.setattr(cpu_passes, 'BLOCK', 4096)
+    if INTERPRETED:  # whose time goes by the number of programs
+        from cbam_mmdet.ops import triton_passes
+
+        monkeypatch.setattr(triton_passes, 'TILE', 2**15)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def draw(shape, dtype=torch.float32, layout=torch.contiguous_format, seed=0):
+    torch.manual_seed(seed)
+    return [t.to(dtype).contiguous(memory_format=layout) for t in torch.randn(2, *shape, dtype=torch.float64)]
+
+
+def assert_near(ours, truth, dtype):
+    limit = {torch.float64: 1e-11, torch.float32: 1e-5}.get(dtype, torch.finfo(dtype).eps)
+    for value, exact in zip(ours, truth, strict=True):
+        assert (value.double() - exact).abs().max() <= limit * exact.abs().max().clamp(min=1e-3)
