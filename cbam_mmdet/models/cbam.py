@@ -25,18 +25,33 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cbam_mmdet.errors import UserError, did_you_mean
-from cbam_mmdet.ops.functional import (
-    CHANNEL_POOLS,
-    IMPLS,
-    ORDERS,
-    cbam,
-    channel_descriptor,
-    implementation,
-    not_covered,
-    spatial_descriptor,
-)
+from cbam_mmdet.ops.functional import IMPLS, ORDERS, choose, implementation, not_covered
+from cbam_mmdet.ops.pools import CHANNEL_POOLS, channel_descriptor, spatial_descriptor
 
 SPATIAL = ('pool', 'conv', None)
+
+
+def cbam_reference(
+    x: Tensor, channel: ChannelAttention, spatial: SpatialAttention | None, order: str = 'channel-spatial'
+) -> Tensor:
+    """CBAM as the paper writes it (equation 1), differentiated by autograd.
+
+    Args:
+        x: F, (N, C, H, W).
+        channel: M_c.
+        spatial: M_s; None leaves it out.
+        order: 'channel-spatial' (the paper's), 'spatial-channel', or 'parallel' (both maps computed from F itself).
+
+    Returns:
+        F'', of F's shape and dtype.
+    """
+    if spatial is None:
+        return x * channel(x)
+    if order == 'parallel':
+        return x * channel(x) * spatial(x)
+    first, second = (channel, spatial) if order == 'channel-spatial' else (spatial, channel)
+    x = x * first(x)
+    return x * second(x)
 
 
 class UnitSigmoid(nn.Module):
@@ -219,7 +234,10 @@ class CBAM(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), H, W >= 1, of x's dtype and memory layout."""
-        return cbam(x, self.channel, self.spatial, self.order, self.impl)
+        compute = choose(x, self.channel, self.spatial, self.order, self.impl)
+        if compute is None:
+            return cbam_reference(x, self.channel, self.spatial, self.order)
+        return compute(x, self.channel, self.spatial, self.order)
 
     def implementation(self, x: Tensor) -> str:
         """What forward takes for x: 'eager' or 'fused' (see functional.implementation)."""

@@ -20,20 +20,16 @@ operator) takes 4 and 3 forward, and about as much backward.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
 import torch
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import CBAM
 from cbam_mmdet.models.plugins.apply_child import ApplyChild
-from cbam_mmdet.ops.functional import as_map, gates
-from cbam_mmdet.ops.passes import PoolPixels, accumulate_dtype, letter, like, refuse_second_derivatives
+from cbam_mmdet.ops.functional import gates
+from cbam_mmdet.ops.passes import accumulate_dtype, apply, as_map
 
 LAST_NORM = {Bottleneck.forward: 3, BasicBlock.forward: 2}
 
@@ -100,7 +96,7 @@ def tail(v: Tensor, identity: Tensor, norm: _BatchNorm, cbam: CBAM) -> Tensor:
     Returns:
         Of v's shape, dtype and layout.
     """
-    from cbam_mmdet.ops import triton_passes
+    from cbam_mmdet.ops.triton_passes import tail_passes  # Triton is optional
 
     dtype = accumulate_dtype(v)
     a = (norm.running_var.to(dtype) + norm.eps).rsqrt()
@@ -108,56 +104,15 @@ def tail(v: Tensor, identity: Tensor, norm: _BatchNorm, cbam: CBAM) -> Tensor:
     b = -norm.running_mean.to(dtype) * a
     b = b if norm.bias is None else b + norm.bias.to(dtype)
     channel_gate, spatial_gate = gates(cbam.channel, cbam.spatial, v)
-    pixels, identity = v.flatten(2), identity.flatten(2)
-    sign = a.detach().sign()
 
-    if not torch.is_grad_enabled():
-        descriptor, _ = triton_passes.pool_pixels_signed(pixels, False, sign)
+    def scales(descriptor: Tensor) -> tuple[Tensor, Tensor]:
         c = channel_gate(descriptor * a + b).to(dtype)
-        alpha, beta = c * a, c * b
-        s = spatial_gate(triton_passes.pool_channels(pixels, alpha, False, beta)[0]).to(dtype)
-        return as_map(triton_passes.refine_tail(pixels, alpha, beta, s, identity), v.shape)
-    passes = dataclasses.replace(
-        triton_passes.PASSES, pool_pixels=functools.partial(triton_passes.pool_pixels_signed, sign=sign)
-    )
-    descriptor, *letters = PoolPixels.apply(pixels, passes)
-    c = channel_gate(descriptor * a + b).to(dtype)
-    alpha, beta = c * a, c * b
-    descriptor, *letters = _PoolChannels.apply(pixels.detach(), alpha, beta, triton_passes, *letters)
-    s = spatial_gate(descriptor).to(dtype)
-    y = _Refine.apply(pixels.detach(), alpha, beta, s, identity, triton_passes, *letters)
-    return y.unflatten(2, v.shape[2:])  # a view: y is kept, and so is to be seen to change where it is changed
+        return c * a, c * b
 
-
-class _PoolChannels(Function):
-    @staticmethod
-    def forward(ctx, v, alpha, beta, passes, *letters):
-        descriptor, j = passes.pool_channels(v, alpha, True, beta)
-        ctx.save_for_backward(v, alpha, j)
-        ctx.passes = passes
-        return descriptor, letter(v, v.dtype, v.shape), letter(v, alpha.dtype, (v.shape[0], v.shape[2]))
-
-    @staticmethod
-    def backward(ctx, dz, h, s):
-        v, alpha, j = ctx.saved_tensors
-        dalpha, dbeta = ctx.passes.backward_pool_channels_tail(v, dz, j)
-        return None, dalpha, dbeta, None, h, alpha, s, dz, j.to(alpha.dtype)
-
-
-class _Refine(Function):
-    @staticmethod
-    def forward(ctx, v, alpha, beta, s, identity, passes, *letters):
-        y = passes.refine_tail(v, alpha, beta, s, identity)
-        ctx.save_for_backward(v, alpha, beta, s, y)
-        ctx.passes = passes
-        return y
-
-    @staticmethod
-    def backward(ctx, g):
-        refuse_second_derivatives()
-        v, alpha, beta, s, y = ctx.saved_tensors
-        dalpha, dbeta, ds, h = ctx.passes.backward_maps_tail(like(g, v), v, alpha, beta, s, y)
-        return None, dalpha, dbeta, ds, h, None, h, s
+    y = apply(v.flatten(2), scales, spatial_gate, tail_passes(a.detach().sign()), identity.flatten(2))
+    if torch.is_grad_enabled():
+        return y.unflatten(2, v.shape[2:])  # a view: y is kept, and so is to be seen to change where it is changed
+    return as_map(y, v.shape)
 
 
 def _last_norm(block: nn.Module) -> nn.Module:

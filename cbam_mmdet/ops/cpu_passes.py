@@ -51,7 +51,7 @@ def pool_pixels(x: Tensor, places: bool) -> tuple[Tensor, Tensor]:
     return torch.stack([sums.sum(1) / pixels, top.squeeze(2)], 1), place.squeeze(2).to(torch.int32)
 
 
-def pool_channels(x: Tensor, c: Tensor, places: bool) -> tuple[Tensor, Tensor]:
+def pool_channels(x: Tensor, places: bool, c: Tensor) -> tuple[Tensor, Tensor]:
     images, channels, pixels = x.shape
     descriptor = x.new_empty((images, 2, pixels), dtype=c.dtype)
     place = x.new_empty((images, pixels), dtype=place_dtype(channels))
@@ -73,7 +73,7 @@ def pool_channels(x: Tensor, c: Tensor, places: bool) -> tuple[Tensor, Tensor]:
     return descriptor, place
 
 
-def refine(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+def refine(x: Tensor, s: Tensor, c: Tensor) -> Tensor:
     y = torch.empty_like(x)
 
     def work(ns, ps, piece, buffer):
@@ -86,7 +86,7 @@ def refine(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
     return y
 
 
-def backward_maps(g: Tensor, x: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def backward_maps(g: Tensor, x: Tensor, s: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     sums, ds = _partial_sums(x), torch.empty_like(s)
 
     def work(ns, ps, piece, product, other):
@@ -95,7 +95,7 @@ def backward_maps(g: Tensor, x: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, T
         sums[ns, piece] = product.mul_(s[ns, None, ps]).sum(2)
 
     _in_blocks(x, work, buffers=2)
-    return sums.sum(1), ds
+    return ds, sums.sum(1)
 
 
 def backward_pool_channels(x: Tensor, dz: Tensor, j: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ x is (N, C, P) with P = H * W; k is 1 for the sigmoid gate, 2 for the unit gate.
 
 Kept for the backward pass: x, which its producer keeps anyway, c, s, i, j, and what the small parts need. Of equal maxima the first is taken.
 
-Autograd would add up dx from three parts, each of x's size. Here one pass writes it, the last of the backward: :class:`PoolPixels`
-returns, beside its descriptor, *letters*: empty tensors that the two later functions take as arguments and do not read. The
-"gradients" that those functions return for the letters are what the last pass needs: g, c, s, (dtop, dmean), j. So the messages go through the
-graph itself, and whatever handles graphs (torch.compile, checkpointing, hooks, a second backward) handles them.
+Autograd would add up dx from three parts, each of x's size. Here one pass writes it, the last of the backward:
+:class:`_PoolPixels` returns, beside its descriptor, gradient carriers: empty tensors that the two later functions take as
+arguments and do not read. The "gradients" that those functions return for the carriers are what the last pass needs:
+g, c, s, (dtop, dmean), j. So they go through the graph itself, and whatever handles graphs (torch.compile,
+checkpointing, hooks, a second backward) handles them.
 """
 
 from __future__ import annotations
@@ -37,14 +38,16 @@ class Passes:
     """One implementation of the six passes. x, g and y are (N, C, P) and contiguous or channels-last, c (N, C), s (N, P).
 
     The small tensors are of `accumulate_dtype(x)`; descriptors and their gradients are (N, 2, C) and (N, 2, P).
+    With a tail (fused_tail.py) x is scaled by alpha and beta, (N, C) both, in place of c, and refine adds an identity.
     """
 
     pool_pixels: Callable  # x, places -> [avg, max], i
-    pool_channels: Callable  # x, c, places -> [max, mean], j
-    refine: Callable  # x, c, s -> y
-    backward_maps: Callable  # g, x, c, s -> dc, ds
-    backward_pool_channels: Callable  # x, [dtop, dmean], j -> dc
-    backward_input: Callable  # g, c, s, [dtop, dmean], j, [davg, dmax], i -> dx
+    pool_channels: Callable  # x, places, c -> [max, mean], j
+    refine: Callable  # x, s, c -> y;                       tail: x, s, alpha, beta, identity -> y
+    backward_maps: Callable  # g, x, s, c -> ds, dc;        tail: g, x, s, alpha, beta, y -> ds, dalpha, dbeta, h
+    backward_pool_channels: Callable  # x, dz, j -> dc;     tail: -> dalpha, dbeta.  dz is [dtop, dmean]
+    backward_input: Callable  # g, c, s, dz, j, [davg, dmax], i -> dx
+    has_tail: bool = False
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -57,33 +60,51 @@ def place_dtype(channels: int) -> torch.dtype:
     return torch.int16 if channels <= torch.iinfo(torch.int16).max else torch.int32
 
 
-def apply(x: Tensor, channel_gate: Callable, spatial_gate: Callable, passes: Passes) -> Tensor:
-    """y = x * c * s by the given passes.
+def apply(
+    x: Tensor, channel_gate: Callable, spatial_gate: Callable, passes: Passes, identity: Tensor | None = None
+) -> Tensor:
+    """y = x * c * s by the given passes; with a tail, relu((alpha * x + beta) * s + identity).
 
     Args:
         x: (N, C, P), none of them 0, contiguous or channels-last.
-        channel_gate: [avg, max] (N, 2, C) -> c (N, C), of any dtype.
+        channel_gate: [avg, max] (N, 2, C) -> c (N, C), of any dtype; with a tail, a tuple of alpha and beta.
         spatial_gate: [max, mean] (N, 2, P) -> s (N, P), of any dtype.
-        passes: who does it.
+        passes: which implementation computes it.
+        identity: with a tail, what is added, of x's shape, dtype and strides.
 
     Returns:
         y, of x's shape, dtype and layout.
     """
     dtype = accumulate_dtype(x)
+
+    def scales_for(descriptor: Tensor) -> tuple[Tensor, ...]:
+        scales = channel_gate(descriptor)
+        return tuple(scale.to(dtype) for scale in (scales if passes.has_tail else (scales,)))
+
+    added = () if identity is None else (identity,)
     if not torch.is_grad_enabled():
-        c = channel_gate(passes.pool_pixels(x, False)[0]).to(dtype)
-        s = spatial_gate(passes.pool_channels(x, c, False)[0]).to(dtype)
-        return passes.refine(x, c, s)
-    # The later functions take x as a constant: its gradient goes by letter.
-    descriptor, *letters = PoolPixels.apply(x, passes)
-    c = channel_gate(descriptor).to(dtype)
-    descriptor, *letters = _PoolChannels.apply(x.detach(), c, passes, *letters)
+        scales = scales_for(passes.pool_pixels(x, False)[0])
+        s = spatial_gate(passes.pool_channels(x, False, *scales)[0]).to(dtype)
+        return passes.refine(x, s, *scales, *added)
+    # The later functions take x as a constant: its gradient goes by the carriers.
+    descriptor, *carriers = _PoolPixels.apply(x, passes)
+    scales = scales_for(descriptor)
+    descriptor, *carriers = _PoolChannels.apply(x.detach(), passes, *carriers, *scales)
     s = spatial_gate(descriptor).to(dtype)
-    return _Refine.apply(x.detach(), c, s, passes, *letters)
+    return _Refine.apply(x.detach(), passes, *carriers, s, *scales, *added)
 
 
-class PoolPixels(Function):
-    """The first pass and the last: x -> its descriptor, and letters for g, c, s, [dtop, dmean], j."""
+def as_map(pixels: Tensor, shape: torch.Size) -> Tensor:
+    """(N, C, P) -> (N, C, H, W), fresh to autograd, not a view.
+
+    What follows a CBAM in a backbone (addition of the identity, ReLU) works in place, which on a view copies whole
+    gradients, and is refused on one that leaves an activation checkpoint.
+    """
+    return torch.ops.aten._unsafe_view(pixels, shape)
+
+
+class _PoolPixels(Function):
+    """The first pass and the last: x -> its descriptor, and carriers for g, c, s, [dtop, dmean], j."""
 
     @staticmethod
     def forward(ctx, x, passes):
@@ -91,8 +112,8 @@ class PoolPixels(Function):
         ctx.save_for_backward(i)
         ctx.passes = passes
         (images, channels, pixels), dtype = x.shape, descriptor.dtype
-        for_g, for_c, for_s = letter(x, x.dtype, x.shape), (images, channels), (images, pixels)
-        return descriptor, for_g, *(letter(x, dtype, shape) for shape in (for_c, for_s, (images, 2, pixels), for_s))
+        shapes = (images, channels), (images, pixels), (images, 2, pixels), (images, pixels)
+        return descriptor, _carrier(x, x.dtype, x.shape), *(_carrier(x, dtype, shape) for shape in shapes)
 
     @staticmethod
     def backward(ctx, dpool, g, c, s, dz, j):
@@ -102,41 +123,48 @@ class PoolPixels(Function):
 
 class _PoolChannels(Function):
     @staticmethod
-    def forward(ctx, x, c, passes, *letters):
-        descriptor, j = passes.pool_channels(x, c, True)
-        ctx.save_for_backward(x, c, j)
+    def forward(ctx, x, passes, for_g, for_c, for_s, for_dz, for_j, *scales):
+        descriptor, j = passes.pool_channels(x, True, *scales)
+        ctx.save_for_backward(x, scales[0], j)
         ctx.passes = passes
-        return descriptor, letter(x, x.dtype, x.shape), letter(x, c.dtype, (x.shape[0], x.shape[2]))
+        return descriptor, _carrier(x, x.dtype, x.shape), _carrier(x, descriptor.dtype, (x.shape[0], x.shape[2]))
 
     @staticmethod
     def backward(ctx, dz, g, s):
         x, c, j = ctx.saved_tensors
+        gradients = ctx.passes.backward_pool_channels(x, dz, j)
+        gradients = gradients if ctx.passes.has_tail else (gradients,)
         # A channel's number is exact in fp32 up to 16 million.
-        return None, ctx.passes.backward_pool_channels(x, dz, j), None, g, c, s, dz, j.to(c.dtype)
+        return None, None, g, c, s, dz, j.to(c.dtype), *gradients
 
 
 class _Refine(Function):
     @staticmethod
-    def forward(ctx, x, c, s, passes, *letters):
-        ctx.save_for_backward(x, c, s)
+    def forward(ctx, x, passes, for_g, for_s, s, *inputs):
+        y = passes.refine(x, s, *inputs)
+        # With a tail y tells where ReLU lets the gradient through; the identity is not needed any more.
+        ctx.save_for_backward(x, s, *((*inputs[:-1], y) if passes.has_tail else inputs))
         ctx.passes = passes
-        return passes.refine(x, c, s)
+        return y
 
     @staticmethod
     def backward(ctx, g):
         if not torch.compiler.is_compiling():
             refuse_second_derivatives()
-        x, c, s = ctx.saved_tensors
-        g = like(g, x)
-        return None, *ctx.passes.backward_maps(g, x, c, s), None, g, s
+        x, s, *kept = ctx.saved_tensors
+        g = _like(g, x)
+        ds, *gradients = ctx.passes.backward_maps(g, x, s, *kept)
+        if ctx.passes.has_tail:
+            g = gradients[-1]  # behind ReLU: the identity's gradient, too
+        return None, None, g, s, ds, *gradients
 
 
-def letter(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def _carrier(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """A tensor of that shape that takes no memory."""
     return x.new_empty_strided(shape, (0,) * len(shape), dtype=dtype)
 
 
-def like(g: Tensor, x: Tensor) -> Tensor:
+def _like(g: Tensor, x: Tensor) -> Tensor:
     """g in x's strides."""
     return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
 
@@ -145,15 +173,15 @@ def refuse_second_derivatives() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             'CBAM computes first derivatives only, not gradients of gradients (create_graph=True): '
-            'use cbam_mmdet.ops.functional.cbam_reference there'
+            'use cbam_mmdet.models.cbam.cbam_reference there'
         )
 
 
 SCHEMAS = dict(
     pool_pixels='(Tensor x, bool places) -> (Tensor, Tensor)',
-    pool_channels='(Tensor x, Tensor c, bool places) -> (Tensor, Tensor)',
-    refine='(Tensor x, Tensor c, Tensor s) -> Tensor',
-    backward_maps='(Tensor g, Tensor x, Tensor c, Tensor s) -> (Tensor, Tensor)',
+    pool_channels='(Tensor x, bool places, Tensor c) -> (Tensor, Tensor)',
+    refine='(Tensor x, Tensor s, Tensor c) -> Tensor',
+    backward_maps='(Tensor g, Tensor x, Tensor s, Tensor c) -> (Tensor, Tensor)',
     backward_pool_channels='(Tensor x, Tensor dz, Tensor j) -> Tensor',
     backward_input='(Tensor g, Tensor c, Tensor s, Tensor dz, Tensor j, Tensor dpool, Tensor i) -> Tensor',
 )
@@ -179,7 +207,7 @@ def _fake_pool_pixels(x, places):
     )
 
 
-def _fake_pool_channels(x, c, places):
+def _fake_pool_channels(x, places, c):
     images, channels, pixels = x.shape
     return c.new_empty((images, 2, pixels)), c.new_empty((images, pixels), dtype=place_dtype(channels))
 
@@ -187,8 +215,8 @@ def _fake_pool_channels(x, c, places):
 FAKES = dict(
     pool_pixels=_fake_pool_pixels,
     pool_channels=_fake_pool_channels,
-    refine=lambda x, c, s: torch.empty_like(x),
-    backward_maps=lambda g, x, c, s: (torch.empty_like(c), torch.empty_like(s)),
+    refine=lambda x, s, c: torch.empty_like(x),
+    backward_maps=lambda g, x, s, c: (torch.empty_like(s), torch.empty_like(c)),
     backward_pool_channels=lambda x, dz, j: dz.new_empty(x.shape[:2]),
     backward_input=lambda g, c, s, dz, j, dpool, i: torch.empty_like(g),
 )

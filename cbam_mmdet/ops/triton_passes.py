@@ -9,6 +9,8 @@ cache. With 60 MB of it (H200) that is most of a batch of two in a ResNet-50's f
 launches that working image by image takes, and also where BatchNorm's statistics keep the images together.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -222,7 +224,7 @@ def pool_pixels_signed(x: Tensor, places: bool, sign: Tensor) -> tuple[Tensor, T
     return torch.stack([descriptor[:, 0], x.gather(2, i.long().unsqueeze(2)).squeeze(2).to(descriptor.dtype)], 1), i
 
 
-def pool_channels(x: Tensor, c: Tensor, places: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def pool_channels(x: Tensor, places: bool, c: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _pool(x, place_dtype(x.shape[1]), c.contiguous(), None if bias is None else bias.contiguous())
 
 
@@ -255,13 +257,13 @@ def _pool(
     return torch.cat(descriptor if gate is None else descriptor[::-1], 1), places.gather(1, which).squeeze(1)
 
 
-def refine(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+def refine(x: Tensor, s: Tensor, c: Tensor) -> Tensor:
     y = torch.empty_like(x)
     _elementwise(_refine_kernel, x, x, c.contiguous(), s.contiguous(), None, None, y, REVERSE=False, TAIL=False)
     return y
 
 
-def refine_tail(x: Tensor, c: Tensor, bias: Tensor, s: Tensor, identity: Tensor) -> Tensor:
+def refine_tail(x: Tensor, s: Tensor, c: Tensor, bias: Tensor, identity: Tensor) -> Tensor:
     """relu((x * c + bias) * s + identity), identity of x's dtype and strides."""
     y = torch.empty_like(x)
     small = (t.contiguous() for t in (c, s, bias))
@@ -269,17 +271,16 @@ def refine_tail(x: Tensor, c: Tensor, bias: Tensor, s: Tensor, identity: Tensor)
     return y
 
 
-def backward_maps(g: Tensor, x: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    return _backward_maps(g, x, c, s)[:2]
+def backward_maps(g: Tensor, x: Tensor, s: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    return _backward_maps(g, x, s, c)[:2]
 
 
-def backward_maps_tail(g: Tensor, x: Tensor, c: Tensor, bias: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """dc, dbias, ds, and h, the gradient before ReLU, which is the identity's."""
-    dc, ds, dbias, h = _backward_maps(g, x, c, s, bias.contiguous(), y)
-    return dc, dbias, ds, h
+def backward_maps_tail(g: Tensor, x: Tensor, s: Tensor, c: Tensor, bias: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """ds, dc, dbias, and h, the gradient before ReLU, which is the identity's."""
+    return _backward_maps(g, x, s, c, bias.contiguous(), y)
 
 
-def _backward_maps(g, x, c, s, bias=None, y=None):
+def _backward_maps(g, x, s, c, bias=None, y=None):
     tail = y is not None
     images, channels, pixels = x.shape
     c_stride, p_stride = _strides(x)
@@ -295,7 +296,7 @@ def _backward_maps(g, x, c, s, bias=None, y=None):
             channels * pixels, channels, pixels, c_stride, p_stride, p_blocks, splits, span,
             TAIL=tail, REVERSE=True, WIDE=_wide(x), ACC=ACCUMULATE[dc.dtype], BLOCK_C=block_c, BLOCK_P=block_p,
         )  # fmt: skip
-    return dc.sum(1), ds.sum(1), dbias.sum(1) if tail else None, h
+    return ds.sum(1), dc.sum(1), dbias.sum(1) if tail else None, h
 
 
 def backward_pool_channels(x: Tensor, dz: Tensor, j: Tensor) -> Tensor:
@@ -373,6 +374,20 @@ def _splits(x: Tensor, programs: int, reduced: int, block_r: int) -> tuple[int, 
 
 def _wide(x: Tensor) -> bool:
     return x.shape[1] * x.shape[2] >= 2**31
+
+
+def tail_passes(sign: Tensor) -> Passes:
+    """The passes of a block's tail, for a norm whose scale has this sign, (C,); see models/fused_tail.py."""
+    first = functools.partial(pool_pixels_signed, sign=sign)
+    return Passes(
+        first,
+        pool_channels,
+        refine_tail,
+        backward_maps_tail,
+        backward_pool_channels_tail,
+        backward_input,
+        has_tail=True,
+    )
 
 
 PASSES = Passes(pool_pixels, pool_channels, refine, backward_maps, backward_pool_channels, backward_input)

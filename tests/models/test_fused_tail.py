@@ -16,8 +16,9 @@ from torch import nn
 import cbam_mmdet  # noqa: F401 (registers)
 from cbam_mmdet import CBAM
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.models.cbam import cbam_reference
 from cbam_mmdet.models.fused_tail import tail
-from cbam_mmdet.ops.functional import INTERPRETED, cbam_reference
+from cbam_mmdet.ops.functional import INTERPRETED
 
 FUSED = pytest.mark.parametrize('impl', IMPLS[1:], ids=['fused'])  # what the interpreter's process selects
 PLUGIN = dict(cfg=dict(type='CBAM', reduction=4), after='layer*.*.bn3')

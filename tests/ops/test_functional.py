@@ -11,7 +11,7 @@ from plain_cbam import PlainCBAM, saved_share
 from torch.utils.checkpoint import checkpoint
 
 from cbam_mmdet import CBAM
-from cbam_mmdet.ops.functional import cbam_reference
+from cbam_mmdet.models.cbam import cbam_reference
 
 VARIANTS = list(
     itertools.product(

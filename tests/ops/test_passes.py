@@ -16,8 +16,9 @@ from plain_cbam import saved_share
 
 from cbam_mmdet import CBAM
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.models.cbam import cbam_reference
 from cbam_mmdet.ops import cpu_passes
-from cbam_mmdet.ops.functional import INTERPRETED, cbam_reference
+from cbam_mmdet.ops.functional import INTERPRETED
 
 
 def run(forward, module, x, grad):
@@ -195,11 +196,11 @@ def test_a_lower_precision_of_matrix_products_changes_no_place():
 def test_in_a_forked_process():
     """The helping threads stay behind in the parent. (So do OpenMP's: one pass alone, which needs none.)"""
     x, c, s = torch.randn(2, 64, 256), torch.rand(2, 64), torch.rand(2, 256)
-    y = cpu_passes.refine(x, c, s)
+    y = cpu_passes.refine(x, s, c)
     child = os.fork()
     if child == 0:
         signal.alarm(30)  # rather than wait for threads that are not there
-        os._exit(0 if torch.equal(cpu_passes.refine(x, c, s), y) else 1)
+        os._exit(0 if torch.equal(cpu_passes.refine(x, s, c), y) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 

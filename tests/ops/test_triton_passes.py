@@ -10,7 +10,8 @@ import torch
 from conftest import ROOT
 
 from cbam_mmdet import CBAM
-from cbam_mmdet.ops.functional import INTERPRETED, cbam_reference
+from cbam_mmdet.models.cbam import cbam_reference
+from cbam_mmdet.ops.functional import INTERPRETED
 
 triton = pytest.importorskip('triton')
 
@@ -61,15 +62,15 @@ def test_every_launch_compiles_for_an_h200(layout, monkeypatch):
     x = torch.randn(2, 256, 32, 32).to(torch.bfloat16).contiguous(memory_format=layout).flatten(2)
     c, s = torch.rand(2, 256), torch.rand(2, 1024)
     descriptor, i = triton_passes.pool_pixels(x, True)
-    z, j = triton_passes.pool_channels(x, c, True)
-    triton_passes.refine(x, c, s)
-    triton_passes.backward_maps(x, x, c, s)
+    z, j = triton_passes.pool_channels(x, True, c)
+    triton_passes.refine(x, s, c)
+    triton_passes.backward_maps(x, x, s, c)
     triton_passes.backward_pool_channels(x, z, j)
     triton_passes.backward_input(x, c, s, z, j.int(), descriptor, i)
     triton_passes._pool(x, torch.int32, sign=c[0])
-    triton_passes.pool_channels(x, c, True, c)
-    triton_passes.refine_tail(x, c, c, s, x)
-    triton_passes.backward_maps_tail(x, x, c, c, s, x)
+    triton_passes.pool_channels(x, True, c, c)
+    triton_passes.refine_tail(x, s, c, c, x)
+    triton_passes.backward_maps_tail(x, x, s, c, c, x)
     triton_passes.backward_pool_channels_tail(x, z, j)
     assert sorted(compiled) == sorted(kernels)
     for name, variants in compiled.items():

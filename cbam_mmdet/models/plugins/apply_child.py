@@ -46,8 +46,12 @@ class ApplyChildToEach:
         return make(refined)
 
 
-def _apply_after_conversion(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    """The conversion between BatchNorm and SyncBN builds new norms and hands the children over, but not the hooks."""
+def apply_after_conversion(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Give a norm that gets a plugin as its child the hook that applies it.
+
+    The conversion between BatchNorm and SyncBN builds new norms and hands the children over, but not the hooks.
+    `import cbam_mmdet` has torch call this for every child that is registered.
+    """
     is_norm = 'BatchNorm' in type(module).__name__
     if is_norm and name == getattr(child, '_follows_its_parent_as', None) and name not in _applied(module):
         module.register_forward_hook(ApplyChild(name))

@@ -1,0 +1,37 @@
+"""What the ways to compute CBAM need to know of its two branches, which models/cbam.py defines."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class ChannelBranch(Protocol):
+    """M_c: from a descriptor of the channels to a map over them."""
+
+    pools: tuple[str, ...]
+
+    def gate(self, descriptor: Tensor) -> Tensor:
+        """(N, K, C) -> (N, C, 1, 1)."""
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """The parameters between descriptor and map."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters."""
+
+
+class SpatialBranch(Protocol):
+    """M_s: from a descriptor of the pixels to a map over them."""
+
+    reduce_weight: Tensor | None
+
+    def gate(self, descriptor: Tensor) -> Tensor:
+        """(N, K, H, W) -> (N, 1, H, W)."""
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """The parameters between descriptor and map: not the 1x1 convolution that makes the descriptor."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters, that convolution's included."""

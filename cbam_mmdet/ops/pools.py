@@ -1,0 +1,85 @@
+"""What the pools leave of a feature map: the descriptors from which the attention maps are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cbam_mmdet.ops.passes import accumulate_dtype
+
+CHANNEL_POOLS = ('avg', 'max', 'lp', 'lse')
+
+
+def channel_descriptor(x: Tensor, pools: Sequence[str] = ('avg', 'max')) -> Tensor:
+    """Pool every channel over its pixels (section 3.1 of the paper; 'lp' and 'lse' are in the authors' code).
+
+    Args:
+        x: (N, C, H, W), any floating dtype.
+        pools: any of 'avg', 'max', 'lp' (the L2 norm), 'lse' (log-sum-exp).
+
+    Returns:
+        (N, len(pools), C), float32 for a half-precision x, else x's dtype.
+    """
+    return pool_pixels(x.flatten(2), pools)[0]
+
+
+def spatial_descriptor(x: Tensor, reduce_weight: Tensor | None = None) -> Tensor:
+    """Pool every pixel over its channels (equation 3: maximum and mean), or reduce it by a 1x1 convolution (table 2).
+
+    Args:
+        x: (N, C, H, W), any floating dtype.
+        reduce_weight: (1, C, 1, 1), the 1x1 convolution; None for the paper's [max; mean].
+
+    Returns:
+        (N, 2, H, W), maximum first, or (N, 1, H, W); float32 for a half-precision x, else x's dtype.
+    """
+    return pool_channels(x.flatten(2), reduce_weight)[0].unflatten(2, x.shape[2:])
+
+
+def pool_pixels(u: Tensor, pools: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    """(N, C, P) -> (N, K, C), and the place of each channel's maximum, (N, C, 1), if 'max' is among the pools."""
+    dtype, places, pooled = accumulate_dtype(u), None, []
+    for kind in pools:
+        if kind == 'avg':
+            value = _mean(u, 2)
+        elif kind == 'max':  # not amax: of equal maxima the first gets the gradient, as in max pooling
+            value, places = _max_with_places(u)
+        elif kind == 'lp':
+            value = torch.linalg.vector_norm(u, dim=2, dtype=dtype)
+        else:
+            value = u.to(dtype).logsumexp(2)
+        pooled.append(value)
+    return torch.stack(pooled, dim=1), places
+
+
+def pool_channels(u: Tensor, reduce_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(N, C, P) -> (N, 2, P) or (N, 1, P), and the channel of each pixel's maximum, (N, 1, P), if one is taken."""
+    dtype = accumulate_dtype(u)
+    if reduce_weight is not None:
+        return (u * reduce_weight.flatten(2).to(dtype)).sum(1, keepdim=True), None
+    value, places = u.max(1, keepdim=True)
+    return torch.cat([value.to(dtype), _mean(u, 1).unsqueeze(1)], dim=1), places.to(
+        torch.int16 if u.shape[1] <= torch.iinfo(torch.int16).max else torch.int32
+    )
+
+
+def _max_with_places(u: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C, P) -> maxima (N, C) and where they are, (N, C, 1): the first of equals."""
+    if u.stride(1) == 1 and not torch.compiler.is_compiling():
+        # Channels-last: the same as u.max(2), which is 17 times slower on the CPU there. (Not for the other layout: its
+        # kernel for half precision rounds the places themselves in torch 2.4.)
+        value, places = F.adaptive_max_pool2d(u.unsqueeze(2), 1, return_indices=True)
+    else:
+        value, places = u.max(2, keepdim=True)
+    return value.flatten(1).to(accumulate_dtype(u)), places.flatten(2).to(torch.int32)
+
+
+def _mean(u: Tensor, dim: int) -> Tensor:
+    """The mean over dim, added up in fp32 for half precision (fp16 overflows in a sum over an image)."""
+    dtype = accumulate_dtype(u)
+    if u.device.type == 'cpu':  # there, reading bf16 while summing in fp32 is 20 times slower than a copy
+        return u.to(dtype).mean(dim)
+    return u.mean(dim, dtype=dtype)
