@@ -10,16 +10,21 @@ from cbam_mmdet.compat.mmcv_ops import install_ops  # isort: skip
 
 install_ops()
 
-from cbam_mmdet import datasets  # noqa: E402
-from cbam_mmdet.datasets.transforms import loading  # noqa: E402
-from cbam_mmdet.engine import hooks  # noqa: E402
-from cbam_mmdet.models.cbam import CBAM, ChannelAttention, SpatialAttention  # noqa: E402
-from cbam_mmdet.models.gates import record_gates  # noqa: E402
-from cbam_mmdet.models.plugins.backbone import PluginBackbone  # noqa: E402
-from cbam_mmdet.models.plugins.neck import PluginNeck  # noqa: E402
-from cbam_mmdet.utils.config import config_path, enable_package_configs  # noqa: E402
+from cbam_mmdet import datasets
+from cbam_mmdet.compat.mmengine import package_configs
+from cbam_mmdet.compat.patches import PERMANENT
+from cbam_mmdet.compat.torch import children_registered_with
+from cbam_mmdet.datasets.transforms import loading
+from cbam_mmdet.engine import hooks
+from cbam_mmdet.models.cbam import CBAM, ChannelAttention, SpatialAttention
+from cbam_mmdet.models.gates import record_gates
+from cbam_mmdet.models.plugins.apply_child import apply_after_conversion
+from cbam_mmdet.models.plugins.backbone import PluginBackbone
+from cbam_mmdet.models.plugins.neck import PluginNeck
+from cbam_mmdet.utils.config import PREFIX, config_path
 
-enable_package_configs()
+PERMANENT.enter_context(package_configs(PREFIX, config_path))
+PERMANENT.enter_context(children_registered_with(apply_after_conversion))
 
 __all__ = [
     'CBAM',

@@ -26,9 +26,9 @@ from cbam_mmdet.datasets.inputs import VIDEOS, expand_inputs, unique_names
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
-from cbam_mmdet.engine.checkpoint.content import meta_of
+from cbam_mmdet.engine.checkpoint.content import meta_of, weights_of
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint
-from cbam_mmdet.engine.checkpoint.loading import use_safe_loading
+from cbam_mmdet.engine.checkpoint.loading import safe_loading
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import check_plugins, split_datasets
 
@@ -55,21 +55,18 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
     Raises:
         UserError: if the checkpoint is missing, cut off, or of another architecture.
     """
-    use_safe_loading(trust_checkpoint)
     checkpoint = find_checkpoint(checkpoint)
     check_plugins(cfg)
     if device is None:
         device = 'cuda:0' if torch.cuda.is_available() else 'cpu'
     elif device.startswith('cuda') and not torch.cuda.is_available():
         raise UserError(f'--device {device}: torch sees no GPU here; use --device cpu')
-    weights = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
-    with warnings.catch_warnings():
+    with safe_loading(trust_checkpoint), warnings.catch_warnings():
+        weights = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
         warnings.simplefilter('ignore')  # "checkpoint is None": it follows
         model = init_detector(cfg, checkpoint=None, device=device)
     compare_state_dicts(weights, model, strict=True, name=checkpoint)
-    model.load_state_dict(
-        {key.removeprefix('module.'): value for key, value in weights.get('state_dict', weights).items()}
-    )
+    model.load_state_dict(weights_of(weights))
     meta = {key.lower(): value for key, value in (meta_of(weights).get('dataset_meta') or {}).items()}
     model.dataset_meta.update(classes=_config_classes(cfg) or model.dataset_meta['classes'])
     model.dataset_meta.update(meta)

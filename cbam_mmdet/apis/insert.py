@@ -26,7 +26,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
-from cbam_mmdet.engine.checkpoint.content import meta_of
+from cbam_mmdet.engine.checkpoint.content import meta_of, weights_of
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.errors import UserError
@@ -92,8 +92,7 @@ def insert_cbam(
     )
     torch.manual_seed(seed)
     model = MODELS.build(cfg.model)
-    weights = given.get('state_dict', given)
-    left = model.load_state_dict({key.removeprefix('module.'): value for key, value in weights.items()}, strict=False)
+    left = model.load_state_dict(weights_of(given), strict=False)
     modules = [key for key, module in model.named_modules() if isinstance(module, CBAM)]
     others = [key for key in left.missing_keys if not key.startswith(tuple(f'{module}.' for module in modules))]
     if others or left.unexpected_keys:

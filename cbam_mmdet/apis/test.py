@@ -13,7 +13,7 @@ from mmengine.evaluator import DumpResults
 from cbam_mmdet.apis.runner import build_runner, check_splits, prepare
 from cbam_mmdet.datasets.image_folders import is_classifier
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint
-from cbam_mmdet.engine.checkpoint.loading import use_safe_loading
+from cbam_mmdet.engine.checkpoint.loading import safe_loading
 from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
 from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.errors import UserError
@@ -58,7 +58,6 @@ def test(
     """
     if out and not out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out {out}: the detections are written as a pickle, the name must end with .pkl')
-    use_safe_loading(trust_checkpoint)
     cfg.load_from, cfg.resume = find_checkpoint(checkpoint), False
     prepare(cfg, data_root, classes, work_dir, launcher)
     if any(cfg.get(key) is None for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
@@ -74,12 +73,13 @@ def test(
     model = cfg.model.module if tta else cfg.model
     if model.get('backbone'):
         model.backbone.init_cfg = None
-    runner = build_runner(cfg, [CheckpointFitHook(strict=True), CheckImagesHook()])
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        dump = DumpResults if is_classifier(cfg) else DumpDetResults
-        runner.test_evaluator.metrics.append(dump(out_file_path=out))
-    return runner.test()
+    with safe_loading(trust_checkpoint):
+        runner = build_runner(cfg, [CheckpointFitHook(strict=True), CheckImagesHook()])
+        if out:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            dump = DumpResults if is_classifier(cfg) else DumpDetResults
+            runner.test_evaluator.metrics.append(dump(out_file_path=out))
+        return runner.test()
 
 
 def _draw(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:

@@ -1,31 +1,34 @@
-"""Training and testing from a config, with MMEngine's Runner: what tools/train.py and tools/test.py call."""
+"""Train a detector from a config, with MMEngine's Runner: what tools/train.py calls."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os.path as osp
 from collections.abc import Mapping, Sequence
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 
 from cbam_mmdet.apis.runner import build_runner, check_splits, prepare
+from cbam_mmdet.compat.mmengine import hooks_of_class, local_files_written_by
 from cbam_mmdet.engine.checkpoint.content import meta_of
-from cbam_mmdet.engine.checkpoint.files import find_checkpoint, newest_checkpoint, write_whole_files
-from cbam_mmdet.engine.checkpoint.loading import load_checkpoint, use_safe_loading
-from cbam_mmdet.engine.checkpoint.missing_cbam import say_missing_cbam_in_one_line
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint, newest_checkpoint
+from cbam_mmdet.engine.checkpoint.loading import load_checkpoint, safe_loading
+from cbam_mmdet.engine.checkpoint.missing_cbam import summarize_missing_cbam
 from cbam_mmdet.engine.distributed import in_first_process
 from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
 from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.engine.hooks.finite_loss import FiniteLossHook
 from cbam_mmdet.engine.hooks.gate_statistics import GateStatisticsHook
 from cbam_mmdet.engine.hooks.resume_exactly import ResumeExactlyHook
-from cbam_mmdet.engine.hooks.safe_checkpoint import KeepOldUntilNewHook
+from cbam_mmdet.engine.hooks.safe_checkpoint import SafeCheckpointHook
 from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
 from cbam_mmdet.engine.record import write_record
 from cbam_mmdet.errors import Stopped, UserError, is_dead_worker
-from cbam_mmdet.utils.files import remove_unfinished
+from cbam_mmdet.utils.files import AtomicLocalBackend, remove_unfinished
 from cbam_mmdet.utils.logging import is_first_process, log
 
 
@@ -61,22 +64,47 @@ def train(
         UserError: for whatever in config, data or checkpoint would end in a failure later.
     """
     prepare(cfg, data_root, classes, work_dir, launcher)
-    use_safe_loading(trust_checkpoint)
-    say_missing_cbam_in_one_line()
-    write_whole_files()
     if amp:
         _use_amp(cfg, 'fp16' if amp is True else amp)
     if auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise UserError(
-                '--auto-scale-lr: the config must say for which batch size its lr is: auto_scale_lr.base_batch_size=16'
-            )
-        cfg.auto_scale_lr.enable = True
+        _scale_lr(cfg)
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(safe_loading(trust_checkpoint))
+        patches.enter_context(summarize_missing_cbam())
+        patches.enter_context(local_files_written_by(AtomicLocalBackend))
+        resumes = _choose_checkpoint(cfg, resume, trust_checkpoint)
+        check_splits(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
+        stop = StopSignalHook()
+        runner = build_runner(cfg, [*_hooks(cfg, resumes), stop])
+        patches.enter_context(hooks_of_class(runner.hooks, CheckpointHook, SafeCheckpointHook))
+        if is_first_process():
+            for folder in _checkpoint_folders(cfg):
+                remove_unfinished(folder)
+            write_record(cfg, runner.log_dir)
+        _run(runner, stop)
+    return runner
+
+
+def _scale_lr(cfg: Config) -> None:
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise UserError(
+            '--auto-scale-lr: the config must say for which batch size its lr is: auto_scale_lr.base_batch_size=16'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def _choose_checkpoint(cfg: Config, resume: str | bool, trust_checkpoint: bool) -> bool:
+    """Set what the training starts from: load_from, resume, and the seed of a run that is resumed.
+
+    Returns:
+        Whether a run is resumed.
+    """
     if resume in (True, 'auto'):
         newest = _newest(cfg, trust_checkpoint)
         if resume is True and not newest:
             raise UserError(
-                f'--resume: no checkpoint in {cfg.work_dir} to go on from; leave --resume out to start anew, or give --resume auto'
+                f'--resume: no checkpoint in {cfg.work_dir} to resume from; leave --resume out to start anew, or give '
+                '--resume auto'
             )
         resume = newest
     if resume:
@@ -90,22 +118,22 @@ def train(
         if seed is not None and given not in (None, seed):
             log(f'--resume: seed {seed} of the run that is resumed, in place of {given}', logging.WARNING)
         cfg.randomness.seed = given if seed is None else seed
-    check_splits(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
+    return bool(resume)
+
+
+def _hooks(cfg: Config, resumes: bool) -> list[Hook]:
     hooks = [
         FiniteLossHook(),
-        CheckpointFitHook(strict=bool(resume)),
+        CheckpointFitHook(strict=resumes),
         CheckImagesHook(cfg.get('broken_images', 'skip')),
         ResumeExactlyHook(),
-        stop := StopSignalHook(),
     ]
     if cfg.get('gate_statistics', True):
         hooks.append(GateStatisticsHook())
-    runner = build_runner(cfg, hooks)
-    KeepOldUntilNewHook.replace_in(runner)
-    if is_first_process():
-        for folder in _checkpoint_folders(cfg):
-            remove_unfinished(folder)
-        write_record(cfg, runner.log_dir)
+    return hooks
+
+
+def _run(runner: Runner, stop: StopSignalHook) -> None:
     try:
         runner.train()
     except RuntimeError as error:
@@ -114,7 +142,6 @@ def train(
         raise
     finally:
         stop.restore()
-    return runner
 
 
 def _newest(cfg: Config, trust_checkpoint: bool) -> str | None:

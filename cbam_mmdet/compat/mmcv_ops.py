@@ -31,7 +31,7 @@ import importlib.abc
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 
 import numpy as np
@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cbam_mmdet.compat.patches import PERMANENT, patch, replaced
 from cbam_mmdet.errors import OperatorError
 
 __all__ = ['OPERATORS', 'install_ops']
@@ -53,7 +54,7 @@ def install_ops() -> bool:
     """Make ``mmcv.ops`` importable: put the served operators in place of ``mmcv._ext`` if that cannot be imported.
 
     May be called any number of times, also after ``import mmcv.ops`` has failed. An ``mmcv._ext`` that is installed but
-    broken (built for another torch, say) is replaced with a warning that tells its error.
+    broken (built for another torch, say) is replaced with a warning that says its error.
 
     To ``importlib.util.find_spec``, ``pkgutil.find_loader`` and so to MMEngine's ``mmcv_full_available`` the served
     module looks like an installed one, since ``from mmcv.ops import ...`` works.
@@ -64,7 +65,7 @@ def install_ops() -> bool:
     Raises:
         ImportError: If mmcv itself cannot be imported.
     """
-    mmcv = importlib.import_module('mmcv')
+    importlib.import_module('mmcv')
     try:
         module = importlib.import_module(EXTENSION)
     except Exception as error:
@@ -75,11 +76,26 @@ def install_ops() -> bool:
                 f'{__name__} serves its operators instead.',
                 stacklevel=2,
             )
-        module = importlib.util.module_from_spec(ModuleSpec(EXTENSION, _Loader(), origin=__name__))
-        module.__spec__.loader.exec_module(module)
-        sys.modules[EXTENSION] = module
-        mmcv._ext = module
+        PERMANENT.enter_context(served_operators())
+        return True
     return getattr(getattr(module, '__spec__', None), 'origin', None) == __name__
+
+
+@patch("sys.modules['mmcv._ext']", 'mmcv._ext')
+def served_operators() -> Iterator[None]:
+    """Let ``import mmcv._ext`` find the operators of this module."""
+    mmcv = importlib.import_module('mmcv')
+    module = importlib.util.module_from_spec(ModuleSpec(EXTENSION, _Loader(), origin=__name__))
+    module.__spec__.loader.exec_module(module)
+    before = sys.modules.get(EXTENSION)
+    sys.modules[EXTENSION] = module
+    try:
+        with replaced(mmcv, _ext=module):
+            yield
+    finally:
+        del sys.modules[EXTENSION]
+        if before is not None:
+            sys.modules[EXTENSION] = before
 
 
 class _Loader(importlib.abc.Loader):

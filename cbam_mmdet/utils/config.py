@@ -35,24 +35,6 @@ def config_path(name: str) -> str:
     return str(path)
 
 
-def enable_package_configs() -> None:
-    """Make `_base_ = 'cbam_mmdet::NAME.py'` work in configs.
-
-    MMEngine knows the packages that may stand before '::' from a list of its own, and wants a folder in the name.
-    """
-    original = Config._get_cfg_path
-    if getattr(original, 'knows_cbam_mmdet', False):
-        return
-
-    def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
-        if cfg_path.startswith(PREFIX):
-            return config_path(cfg_path[len(PREFIX) :]), None
-        return original(cfg_path, filename)
-
-    get_cfg_path.knows_cbam_mmdet = True
-    Config._get_cfg_path = staticmethod(get_cfg_path)
-
-
 def load_config(path: str, cfg_options: dict | None = None) -> Config:
     """Read a config file, or one that the package ships ('cbam_mmdet::NAME.py'), and merge options into it.
 

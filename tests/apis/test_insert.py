@@ -6,21 +6,14 @@ import pytest
 import torch
 from conftest import DEMO, ROOT, tiny
 from mmdet.registry import MODELS
-from mmengine import runner as runner_module
 from mmengine.config import Config
 from mmengine.runner import checkpoint as checkpoint_module
 
 from cbam_mmdet import CBAM
-from cbam_mmdet.engine.checkpoint.missing_cbam import _load_state_dict, say_missing_cbam_in_one_line
+from cbam_mmdet.engine.checkpoint.missing_cbam import summarize_missing_cbam
 
 PLAIN = str(ROOT / 'configs/demo/faster_rcnn.py')
 SMALL = ['model.backbone.base_channels=4', 'model.neck.in_channels=[16,32,64,128]']
-
-
-@pytest.fixture(autouse=True)
-def mmengine_as_it_was():
-    yield
-    checkpoint_module.load_state_dict = runner_module.load_state_dict = _load_state_dict
 
 
 @pytest.fixture(scope='module')
@@ -128,14 +121,14 @@ def test_missing_cbams_are_said_in_one_line(plain, logged):
     cfg.model.backbone.base_channels, cfg.model.neck.in_channels = 4, [16, 32, 64, 128]
     cfg.model.backbone.plugins[0].cfg.gate = 'unit'
     model = MODELS.build(cfg.model)
-    say_missing_cbam_in_one_line()
     weights = torch.load(plain, weights_only=False)['state_dict']
-    checkpoint_module.load_state_dict(model, weights, logger='current')
-    assert '16 CBAM modules of 16' in logged.text and '16 of them are the exact identity' in logged.text
-    assert 'missing keys' not in logged.text
-    logged.clear()
-    del weights['backbone.conv1.weight']
-    checkpoint_module.load_state_dict(model, weights, logger='current')
-    assert 'backbone.conv1.weight' in logged.text and 'cbam.channel' not in logged.text
-    with pytest.raises(RuntimeError, match=r'cbam\.channel'):
-        checkpoint_module.load_state_dict(model, weights, strict=True)
+    with summarize_missing_cbam():
+        checkpoint_module.load_state_dict(model, weights, logger='current')
+        assert '16 CBAM modules of 16' in logged.text and '16 of them are the exact identity' in logged.text
+        assert 'missing keys' not in logged.text
+        logged.clear()
+        del weights['backbone.conv1.weight']
+        checkpoint_module.load_state_dict(model, weights, logger='current')
+        assert 'backbone.conv1.weight' in logged.text and 'cbam.channel' not in logged.text
+        with pytest.raises(RuntimeError, match=r'cbam\.channel'):
+            checkpoint_module.load_state_dict(model, weights, strict=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from cbam_mmdet.engine.checkpoint.content import weights_of
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import abridge
 
@@ -22,12 +23,11 @@ def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, nam
     Raises:
         UserError: that names keys which are missing, left over or of another shape.
     """
-    weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(weights, Mapping):
+    given = weights_of(checkpoint)
+    if given is None:
         raise UserError(
             f'{name} holds no weights (a dict of tensors, or one with the key state_dict): it is not a checkpoint'
         )
-    given = {key.removeprefix('module.'): value for key, value in weights.items()}
     expected = model.state_dict()
     missing = [key for key in expected if key not in given]
     unexpected = [key for key in given if key not in expected]

@@ -19,3 +19,16 @@ def run_state_lacking(checkpoint: object) -> list[str]:
     if not isinstance(checkpoint, Mapping):
         return list(RUN_STATE)
     return [key for key in RUN_STATE if key not in checkpoint or (key == 'meta' and not meta_of(checkpoint))]
+
+
+def weights_of(checkpoint: object) -> Mapping | None:
+    """The state dict that a checkpoint is, or holds as 'state_dict', without the prefix of DataParallel; None if neither.
+
+    Keys keep their order, and what torch keeps beside them (`_metadata`) is lost only where a prefix is.
+    """
+    weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(weights, Mapping):
+        return None
+    if not any(str(key).startswith('module.') for key in weights):
+        return weights
+    return {key.removeprefix('module.'): value for key, value in weights.items()}

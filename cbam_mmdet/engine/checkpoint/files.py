@@ -9,14 +9,12 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.fileio import register_backend
 from mmengine.logging import print_log
 from mmengine.runner import find_latest_checkpoint
 
 from cbam_mmdet.engine.checkpoint.content import run_state_lacking
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.errors import UserError, did_you_mean
-from cbam_mmdet.utils.files import AtomicLocalBackend
 
 
 def find_checkpoint(path: str) -> str:
@@ -60,11 +58,6 @@ def find_checkpoint(path: str) -> str:
     if head != b'PK' and not head.startswith(b'\x80'):  # zip, and the pickle of torch before 1.6
         raise UserError(f'{path} is not a checkpoint of PyTorch.')
     return path
-
-
-def write_whole_files() -> None:
-    """Let MMEngine write checkpoints through AtomicLocalBackend in this process."""
-    register_backend('local', AtomicLocalBackend, force=True, prefixes='')
 
 
 def newest_checkpoint(

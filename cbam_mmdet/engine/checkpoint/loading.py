@@ -7,16 +7,17 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader
-from mmengine.runner import checkpoint as checkpoint_module
 
+from cbam_mmdet.compat.mmengine import checkpoints_loaded_by
+from cbam_mmdet.engine.checkpoint.content import weights_of
+from cbam_mmdet.engine.checkpoint.keys import from_official, is_official
 from cbam_mmdet.errors import UserError
 
 
@@ -53,14 +54,19 @@ def load_checkpoint(path: str, map_location: str | torch.device | None = None, t
     ) from reason
 
 
-def use_safe_loading(trust: bool = False) -> None:
-    """Let all that MMEngine loads in this process (load_from, resume, Pretrained, init_detector, by file or by URL) go through load_checkpoint.
+@contextlib.contextmanager
+def safe_loading(trust: bool = False) -> Iterator[None]:
+    """Let all that MMEngine loads meanwhile go through load_checkpoint.
 
-    MMEngine tries to load safely, too, but falls back to unpickling whatever the file holds. Checkpoints of the CBAM authors'
-    networks get the keys used here on the way (see weights.from_official).
+    That is load_from, resume, Pretrained and init_detector, by file or by URL. MMEngine tries to load safely, too, but falls
+    back to unpickling whatever the file holds. Checkpoints of the CBAM authors' networks get the keys used here on the way
+    (see keys.from_official).
+
+    Args:
+        trust: load whatever a file holds, by full unpickling: this runs code from the file.
     """
 
-    def load_from_local(filename: str, map_location: str | torch.device | None = None) -> dict:
+    def load_file(filename: str, map_location: str | torch.device | None = None) -> dict:
         filename = os.path.expanduser(filename)
         if not os.path.isfile(filename):
             raise UserError(f'checkpoint {filename} does not exist')
@@ -76,16 +82,14 @@ def use_safe_loading(trust: bool = False) -> None:
             torch.hub.download_url_to_file(url, path, progress=kwargs.get('progress', True))
         return _translated(load_checkpoint(path, map_location, trust))
 
-    CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
-    checkpoint_module.load_url = load_url  # what 'https://', 'torchvision://' and 'open-mmlab://' end in
+    with checkpoints_loaded_by(load_file, load_url):
+        yield
 
 
 def _translated(checkpoint: dict) -> dict:
     """The CBAM authors' own checkpoints, in the keys used here."""
-    from cbam_mmdet.engine.checkpoint.keys import from_official, is_official
-
-    weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else {}
-    if not isinstance(weights, Mapping) or not is_official(weights):
+    weights = weights_of(checkpoint)
+    if weights is None or not is_official(weights):
         return checkpoint
     return dict(meta={}, state_dict=from_official(weights).state_dict)
 

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from mmengine import runner as runner_module
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import checkpoint as checkpoint_module
 from torch import nn
 
+from cbam_mmdet.compat.mmengine import state_dicts_loaded_by
 from cbam_mmdet.models.cbam import CBAM
 
-_load_state_dict = checkpoint_module.load_state_dict  # MMEngine's own
 
-
-def say_missing_cbam_in_one_line() -> None:
-    """In this process, let MMEngine name CBAMs that a checkpoint lacks in one line, in place of every key of theirs.
+@contextlib.contextmanager
+def summarize_missing_cbam() -> Iterator[None]:
+    """Let MMEngine name CBAMs that a checkpoint lacks in one line meanwhile, in place of every key of theirs.
 
     Keys that are missing besides, or left over, are named as before.
     """
-    checkpoint_module.load_state_dict = runner_module.load_state_dict = _load_plain
+    with state_dicts_loaded_by(functools.partial(_load_plain, checkpoint_module.load_state_dict)):
+        yield
 
 
 def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
@@ -55,8 +56,10 @@ def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
     return made
 
 
-@functools.wraps(_load_state_dict)
-def _load_plain(module: nn.Module, state_dict: Mapping, strict: bool = False, logger: Any = None) -> None:
+def _load_plain(
+    load_state_dict: Callable, module: nn.Module, state_dict: Mapping, strict: bool = False, logger: Any = None
+) -> None:
+    """Load by MMEngine's own function, and name the CBAMs that the state dict lacks."""
     while is_model_wrapper(module):
         module = module.module
     names = [name for name, child in module.named_modules() if isinstance(child, CBAM)]
@@ -64,14 +67,14 @@ def _load_plain(module: nn.Module, state_dict: Mapping, strict: bool = False, lo
         state_dict = _cbam_at_block_ends(state_dict, names)
     lacking = tuple(f'{name}.' for name in names if not any(key.startswith(f'{name}.') for key in state_dict))
     if strict or not lacking:
-        return _load_state_dict(module, state_dict, strict, logger)
+        return load_state_dict(module, state_dict, strict, logger)
 
     def drop(_: nn.Module, incompatible: Any) -> None:
         incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(lacking)]
 
     hook = module.register_load_state_dict_post_hook(drop)
     try:
-        _load_state_dict(module, state_dict, strict, logger)
+        load_state_dict(module, state_dict, strict, logger)
     finally:
         hook.remove()
     unit = sum(module.get_submodule(name[:-1]).unit for name in lacking)

@@ -5,7 +5,7 @@ from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.engine.hooks.finite_loss import FiniteLossHook
 from cbam_mmdet.engine.hooks.gate_statistics import GateStatisticsHook
 from cbam_mmdet.engine.hooks.resume_exactly import ResumeExactlyHook
-from cbam_mmdet.engine.hooks.safe_checkpoint import KeepOldUntilNewHook
+from cbam_mmdet.engine.hooks.safe_checkpoint import SafeCheckpointHook
 from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     'CheckpointFitHook',
     'FiniteLossHook',
     'GateStatisticsHook',
-    'KeepOldUntilNewHook',
     'ResumeExactlyHook',
+    'SafeCheckpointHook',
     'StopSignalHook',
 ]

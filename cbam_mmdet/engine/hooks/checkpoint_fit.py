@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 
 from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
 from cbam_mmdet.engine.checkpoint.content import run_state_lacking
-from cbam_mmdet.engine.hooks.unwrapped import _unwrapped
+from cbam_mmdet.engine.hooks.unwrapped import unwrapped
 from cbam_mmdet.errors import UserError
 
 
@@ -30,7 +30,7 @@ class CheckpointFitHook(Hook):
         self.strict = strict
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         name = str(runner._load_from or runner.work_dir)
         compare_state_dicts(checkpoint, model, self.strict, name)
         lacking = run_state_lacking(checkpoint)

@@ -13,7 +13,7 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from cbam_mmdet.engine.hooks.unwrapped import _unwrapped
+from cbam_mmdet.engine.hooks.unwrapped import unwrapped
 from cbam_mmdet.models.gates import find_cbams, gate_figures, record_gates
 
 
@@ -34,12 +34,12 @@ class GateStatisticsHook(Hook):
         self.gates = None
 
     def before_train(self, runner: Runner) -> None:
-        serves = is_main_process() and find_cbams(_unwrapped(runner.model))
+        serves = is_main_process() and find_cbams(unwrapped(runner.model))
         self.losses_logger = next((h for h in runner.hooks if isinstance(h, LoggerHook)), None) if serves else None
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         if self._is_logged(runner, batch_idx):
-            self.gates = self.recording.enter_context(record_gates(_unwrapped(runner.model)))
+            self.gates = self.recording.enter_context(record_gates(unwrapped(runner.model)))
 
     def _is_logged(self, runner: Runner, batch_idx: int) -> bool:
         """Whether MMEngine's LoggerHook will log the losses of this iteration."""

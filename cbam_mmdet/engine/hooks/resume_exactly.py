@@ -7,6 +7,7 @@ another number of workers, too. MMEngine, left alone, repeats the epoch from its
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
+from cbam_mmdet.compat.torch import loader_parts
 from cbam_mmdet.engine.checkpoint.content import meta_of
 from cbam_mmdet.engine.hooks.between_steps import between_steps
 
@@ -121,6 +123,7 @@ class ResumeExactlyHook(Hook):
         self.told = False
         self.resumed: dict | None = None  # how far into its epoch the run was that goes on
         self.epoch = self.epoch_began_at = 0  # the present epoch, and the iteration of its first batch
+        self.changes = contextlib.ExitStack()  # of the loader, for the training's time
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self.resumed = meta_of(checkpoint).get(EPOCH_PROGRESS)
@@ -130,9 +133,8 @@ class ResumeExactlyHook(Hook):
         self.seed = runner.seed or 0
         if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
             self.batches = PlacedBatches(loader.batch_sampler, self.seed, get_rank())
-            # A DataLoader refuses new attributes of these names, for the sake of workers that run; none does yet.
-            vars(loader)['batch_sampler'] = self.batches
-            vars(loader)['dataset'] = PlacedImages(loader.dataset)
+            parts = dict(batch_sampler=self.batches, dataset=PlacedImages(loader.dataset))
+            self.changes.enter_context(loader_parts(loader, **parts))
             if isinstance(runner.train_loop, EpochBasedTrainLoop):
                 self.batches.skip = self._batches_done(runner, len(loader))
                 self.epoch, self.epoch_began_at = runner.epoch, runner.iter - self.batches.skip
@@ -149,6 +151,9 @@ class ResumeExactlyHook(Hook):
                 runner.train_loop.dataloader_iterator = iterator
                 if hasattr(iterator, '_resolve_sampler') and iterator._resolve_sampler() is not None:
                     self.batches.first = runner.iter
+
+    def after_train(self, runner: Runner) -> None:
+        self.changes.close()
 
     def before_train_epoch(self, runner: Runner) -> None:
         if self.batches and isinstance(runner.train_loop, EpochBasedTrainLoop):

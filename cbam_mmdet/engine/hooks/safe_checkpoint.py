@@ -11,18 +11,12 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
 
-class KeepOldUntilNewHook(CheckpointHook):
-    """MMEngine's CheckpointHook, but an old checkpoint goes when the new one is there, not before.
+class SafeCheckpointHook(CheckpointHook):
+    """MMEngine's CheckpointHook, but an old checkpoint is removed when the new one is there, not before.
 
-    With max_keep_ckpts=1, or save_best, a kill or a full disk between the two would leave none.
+    With max_keep_ckpts=1, or save_best, a kill or a full disk between the two would leave none. A training puts it in the
+    place of MMEngine's own (compat.mmengine.hooks_of_class).
     """
-
-    @classmethod
-    def replace_in(cls, runner: Runner) -> None:
-        """Change the hooks of a Runner that are MMEngine's own, in place; its config keeps the usual name."""
-        for hook in runner.hooks:
-            if type(hook) is CheckpointHook:
-                hook.__class__ = cls
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         limit = self.max_keep_ckpts

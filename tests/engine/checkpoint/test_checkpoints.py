@@ -16,28 +16,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO, ROOT, WritesAFile, forget_earlier_runs, tiny
-from mmengine.fileio import LocalBackend, get_file_backend, register_backend
+from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.runner import CheckpointLoader
-from mmengine.runner import checkpoint as checkpoint_module
-from mmengine.runner.checkpoint import load_from_local, save_checkpoint
+from mmengine.runner.checkpoint import save_checkpoint
 
-from cbam_mmdet.engine.checkpoint import files as checkpoints
-from cbam_mmdet.engine.checkpoint.files import find_checkpoint, newest_checkpoint, write_whole_files
-from cbam_mmdet.engine.checkpoint.loading import load_checkpoint, use_safe_loading
-from cbam_mmdet.engine.hooks.safe_checkpoint import KeepOldUntilNewHook
+from cbam_mmdet.compat.mmengine import local_files_written_by
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint, newest_checkpoint
+from cbam_mmdet.engine.checkpoint.loading import load_checkpoint, safe_loading
+from cbam_mmdet.engine.hooks.safe_checkpoint import SafeCheckpointHook
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.files import AtomicLocalBackend
-
-
-@pytest.fixture(autouse=True)
-def mmengine_as_it_was():
-    """The tools change how this process loads and writes."""
-    load_url = checkpoint_module.load_url
-    yield
-    register_backend('local', LocalBackend, force=True, prefixes='')
-    CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
-    checkpoint_module.load_url = load_url
 
 
 class Asks:
@@ -194,8 +183,7 @@ def test_damaged_file(trained, tmp_path, how):
 def test_a_url_is_loaded_the_safe_way(evil, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, path, **_: shutil.copy(evil, path))
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
-    use_safe_loading()
-    with pytest.raises(UserError, match='holds more than'):
+    with safe_loading(), pytest.raises(UserError, match='holds more than'):
         CheckpointLoader.load_checkpoint('https://example.org/resnet50-12345678.pth', map_location='cpu')
     assert not (tmp_path / 'written').exists()
 
@@ -205,34 +193,38 @@ def test_a_url_is_loaded_the_safe_way(evil, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('failure', [OSError(errno.ENOSPC, 'No space left on device'), KeyboardInterrupt()])
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failure):
-    write_whole_files()
     path = str(tmp_path / 'epoch_1.pth')
-    save_checkpoint(dict(state_dict=dict(a=torch.ones(3))), path)
-    before = Path(path).read_bytes()
 
     def fail(_):
         raise failure
 
-    monkeypatch.setattr(checkpoints.os, 'fsync', fail)
-    with pytest.raises(type(failure)):
-        save_checkpoint(dict(state_dict=dict(a=torch.zeros(3))), path)
+    with local_files_written_by(AtomicLocalBackend):
+        save_checkpoint(dict(state_dict=dict(a=torch.ones(3))), path)
+        before = Path(path).read_bytes()
+        monkeypatch.setattr(os, 'fsync', fail)
+        with pytest.raises(type(failure)):
+            save_checkpoint(dict(state_dict=dict(a=torch.zeros(3))), path)
     assert Path(path).read_bytes() == before
     assert os.listdir(tmp_path) == ['epoch_1.pth'], 'nothing half written is left'
 
 
 def test_mmengine_writes_through_it(tmp_path):
-    write_whole_files()
-    assert type(get_file_backend(str(tmp_path / 'a.pth'))) is AtomicLocalBackend
-    assert type(get_file_backend('plain/relative/path')) is AtomicLocalBackend
+    get_file_backend('plain/relative/path')  # MMEngine remembers the one that it made
+    with local_files_written_by(AtomicLocalBackend):
+        assert type(get_file_backend(str(tmp_path / 'a.pth'))) is AtomicLocalBackend
+        assert type(get_file_backend('plain/relative/path')) is AtomicLocalBackend
+    assert type(get_file_backend('plain/relative/path')) is LocalBackend
 
 
 def test_killed_while_writing_leaves_the_old_file(tmp_path):
     """SIGKILL at random moments of a process that does nothing but write the same checkpoint again and again."""
     program = (
         'import sys, torch\n'
-        'from cbam_mmdet.engine.checkpoint.files import write_whole_files\n'
+        'from cbam_mmdet.compat.mmengine import local_files_written_by\n'
+        'from cbam_mmdet.utils.files import AtomicLocalBackend\n'
         'from mmengine.runner.checkpoint import save_checkpoint\n'
-        'write_whole_files()\n'
+        'patch = local_files_written_by(AtomicLocalBackend)\n'
+        'patch.__enter__()\n'
         'i = 0\n'
         'while True:\n'
         '    i += 1\n'
@@ -371,7 +363,7 @@ def test_old_checkpoint_stays_until_the_new_one_is_there(run_tool, shapes, tmp_p
             raise OSError(errno.ENOSPC, 'No space left on device', 'epoch_2.pth')
         fsync(descriptor)
 
-    monkeypatch.setattr(checkpoints.os, 'fsync', full_at_the_second_checkpoint)
+    monkeypatch.setattr(os, 'fsync', full_at_the_second_checkpoint)
     options = tiny(
         tmp_path,
         shapes,
@@ -396,7 +388,7 @@ def test_old_best_stays_until_the_new_one_is_there(tmp_path):
             raise OSError(errno.ENOSPC, 'No space left on device', filename)
         Path(folder, filename).touch()
 
-    hook = KeepOldUntilNewHook(interval=1, save_best='acc', rule='greater', out_dir=str(tmp_path))
+    hook = SafeCheckpointHook(interval=1, save_best='acc', rule='greater', out_dir=str(tmp_path))
     hub = MessageHub('best')
     runner = SimpleNamespace(message_hub=hub, save_checkpoint=save_checkpoint, logger=MMLogger('best'))
     hook.file_backend = LocalBackend()

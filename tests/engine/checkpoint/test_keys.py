@@ -4,15 +4,13 @@ import pytest
 import torch
 import torchvision
 from mmdet.registry import MODELS
-from mmengine import runner as runner_module
-from mmengine.runner import checkpoint as checkpoint_module
 from plain_cbam import PlainCBAM
 from torch import nn
 
 from cbam_mmdet import CBAM
 from cbam_mmdet.engine.checkpoint.keys import from_official, from_timm, to_official, translate
-from cbam_mmdet.engine.checkpoint.loading import use_safe_loading
-from cbam_mmdet.engine.checkpoint.missing_cbam import _load_state_dict, say_missing_cbam_in_one_line
+from cbam_mmdet.engine.checkpoint.loading import safe_loading
+from cbam_mmdet.engine.checkpoint.missing_cbam import summarize_missing_cbam
 from cbam_mmdet.errors import UserError
 
 BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3]}
@@ -142,22 +140,19 @@ def test_in_the_norm_of_a_bottleneck():
 @pytest.mark.parametrize('depth', [18, 50])
 def test_a_config_takes_the_file_itself(depth, tmp_path):
     torch.save(dict(epoch=90, arch=f'resnet{depth}', state_dict=official(depth)), tmp_path / 'theirs.pth')
-    use_safe_loading()
     model = backbone(depth, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'theirs.pth')))
-    model.init_weights()
+    with safe_loading():
+        model.init_weights()
     assert_same_features(depth, model)
 
 
-def test_a_config_with_plugin_backbone_takes_the_file_itself(tmp_path, monkeypatch):
+def test_a_config_with_plugin_backbone_takes_the_file_itself(tmp_path):
     torch.save(dict(epoch=90, arch='resnet50', state_dict=official(50)), tmp_path / 'theirs.pth')
-    use_safe_loading()
-    for module in (checkpoint_module, runner_module):
-        monkeypatch.setattr(module, 'load_state_dict', _load_state_dict)  # puts MMEngine's back at the end
-    say_missing_cbam_in_one_line()
     inner = dict(type='ResNet', depth=50, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'theirs.pth')))
     model = MODELS.build(dict(type='PluginBackbone', backbone=inner, plugins=[dict(cfg=dict(type='CBAM'))]))
     assert 'layer1.0.bn3.cbam.channel.fc1.weight' in model.state_dict()
-    model.init_weights()
+    with safe_loading(), summarize_missing_cbam():
+        model.init_weights()
     assert_same_features(50, model)
 
 

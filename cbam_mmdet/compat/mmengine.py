@@ -1,0 +1,82 @@
+"""Patches of MMEngine 0.10. What MMEngine is to call instead is passed in: this room knows no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from mmengine.config import Config
+
+from cbam_mmdet.compat.patches import patch, replaced, replaced_items
+
+
+@patch('mmengine.config.Config._get_cfg_path')
+def package_configs(prefix: str, resolve: Callable[[str], str]) -> Iterator[None]:
+    """Make `_base_ = 'PREFIXNAME.py'` mean the file that `resolve` gives for the name.
+
+    MMEngine knows the packages that may stand before '::' from a list of its own, and wants a folder in the name.
+    """
+    original = Config._get_cfg_path
+
+    def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        if cfg_path.startswith(prefix):
+            return resolve(cfg_path.removeprefix(prefix)), None
+        return original(cfg_path, filename)
+
+    with replaced(Config, _get_cfg_path=staticmethod(get_cfg_path)):
+        yield
+
+
+@patch('mmengine.runner.CheckpointLoader._schemes', 'mmengine.runner.checkpoint.load_url')
+def checkpoints_loaded_by(load_file: Callable, load_url: Callable) -> Iterator[None]:
+    """Let all that MMEngine loads by a path or a URL go through these functions.
+
+    'https://', 'torchvision://' and 'open-mmlab://' end in load_url. MMEngine's own loaders fall back to unpickling whatever
+    a file holds.
+    """
+    from mmengine.runner import CheckpointLoader, checkpoint
+
+    schemes = type(CheckpointLoader._schemes)(CheckpointLoader._schemes)
+    schemes[''] = load_file
+    with replaced(CheckpointLoader, _schemes=schemes), replaced(checkpoint, load_url=load_url):
+        yield
+
+
+@patch('mmengine.fileio.backends.registry_utils.backends', 'mmengine.fileio.io.backend_instances')
+def local_files_written_by(backend: type) -> Iterator[None]:
+    """Let MMEngine write to the disk by this subclass of its LocalBackend: its own writes checkpoints in place."""
+    from mmengine.fileio import io
+    from mmengine.fileio.backends import registry_utils
+
+    with (
+        replaced_items(registry_utils.backends, local=backend),
+        replaced_items(registry_utils.prefix_to_backends, **{'': backend}),
+        replaced_items(io.backend_instances),
+    ):
+        io.backend_instances.clear()
+        yield
+
+
+@patch('mmengine.runner.load_state_dict', 'mmengine.runner.checkpoint.load_state_dict')
+def state_dicts_loaded_by(function: Callable) -> Iterator[None]:
+    """Let MMEngine load state dicts by this function, which takes what MMEngine's own takes."""
+    from mmengine import runner
+    from mmengine.runner import checkpoint
+
+    with replaced(runner, load_state_dict=function), replaced(checkpoint, load_state_dict=function):
+        yield
+
+
+@patch('hook.__class__')
+def hooks_of_class(hooks: Sequence, original: type, derived: type) -> Iterator[None]:
+    """Make the hooks that are exactly of one class, of a Runner that is built, hooks of a class derived from it.
+
+    The config keeps the original's name, so the copy in a work dir works in a program without this package.
+    """
+    changed = [hook for hook in hooks if type(hook) is original]
+    for hook in changed:
+        hook.__class__ = derived
+    try:
+        yield
+    finally:
+        for hook in changed:
+            hook.__class__ = original

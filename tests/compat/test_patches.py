@@ -1,0 +1,131 @@
+"""Every change of another package is listed, and undone."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+from conftest import DEMO, tiny
+from mmdet.models.dense_heads import SSDHead
+from mmengine import runner
+from mmengine.config import Config
+from mmengine.fileio import LocalBackend, get_file_backend, io
+from mmengine.fileio.backends import registry_utils
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import CheckpointLoader, checkpoint
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+
+import cbam_mmdet.compat.mmengine as mmengine_patches
+import cbam_mmdet.compat.ssd_head as ssd_head
+import cbam_mmdet.compat.torch as torch_patches
+from cbam_mmdet.compat import mmcv_ops
+from cbam_mmdet.compat.patches import PATCHES
+
+
+class Backend(LocalBackend):
+    pass
+
+
+class DerivedHook(CheckpointHook):
+    pass
+
+
+HOOK = CheckpointHook()
+LOADER = DataLoader([1, 2, 3], batch_size=2)
+SAMPLER = BatchSampler(SequentialSampler([1]), 1, False)
+
+
+def nothing(*args):
+    return args
+
+
+# Patch -> how to enter it, and what it changes, as a function that reads the present state.
+CASES = {
+    'mmengine.package_configs': (
+        lambda: mmengine_patches.package_configs('theirs::', nothing),
+        lambda: vars(Config)['_get_cfg_path'],
+    ),
+    'mmengine.checkpoints_loaded_by': (
+        lambda: mmengine_patches.checkpoints_loaded_by(nothing, nothing),
+        lambda: (list(CheckpointLoader._schemes.items()), checkpoint.load_url),
+    ),
+    'mmengine.local_files_written_by': (
+        lambda: mmengine_patches.local_files_written_by(Backend),
+        lambda: (dict(registry_utils.backends), dict(registry_utils.prefix_to_backends), dict(io.backend_instances)),
+    ),
+    'mmengine.state_dicts_loaded_by': (
+        lambda: mmengine_patches.state_dicts_loaded_by(nothing),
+        lambda: (runner.load_state_dict, checkpoint.load_state_dict),
+    ),
+    'mmengine.hooks_of_class': (
+        lambda: mmengine_patches.hooks_of_class([HOOK], CheckpointHook, DerivedHook),
+        lambda: type(HOOK),
+    ),
+    'torch.children_registered_with': (
+        lambda: torch_patches.children_registered_with(nothing),
+        lambda: list(torch_module._global_module_registration_hooks.values()),
+    ),
+    'torch.loader_parts': (
+        lambda: torch_patches.loader_parts(LOADER, batch_sampler=SAMPLER),
+        lambda: LOADER.batch_sampler,
+    ),
+    'ssd_head.ssd_predicts': (ssd_head.ssd_predicts, lambda: hasattr(SSDHead, 'loss_cls')),
+    'mmcv_ops.served_operators': (mmcv_ops.served_operators, lambda: sys.modules.get('mmcv._ext')),
+}
+
+
+@pytest.fixture(autouse=True)
+def without_the_permanent_ones(monkeypatch):
+    """SSDHead as MMDetection has it: the patch that lasts would hide the one under test."""
+    if vars(SSDHead).get('loss_cls', 0) is None:
+        monkeypatch.delattr(SSDHead, 'loss_cls')
+    get_file_backend('plain/path', enable_singleton=True)  # so that MMEngine holds an instance of its own
+
+
+def test_every_patch_of_the_room_has_a_case():
+    assert {name.removeprefix('cbam_mmdet.compat.') for name in PATCHES} == CASES.keys()
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_a_patch_is_undone_also_after_a_failure(name):
+    enter, state = CASES[name]
+    before = state()
+    with pytest.raises(ZeroDivisionError), enter():
+        assert state() != before
+        raise ZeroDivisionError
+    assert state() == before
+
+
+def test_tools_leave_mmengine_as_it_was(run_tool, shapes, tmp_path):
+    states = {name: state for name, (_, state) in CASES.items() if name.startswith('mmengine.')}
+    before = {name: state() for name, state in states.items()}
+    result = run_tool('train.py', DEMO, *tiny(tmp_path, shapes))
+    assert result.code == 0, result.err
+    assert run_tool('test.py', DEMO, tmp_path, *tiny(tmp_path, shapes)).code == 0
+    assert {name: state() for name, state in states.items()} == before
+
+
+def test_assume_constant_result_does_what_torch_does():
+    """It sets an attribute in torch's place; a torch that marks such functions in another way fails here."""
+
+    def ours():
+        return 1
+
+    def theirs():
+        return 1
+
+    torch_patches.assume_constant_result(ours)
+    importlib.import_module('torch._dynamo')
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs)
+
+
+def test_children_are_reported_while_it_lasts():
+    norm = nn.BatchNorm2d(3)
+    calls = []
+    with torch_patches.children_registered_with(lambda *args: calls.append(args[1])):
+        norm.add_module('child', nn.Identity())
+    norm.add_module('other', nn.Identity())
+    assert calls == ['child']
