@@ -10,7 +10,6 @@ from cbam_mmdet.compat.mmcv_ops import install_ops  # isort: skip
 
 install_ops()
 
-from cbam_mmdet import datasets
 from cbam_mmdet.compat.mmengine import package_configs
 from cbam_mmdet.compat.patches import PERMANENT
 from cbam_mmdet.compat.torch import children_registered_with
@@ -34,7 +33,6 @@ __all__ = [
     'SpatialAttention',
     '__version__',
     'config_path',
-    'datasets',
     'hooks',
     'install_ops',
     'loading',

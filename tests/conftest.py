@@ -64,6 +64,7 @@ def run_tool(monkeypatch, capfd):
 
     def run(name, *args):
         monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
+        monkeypatch.syspath_prepend(ROOT / 'tools')  # as Python does for a script
         capfd.readouterr()
         forget_earlier_runs()
         code = 0
@@ -129,9 +130,11 @@ def demo(tmp_path_factory):
 def train(*arguments):
     forget_earlier_runs()
     argv, sys.argv = sys.argv, ['train.py', DEMO, *map(str, arguments)]
+    sys.path.insert(0, str(ROOT / 'tools'))
     try:
         runpy.run_path(str(ROOT / 'tools/train.py'), run_name='__main__')
     except SystemExit as stop:
         assert not stop.code
     finally:
+        sys.path.remove(str(ROOT / 'tools'))
         sys.argv = argv

@@ -8,14 +8,11 @@ import contextlib
 import sys
 from pathlib import Path
 
-from mmengine.config import DictAction
-
-from cbam_mmdet.cli import run_tool
-from cbam_mmdet.utils.config import load_config
+from arguments import Parser, run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         'configs',
         nargs='*',
@@ -40,9 +37,9 @@ def parse_args() -> argparse.Namespace:
         help='images/s, the median of N (%(const)s)',
     )
     parser.add_argument('--memory', action='store_true', help='peak memory of inference and of training')
-    parser.add_argument('--device', help="for these two: 'cpu', 'cuda:0', ... (default: the GPU if there is one)")
+    parser.add_shared('--device', help="for these two: 'cpu', 'cuda:0', ... (default: the GPU if there is one)")
     parser.add_argument('--out', nargs='+', default=[], metavar='FILE', help='write the table, too: FILE.md, FILE.csv')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='settings to override')
+    parser.add_shared('--cfg-options')
     args = parser.parse_args()
     if bool(args.configs) == args.paper:
         parser.error('give configs, or --paper')
@@ -54,20 +51,19 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    from cbam_mmdet.utils.config import load_config
+
+    configs = {path: load_config(path, args.cfg_options) for path in args.configs}
     with contextlib.redirect_stdout(sys.stderr):  # MMDetection prints when imported; stdout is for the table
-        from cbam_mmdet.analysis import (
-            complexity,  # after the arguments: this takes seconds
-            paper_table,  # after the arguments: this takes seconds
-        )
+        from cbam_mmdet.analysis import complexity, paper_table
 
     if args.paper:
         rows = paper_table.count_networks()
         text, table = f'{paper_table.markdown(rows)}\n{paper_table.NOTES}', paper_table.as_csv(rows)
     else:
         rows = complexity.measure_all(
-            {path: load_config(path, args.cfg_options) for path in args.configs},
+            configs,
             args.shape,
             rounds=args.throughput,
             memory=args.memory,
@@ -81,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run(main, parse_args())

@@ -1,30 +1,31 @@
-"""Weights with CBAM from elsewhere, and back: python tools/convert_checkpoint.py SOURCE TARGET [--to official]"""
+"""Weights with CBAM from elsewhere, and back: python tools/convert_checkpoint.py SOURCE TARGET [--to official]
+
+Converts the CBAM authors' ImageNet checkpoints (ResNet-18, 34, 50, 101), and state dicts with the CBAM modules of timm or
+MMYOLO, to the keys used here. What the source is, is seen from its keys.
+"""
 
 import argparse
 
-from cbam_mmdet.cli import run_tool
+from arguments import Parser, run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Convert the CBAM authors' ImageNet checkpoints (ResNet-18, 34, 50, 101), and state dicts with the CBAM modules of timm or "
-        'MMYOLO, to the keys used here. What the source is, is seen from its keys.'
-    )
+    parser = Parser(__doc__)
     parser.add_argument('source', help='a .pth file')
     parser.add_argument('target', help='the .pth file to write')
     parser.add_argument('--to', choices=['ours', 'official'], default='ours', help="'official': the authors' keys")
     parser.add_argument(
         '--in-norm',
         action='store_true',
-        help='CBAM as a child of the last norm of a Bottleneck (PluginBackbone), not of the block (`plugins=`); a BasicBlock always has it there',
+        help='CBAM as a child of the last norm of a Bottleneck (PluginBackbone), not of the block (`plugins=`); a '
+        'BasicBlock always has it there',
     )
     parser.add_argument('--quiet', action='store_true', help='only the summary, not every key')
-    parser.add_argument('--trust-checkpoint', action='store_true', help='load a source that runs code')
+    parser.add_shared('--trust-checkpoint')
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     from cbam_mmdet.apis.convert import convert_checkpoint
 
     lines = convert_checkpoint(
@@ -39,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run(main, parse_args())

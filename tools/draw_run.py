@@ -1,28 +1,29 @@
-"""Draw a finished run: python tools/draw_run.py WORK_DIR"""
+"""Draw a finished run: python tools/draw_run.py WORK_DIR
+
+The training curve, and images with predicted and true boxes.
+"""
 
 import argparse
 from pathlib import Path
 
-from cbam_mmdet.cli import run_tool
-from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.config import load_config
+from arguments import Parser, run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Draw the training curve of a run, and images with predicted and true boxes'
-    )
+    parser = Parser(__doc__)
     parser.add_argument('work_dir', help='where tools/train.py wrote')
     parser.add_argument(
         '--results', metavar='FILE.pkl', help='what tools/test.py --out wrote (default: WORK_DIR/results.pkl)'
     )
-    parser.add_argument('--num-images', type=int, default=12, help='images on the sheet')
-    parser.add_argument('--score-thr', type=float, default=0.5, help='leave out predictions with a lower score')
+    parser.add_shared('--num-images', default=12, help='images on the sheet (default: %(default)s)')
+    parser.add_shared('--score-thr', default=0.5)
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    from cbam_mmdet.errors import UserError
+    from cbam_mmdet.utils.config import load_config
+
     work_dir = Path(args.work_dir)
     configs = sorted(work_dir.glob('*.py'))
     if not configs:
@@ -37,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run(main, parse_args())

@@ -1,24 +1,19 @@
-"""Grad-CAM of a detector: python tools/gradcam.py IMAGE_OR_FOLDER ... --config C --checkpoint P [--compare C2 P2]"""
+"""Grad-CAM of a detector: python tools/gradcam.py IMAGE_OR_FOLDER ... --config C --checkpoint P [--compare C2 P2]
+
+Where in the image the score of a detection comes from; one detector, or two side by side.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import DictAction
-
-from cbam_mmdet.cli.tool import USER_ERROR, run_tool
-from cbam_mmdet.utils.config import load_config
+from arguments import USER_ERROR, Parser, run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Where in the image the score of a detection comes from; one detector, or two side by side'
-    )
+    parser = Parser(__doc__)
     parser.add_argument('inputs', nargs='+', help='image files or folders')
-    parser.add_argument(
-        '--config', required=True, help="config file, or 'cbam_mmdet::NAME.py' for one that the package ships"
-    )
-    parser.add_argument('--checkpoint', required=True, help='checkpoint file, or a work dir for its newest')
+    parser.add_shared('--config', '--checkpoint')
     parser.add_argument(
         '--compare', nargs=2, metavar=('CONFIG', 'CHECKPOINT'), help='another detector: its maps for the same boxes'
     )
@@ -30,42 +25,37 @@ def parse_args() -> argparse.Namespace:
     which.add_argument(
         '--box', nargs=4, type=float, metavar=('X1', 'Y1', 'X2', 'Y2'), help='this box, in pixels, of one image'
     )
-    parser.add_argument(
-        '--score-thr', type=float, default=0.3, help='leave out detections with a lower score (default: 0.3)'
-    )
+    parser.add_shared('--score-thr', default=0.3)
     parser.add_argument(
         '--layers', nargs='+', metavar='NAME', help='dotted names of modules (default: the last block of each stage)'
     )
     parser.add_argument(
         '--method',
         default='gradcam++',
-        help='gradcam, gradcam++, xgradcam, hirescam, layercam, elementwise, eigencam or eigengradcam (default: gradcam++)',
+        help='gradcam, gradcam++, xgradcam, hirescam, layercam, elementwise, eigencam or eigengradcam '
+        '(default: %(default)s)',
     )
-    parser.add_argument('--out-dir', default='outputs/gradcam', metavar='DIR', help='where (default: %(default)s)')
-    parser.add_argument('--device', help="'cpu', 'cuda:0', ... (default: the GPU if there is one)")
-    parser.add_argument(
-        '--trust-checkpoint',
-        action='store_true',
-        help='load a checkpoint that holds more than tensors and plain data: this runs code from the file',
-    )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='settings to override')
+    parser.add_shared('--out-dir', default='outputs/gradcam')
+    parser.add_shared('--device', '--trust-checkpoint', '--cfg-options')
     args = parser.parse_args()
     if args.top < 0:
         parser.error('--top takes a positive number, or 0 for all')
     return args
 
 
-def main() -> int:
-    args = parse_args()
+def main(args: argparse.Namespace) -> int:
+    from cbam_mmdet.datasets.inputs import image_files
+    from cbam_mmdet.engine.checkpoint.files import find_checkpoint
+    from cbam_mmdet.utils.config import load_config
+
     pairs = [(args.config, args.checkpoint), *([args.compare] if args.compare else [])]
-    configs = [load_config(path, args.cfg_options) for path, _ in pairs]
+    detectors = [(load_config(path, args.cfg_options), find_checkpoint(checkpoint)) for path, checkpoint in pairs]
+    files = image_files(args.inputs)
     from cbam_mmdet.apis.infer import load_detector  # MMDetection takes seconds to import
-    from cbam_mmdet.datasets.inputs import image_files  # MMDetection takes seconds to import
     from cbam_mmdet.visualization.gradcam_sheet import Choice, explain_images
 
-    files = image_files(args.inputs)
     models = {}
-    for cfg, (path, checkpoint) in zip(configs, pairs, strict=True):
+    for (cfg, checkpoint), (path, _) in zip(detectors, pairs, strict=True):
         name = Path(path).stem if Path(path).stem not in models else f'{Path(path).stem}_2'
         models[name] = load_detector(cfg, checkpoint, args.device, args.trust_checkpoint)
     choice = Choice(args.class_name, args.top or None, tuple(args.box) if args.box else None, args.score_thr)
@@ -86,4 +76,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run(main, parse_args())

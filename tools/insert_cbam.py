@@ -1,24 +1,22 @@
-"""CBAM into a trained detector: python tools/insert_cbam.py PLAIN_CONFIG PLAIN_CHECKPOINT [--out-dir DIR]"""
+"""CBAM into a trained detector: python tools/insert_cbam.py PLAIN_CONFIG PLAIN_CHECKPOINT [--out-dir DIR]
+
+Writes the config and the checkpoint of the same detector with CBAM in its backbone, ready to fine-tune.
+"""
 
 import argparse
 
-from mmengine.config import DictAction
-
-from cbam_mmdet.cli import run_tool
-from cbam_mmdet.utils.config import load_config
+from arguments import KeyValues, Parser, run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Write the config and the checkpoint of a trained detector with CBAM in its backbone, ready to fine-tune'
-    )
-    parser.add_argument('config', help="the plain detector's config")
-    parser.add_argument('checkpoint', help='its weights: a file, or a work dir for its newest')
-    parser.add_argument('--out-dir', default='work_dirs/with_cbam', metavar='DIR', help='default: %(default)s')
+    parser = Parser(__doc__)
+    parser.add_shared('config', help="the plain detector's config")
+    parser.add_shared('checkpoint', help='its weights: a file, or a work dir for its newest')
+    parser.add_shared('--out-dir', default='work_dirs/with_cbam')
     parser.add_argument(
         '--cbam',
         nargs='+',
-        action=DictAction,
+        action=KeyValues,
         metavar='KEY=VALUE',
         help="CBAM's arguments, e.g. gate=sigmoid reduction=8",
     )
@@ -28,22 +26,22 @@ def parse_args() -> argparse.Namespace:
         metavar='PATTERN',
         help="the modules to follow, e.g. 'layer4.*.bn3'; default: the backbone's usual place, without frozen stages",
     )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='settings of the config'
-    )
     parser.add_argument('--seed', type=int, default=0, help="of CBAM's random weights")
-    parser.add_argument('--trust-checkpoint', action='store_true', help='load a checkpoint that runs code')
+    parser.add_shared('--trust-checkpoint', '--cfg-options')
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    from cbam_mmdet.engine.checkpoint.files import find_checkpoint
+    from cbam_mmdet.utils.config import load_config
+
     cfg = load_config(args.config, args.cfg_options)
-    from cbam_mmdet.apis.insert import insert_cbam
+    checkpoint = find_checkpoint(args.checkpoint)
+    from cbam_mmdet.apis.insert import insert_cbam  # MMDetection takes seconds to import
 
     made = insert_cbam(
         cfg,
-        args.checkpoint,
+        checkpoint,
         args.out_dir,
         cbam=args.cbam,
         after=args.after,
@@ -57,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run(main, parse_args())

@@ -12,11 +12,6 @@ import re
 import socket
 import sys
 
-from torch.distributed import DistError, run
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
-
 FAILED, USER_ERROR = 1, 2  # as in cbam_mmdet/cli/tool.py
 DEFAULT_PORT = 29500
 WATCHED = 'torch.distributed.elastic.multiprocessing.api'
@@ -116,8 +111,14 @@ def launch(options: list[str], command: list[str]) -> int:
     """Run the command in every process.
 
     Returns:
-        0; or USER_ERROR if a process of this node ended with it; FAILED if the nodes do not come together; or the code of the first that failed (128 + N for signal N).
+        0; or USER_ERROR if a process of this node ended with it; FAILED if the nodes do not come together; or the code of
+        the first that failed (128 + N for signal N).
     """
+    from torch.distributed import DistError, run  # takes seconds
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
     logging.getLogger(WATCHED).addFilter(_is_news)
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # torchrun's default, of which it warns
     if os.environ.get('RDZV_ENDPOINT'):

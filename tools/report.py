@@ -5,45 +5,33 @@ One HTML file that opens without a network, and its tables (CSV, Markdown) and f
 
 import argparse
 
-from cbam_mmdet.cli import run_tool
+from arguments import Parser, run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        __doc__,
+        epilog='WORK_DIR/results.pkl, by tools/test.py --out, is taken if it is newer than the newest checkpoint; else '
+        'that detects now.',
+    )
     parser.add_argument(
         'work_dirs',
         nargs='+',
         metavar='WORK_DIR',
         help='where tools/train.py wrote; others are compared with the first',
     )
-    parser.add_argument('--out-dir', metavar='DIR', help='where to write (default: report/ in the first work dir)')
-    parser.add_argument('--data-root', metavar='DIR', help="folder of the data set, in place of the configs'")
-    parser.add_argument('--num-images', type=int, default=12, metavar='N', help='pictures of detections (%(default)s)')
-    parser.add_argument(
-        '--score-thr',
-        type=float,
-        default=0.5,
-        metavar='S',
-        help='leave out detections with a lower score there (%(default)s)',
-    )
-    parser.add_argument(
-        '--device', help="for the attention maps: 'cpu', 'cuda:0', ... (default: the GPU if there is one)"
-    )
-    parser.add_argument(
-        '--trust-checkpoint',
-        action='store_true',
-        help='load checkpoints that hold more than tensors and plain data: this runs code from the file',
-    )
-    parser.epilog = 'WORK_DIR/results.pkl, by tools/test.py --out, is taken if it is newer than the newest checkpoint; else that detects now.'
+    parser.add_shared('--out-dir', help='where to write (default: report/ in the first work dir)')
+    parser.add_shared('--data-root')
+    parser.add_shared('--num-images', default=12, help='pictures of detections (default: %(default)s)')
+    parser.add_shared('--score-thr', default=0.5)
+    parser.add_shared('--device', '--trust-checkpoint')
     args = parser.parse_args()
-    if args.num_images < 1:
-        parser.error('--num-images takes a positive number')
+    parser.require_positive(args, 'num_images')
     return args
 
 
-def main() -> None:
-    args = parse_args()
-    from cbam_mmdet.visualization.report import write_report  # after the arguments: MMDetection takes seconds to import
+def main(args: argparse.Namespace) -> None:
+    from cbam_mmdet.visualization.report import write_report  # MMDetection takes seconds to import
 
     path = write_report(
         args.work_dirs,
@@ -58,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run(main, parse_args())

@@ -1,24 +1,15 @@
 """Train a detector: python tools/train.py CONFIG [--data-root DIR]"""
 
 import argparse
-import os
 
-from mmengine.config import DictAction
-
-from cbam_mmdet.cli import run_tool
-from cbam_mmdet.utils.config import load_config
+from arguments import Parser, run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Train a detector')
-    parser.add_argument('config', help="config file, or 'cbam_mmdet::NAME.py' for one that the package ships")
-    parser.add_argument('--work-dir', metavar='DIR', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
-    parser.add_argument('--data-root', metavar='DIR', help="folder of the data set, in place of the config's")
-    parser.add_argument(
-        '--classes',
-        metavar='A,B,C',
-        help="the data set's own classes; 'auto' reads them from the training annotations",
-    )
+    parser = Parser(__doc__)
+    parser.add_shared('config')
+    parser.add_shared('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
+    parser.add_shared('--data-root', '--classes')
     parser.add_argument(
         '--amp',
         nargs='?',
@@ -34,31 +25,23 @@ def parse_args() -> argparse.Namespace:
         const=True,
         default=False,
         metavar='FILE',
-        help="go on from this checkpoint; without FILE, from the newest in the work dir that is whole; 'auto': from that if there is one",
+        help="resume from this checkpoint; without FILE, from the newest intact one in the work dir; 'auto': from that "
+        'if there is one',
     )
-    parser.add_argument(
-        '--trust-checkpoint',
-        action='store_true',
-        help='load a checkpoint that holds more than tensors and plain data: this runs code from the file',
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings of the config to override, e.g. train_cfg.max_epochs=3 or "a.b=[1,2]"',
-    )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    parser.add_shared('--trust-checkpoint')
+    parser.add_shared('--cfg-options', help='settings to override, e.g. train_cfg.max_epochs=3 or "a.b=[1,2]"')
+    parser.add_launcher()
+    return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    from cbam_mmdet.datasets.layouts import require_data_roots
+    from cbam_mmdet.utils.config import load_config
+
     cfg = load_config(args.config, args.cfg_options)
-    from cbam_mmdet.apis.train import train  # after the arguments: MMDetection takes seconds to import
+    if not args.data_root:
+        require_data_roots(cfg, 'train', 'val')
+    from cbam_mmdet.apis.train import train  # MMDetection takes seconds to import
 
     train(
         cfg,
@@ -74,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run(main, parse_args())

@@ -29,10 +29,11 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cbam_mmdet.compat import ssd_head  # noqa: F401  (SSD is mended)
+import cbam_mmdet.compat.ssd_head  # noqa: F401  (SSD is mended)
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import CBAM
-from cbam_mmdet.utils.config import check_plugins, split_datasets
+from cbam_mmdet.models.plugins.checks import check_plugins
+from cbam_mmdet.utils.config import split_datasets
 
 LAYERS = ('conv', 'linear', 'matmul', 'mm', 'addmm', 'bmm', 'einsum')  # what the paper counts, as MMEngine names it
 

@@ -38,7 +38,8 @@ from cbam_mmdet.analysis.complexity import interleaved_speeds, multiply_adds
 from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.config import check_plugins, load_config
+from cbam_mmdet.models.plugins.checks import check_plugins
+from cbam_mmdet.utils.config import load_config
 from cbam_mmdet.utils.files import AtomicLocalBackend
 
 BASE = 'ABLATION_BASE'  # the environment variable that configs/ablation/cbam.py reads

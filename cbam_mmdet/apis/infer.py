@@ -20,7 +20,7 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 from tqdm import tqdm
 
-from cbam_mmdet.compat import ssd_head  # noqa: F401  (SSD is mended)
+import cbam_mmdet.compat.ssd_head  # noqa: F401  (SSD is mended)
 from cbam_mmdet.datasets.checks import dataset_classes
 from cbam_mmdet.datasets.inputs import VIDEOS, expand_inputs, unique_names
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
@@ -30,7 +30,8 @@ from cbam_mmdet.engine.checkpoint.content import meta_of, weights_of
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint
 from cbam_mmdet.engine.checkpoint.loading import safe_loading
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.config import check_plugins, split_datasets
+from cbam_mmdet.models.plugins.checks import check_plugins
+from cbam_mmdet.utils.config import split_datasets
 
 
 @dataclass

@@ -20,7 +20,8 @@ from cbam_mmdet.datasets.image_folders import check_image_folders, is_classifier
 from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.engine.distributed import in_first_process, join_processes
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.config import check_evaluators, check_optimizer, check_plugins
+from cbam_mmdet.utils.config import check_evaluators, check_optimizer
+from cbam_mmdet.models.plugins.checks import check_plugins
 
 
 def prepare(

@@ -22,20 +22,12 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from tqdm import tqdm
 
+from cbam_mmdet.datasets.layouts import HELP, expected_layout, require_data_root
 from cbam_mmdet.datasets.voc import AnySuffixVOCDataset, image_files, voc_folder, voc_image_folder
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.utils.config import evaluators_of, split_datasets
 from cbam_mmdet.utils.text import abridge
 
-COCO_LAYOUT = """\
-    {root}/
-        train2017/*.jpg   val2017/*.jpg
-        annotations/instances_train2017.json   annotations/instances_val2017.json"""
-VOC_LAYOUT = """\
-    {root}/VOC2007/  (and VOC2012/ where the config names it)
-        JPEGImages/*.jpg   Annotations/*.xml
-        ImageSets/Main/trainval.txt   ImageSets/Main/test.txt"""
-HELP = 'Point at another folder with --data-root DIR. To see everything work without a data set of your own: make demo'
 
 
 @dataclass
@@ -116,15 +108,10 @@ def require_annotation_file(dataset: ConfigDict, split: str) -> str:
     Raises:
         UserError: if it is not there, with the layout expected.
     """
-    root, path = dataset.get('data_root') or '', annotation_file(dataset)
-    layout = COCO_LAYOUT if annotation_format(dataset) == 'coco' else VOC_LAYOUT
-    layout = layout.format(root=root.rstrip('/') or '.')
-    if root and not osp.isdir(root):
-        raise UserError(
-            f'the {split} data set is not there: no folder {root} (in {os.getcwd()}). Expected:\n{layout}\n{HELP}'
-        )
+    require_data_root(dataset, split)
+    path = annotation_file(dataset)
     if not osp.isfile(path):
-        raise UserError(f'the {split} data set has no annotation file {path}. Expected:\n{layout}\n{HELP}')
+        raise UserError(f'the {split} data set has no annotation file {path}. Expected:\n{expected_layout(dataset)}')
     return path
 
 

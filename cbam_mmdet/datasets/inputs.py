@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from cbam_mmdet.compat import ssd_head  # noqa: F401  (SSD is mended)
 from cbam_mmdet.errors import UserError
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')

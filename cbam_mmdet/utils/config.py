@@ -17,7 +17,6 @@ from cbam_mmdet.errors import UserError, did_you_mean
 SPLITS = ('train', 'val', 'test')
 CONFIG_DIR = Path(__file__).parents[1] / '.mim' / 'configs'
 PREFIX = 'cbam_mmdet::'
-ANY = "Any backbone takes them inside type='PluginBackbone' (README, 'CBAM in any backbone')."
 
 
 def config_path(name: str) -> str:
@@ -132,59 +131,6 @@ def _move(path: str, old_roots: set[str], new: str) -> str:
         if path.startswith(root):
             return new + path[len(root) :]
     return path
-
-
-def check_plugins(cfg: Config) -> None:
-    """Check `model.backbone.plugins` before anything is built: position, stages and type.
-
-    MMDetection's ResNets check them by bare asserts, its other backbones refuse or ignore them.
-
-    Raises:
-        UserError: that names the key, what is allowed, and what to do.
-    """
-    backbone = cfg.model.get('backbone') or {}
-    plugins = backbone.get('plugins')
-    if not plugins or backbone.get('type') == 'PluginBackbone':
-        return
-    from mmdet.registry import MODELS
-
-    where = 'model.backbone.plugins'
-    cls = backbone.get('type')
-    cls = MODELS.get(cls) if isinstance(cls, str) else cls
-    if cls is None:
-        return  # the registry says so, with near matches, when it is built
-    if not any('plugins' in inspect.signature(base.__init__).parameters for base in cls.__mro__):
-        raise UserError(
-            f'{where}: {backbone.type} takes no plugins; in MMDetection only its Bottleneck ResNets do. {ANY}'
-        )
-    block = getattr(cls, 'arch_settings', {}).get(backbone.get('depth'))
-    if isinstance(block, tuple) and getattr(block[0], 'expansion', 0) == 1:
-        deep = [depth for depth, (block, _) in cls.arch_settings.items() if block.expansion > 1]
-        raise UserError(
-            f'{where}: {backbone.type} of depth {backbone.depth} takes no plugins, its blocks are no Bottlenecks; depth {deep} do. {ANY}'
-        )
-    num_stages = backbone.get('num_stages', 4)
-    positions = ('after_conv1', 'after_conv2', 'after_conv3')
-    for i, plugin in enumerate(plugins if isinstance(plugins, (list, tuple)) else [plugins]):
-        key = f'{where}[{i}]'
-        if not isinstance(plugin, dict) or not isinstance(plugin.get('cfg'), dict) or 'type' not in plugin['cfg']:
-            raise UserError(f"{key}: expected dict(cfg=dict(type='CBAM'), position='after_conv3'), got {plugin}")
-        if 'after' in plugin:
-            raise UserError(
-                f'{key}: `after` is for PluginBackbone; {backbone.type} takes `position`, one of {list(positions)}. {ANY}'
-            )
-        position, stages, name = plugin.get('position'), plugin.get('stages'), plugin['cfg']['type']
-        if position not in positions:
-            raise UserError(
-                f'{key}.position={position!r}: expected one of {list(positions)}{did_you_mean(str(position), positions)}'
-            )
-        if stages is not None and len(stages) != num_stages:
-            raise UserError(
-                f'{key}.stages={tuple(stages)} has {len(stages)} entries: expected {num_stages}, one a stage of the backbone'
-            )
-        if isinstance(name, str) and MODELS.get(name) is None:
-            known = [*MODELS.module_dict, *MODELS.parent.module_dict]
-            raise UserError(f'{key}.cfg.type={name!r} is not a registered model{did_you_mean(name, known)}')
 
 
 def check_optimizer(cfg: Config) -> None:

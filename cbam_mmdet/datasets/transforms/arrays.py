@@ -6,7 +6,6 @@ from mmcv.transforms import Compose
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
 
-from cbam_mmdet.compat import ssd_head  # noqa: F401  (SSD is mended)
 
 
 def array_pipeline(cfg: Config) -> Compose:

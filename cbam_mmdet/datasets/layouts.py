@@ -1,0 +1,57 @@
+"""The folders that COCO's and Pascal VOC's data sets lie in. It imports no MMDetection: a missing folder is found early."""
+
+from __future__ import annotations
+
+import os
+import os.path as osp
+
+from mmengine.config import Config, ConfigDict
+
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.config import split_datasets
+
+COCO_LAYOUT = """\
+    {root}/
+        train2017/*.jpg   val2017/*.jpg
+        annotations/instances_train2017.json   annotations/instances_val2017.json"""
+VOC_LAYOUT = """\
+    {root}/VOC2007/  (and VOC2012/ where the config names it)
+        JPEGImages/*.jpg   Annotations/*.xml
+        ImageSets/Main/trainval.txt   ImageSets/Main/test.txt"""
+HELP = 'Point at another folder with --data-root DIR. To see everything work without a data set of your own: make demo'
+LAYOUTS = {
+    'CocoDataset': COCO_LAYOUT,
+    'XMLDataset': VOC_LAYOUT,
+    'VOCDataset': VOC_LAYOUT,
+    'AnySuffixVOCDataset': VOC_LAYOUT,
+}
+
+
+def expected_layout(dataset: ConfigDict) -> str | None:
+    """What a data set's folder is to look like, in lines; None for other kinds (LVIS, panoptic, ...)."""
+    kind = dataset.get('type')
+    layout = LAYOUTS.get(kind if isinstance(kind, str) else getattr(kind, '__name__', ''))
+    root = (dataset.get('data_root') or '').rstrip('/') or '.'
+    return layout and f'{layout.format(root=root)}\n{HELP}'
+
+
+def require_data_root(dataset: ConfigDict, split: str) -> None:
+    """Look for the folder of a data set, of which nothing else is read.
+
+    Raises:
+        UserError: if it does not exist, with the layout expected.
+    """
+    root, layout = dataset.get('data_root') or '', expected_layout(dataset)
+    if root and layout and '://' not in root and not osp.isdir(root):
+        raise UserError(f'the {split} data set is not there: no folder {root} (in {os.getcwd()}). Expected:\n{layout}')
+
+
+def require_data_roots(cfg: Config, *splits: str) -> None:
+    """Look for the folders of the data sets of these splits.
+
+    Raises:
+        UserError: for the first that does not exist.
+    """
+    for split in splits:
+        for dataset in split_datasets(cfg, split):
+            require_data_root(dataset, split)

@@ -1,0 +1,110 @@
+"""The command lines of the tools: what they share is declared once. Only the standard library is imported here.
+
+A tool parses its arguments before it imports the package, with which torch comes. So `--help`, a wrong argument and a
+folder that does not exist are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+USER_ERROR = 2  # the exit code for a user's mistake, as argparse has it
+
+
+class KeyValues(argparse.Action):
+    """KEY=VALUE pairs, read by MMEngine's DictAction, which is imported only where there are some."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Sequence[str],
+        option_string: str | None = None,
+    ) -> None:
+        for pair in values:
+            if '=' not in pair:
+                parser.error(
+                    f'{option_string} takes KEY=VALUE pairs, with no space around the =, got {pair!r}. An example: '
+                    '--cfg-options train_cfg.max_epochs=3 load_from=a.pth'
+                )
+        from mmengine.config import DictAction
+
+        DictAction(self.option_strings, self.dest, nargs='+')(parser, namespace, values, option_string)
+
+
+CONFIG = "config file, or 'cbam_mmdet::NAME.py' for one that the package ships"
+CHECKPOINT = 'checkpoint file, or a work dir for its newest'
+# Arguments of more than one tool -> what argparse is to know of them.
+SHARED: dict[str, dict[str, Any]] = {
+    'config': dict(help=CONFIG),
+    'checkpoint': dict(help=CHECKPOINT),
+    '--config': dict(required=True, help=CONFIG),
+    '--checkpoint': dict(required=True, help=CHECKPOINT),
+    '--work-dir': dict(metavar='DIR'),
+    '--out-dir': dict(metavar='DIR', help='where to write (default: %(default)s)'),
+    '--data-root': dict(metavar='DIR', help="folder of the data set, in place of the config's"),
+    '--classes': dict(
+        metavar='A,B,C', help="the data set's own classes; 'auto' reads them from the training annotations"
+    ),
+    '--cfg-options': dict(nargs='+', action=KeyValues, metavar='KEY=VALUE', help='settings of the config to override'),
+    '--device': dict(help="'cpu', 'cuda:0', ... (default: the GPU if there is one)"),
+    '--num-images': dict(type=int, metavar='N'),
+    '--score-thr': dict(type=float, metavar='S', help='leave out detections with a lower score (default: %(default)s)'),
+    '--trust-checkpoint': dict(
+        action='store_true',
+        help='load a checkpoint that holds more than tensors and plain data: this runs code from the file',
+    ),
+    '--launcher': dict(choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher'),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A tool's parser; its description is the tool's docstring."""
+
+    def __init__(self, doc: str, **options: Any) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def add_shared(self, *names: str, **changes: Any) -> None:
+        """Add arguments of SHARED, each with these changes."""
+        for name in names:
+            self.add_argument(name, **SHARED[name] | changes)
+
+    def add_launcher(self) -> None:
+        """Add --launcher, and what older launchers of PyTorch pass besides."""
+        self.add_shared('--launcher')
+        self.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+    def require_positive(self, args: argparse.Namespace, *names: str) -> None:
+        """End with a message unless these numbers, where they are given, are at least 1."""
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                self.error(f'--{name.replace("_", "-")} takes a positive number, got {value}')
+
+
+def run(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> NoReturn:
+    """Run a tool with its parsed arguments, and exit with its code; a user's mistake ends in one message."""
+    _require_data_root(getattr(args, 'data_root', None))
+    if hasattr(args, 'local_rank'):
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    from cbam_mmdet.cli import run_tool
+
+    run_tool(lambda: main(args))
+
+
+def _require_data_root(folder: str | None) -> None:
+    # With several processes one of them says it, later.
+    alone = int(os.environ.get('WORLD_SIZE', 1)) == 1 and 'SLURM_PROCID' not in os.environ
+    if folder is None or not alone or '://' in folder or os.path.isdir(folder):
+        return
+    print(
+        f'\nerror: --data-root {folder}: there is no folder {os.path.abspath(folder)}. Give the folder of a data set in '
+        "COCO's layout (train2017/, val2017/, annotations/instances_train2017.json, ...) or in Pascal VOC's (VOC2007/ with "
+        'JPEGImages/, Annotations/, ImageSets/Main/). To see everything work without a data set of your own: make demo',
+        file=sys.stderr,
+    )
+    sys.exit(USER_ERROR)
