@@ -31,14 +31,13 @@ import torch
 from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from cbam_mmdet.analysis.complexity import interleaved_speeds, multiply_adds
 from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.config import check_plugins, load_config
+from cbam_mmdet.utils.config import check_plugins, load_config, set_default_scope
 from cbam_mmdet.utils.files import AtomicLocalBackend
 
 BASE = 'ABLATION_BASE'  # the environment variable that configs/ablation/cbam.py reads
@@ -207,7 +206,7 @@ def load_runs(
             raise UserError(f'--base is for the configs of configs/ablation/; {path} builds on a base of its own')
         if not cfg.get('val_dataloader') or not cfg.get('train_cfg'):
             raise UserError(f'{path} has no training with a validation (train_cfg, val_dataloader): nothing to compare')
-        init_default_scope(cfg.get('default_scope', 'mmdet'))
+        set_default_scope(cfg)
         with contextlib.redirect_stdout(sys.stderr):
             point_at_data(cfg, data_root, classes)
         check_plugins(cfg)

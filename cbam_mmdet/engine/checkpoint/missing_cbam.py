@@ -15,7 +15,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import checkpoint as checkpoint_module
 from torch import nn
 
-from cbam_mmdet.models.cbam import CBAM
+from cbam_mmdet.models.gates import find_cbams
 
 _load_state_dict = checkpoint_module.load_state_dict  # MMEngine's own
 
@@ -59,7 +59,7 @@ def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
 def _load_plain(module: nn.Module, state_dict: Mapping, strict: bool = False, logger: Any = None) -> None:
     while is_model_wrapper(module):
         module = module.module
-    names = [name for name, child in module.named_modules() if isinstance(child, CBAM)]
+    names = list(find_cbams(module))
     if not strict:
         state_dict = _cbam_at_block_ends(state_dict, names)
     lacking = tuple(f'{name}.' for name in names if not any(key.startswith(f'{name}.') for key in state_dict))
