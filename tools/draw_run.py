@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from cbam_mmdet.cli import run_tool
-from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import load_config
 
 
@@ -24,10 +23,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     work_dir = Path(args.work_dir)
-    configs = sorted(work_dir.glob('*.py'))
-    if not configs:
-        raise UserError(f'{work_dir} holds no config: give the --work-dir of tools/train.py')
-    cfg = load_config(str(configs[0]))
+    from cbam_mmdet.engine.run_reader import find_config  # after the arguments: torch takes seconds to import
+
+    cfg = load_config(str(find_config(work_dir)))
     from cbam_mmdet.visualization import draw_curve, draw_sheet  # MMDetection takes seconds to import
 
     curve = draw_curve(work_dir, work_dir / 'curve.png')

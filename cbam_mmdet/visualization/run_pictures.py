@@ -15,9 +15,9 @@ from matplotlib.patches import Rectangle
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 
+from cbam_mmdet.engine.run_reader import read_results, read_scalars
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import set_default_scope
-from cbam_mmdet.visualization.run_reader import read_results, read_scalars
 
 COLOURS = matplotlib.colormaps['tab10'].colors
 TRUTH = dict(color='white', linestyle=(0, (4, 3)), linewidth=1.6)
