@@ -22,8 +22,8 @@ from mmengine.structures import InstanceData
 from record import machine, write
 from tqdm import tqdm
 
-from cbam_mmdet import CBAM
 from cbam_mmdet.models.fused_tail import fuse_tails
+from cbam_mmdet.models.gates import find_cbams
 from cbam_mmdet.ops.functional import INTERPRETED
 from cbam_mmdet.utils.config import load_config
 
@@ -71,9 +71,8 @@ def build(config: str, impl: str | None, fuse_tail: bool = False) -> torch.nn.Mo
         cfg.model.backbone.pop('plugins')
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
-    for module in model.modules():
-        if isinstance(module, CBAM):
-            module.impl = impl
+    for cbam in find_cbams(model).values():
+        cbam.impl = impl
     if fuse_tail:
         fuse_tails(model.backbone)
     return model

@@ -27,6 +27,7 @@ from record import machine
 from cbam_mmdet.datasets import ensure_shapes
 from cbam_mmdet.engine.checkpoint.files import newest_checkpoint
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
+from cbam_mmdet.engine.scalars import is_training, scalar_logs
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVAL = 5
@@ -62,11 +63,9 @@ def start(folder: Path, epochs: int) -> subprocess.Popen:
 def curve(work_dir: Path) -> dict[int, dict[str, float]]:
     """Iteration -> losses and learning rate, of all lives; the last line counts, and one that was cut off does not."""
     found = {}
-    for path in sorted(work_dir.glob('*/vis_data/scalars.json'), key=lambda p: p.stat().st_mtime_ns):
-        for line in path.read_text().splitlines():
-            if line.endswith('}') and '"loss"' in line:
-                row = json.loads(line)
-                found[row['step']] = {key: value for key, value in row.items() if 'loss' in key or key == 'lr'}
+    for _, rows in scalar_logs(work_dir):
+        for row in filter(is_training, rows):
+            found[row['step']] = {key: value for key, value in row.items() if 'loss' in key or key == 'lr'}
     return found
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from arguments import Parser, run
 
+from cbam_mmdet.utils.config import load_config
+
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
@@ -21,14 +23,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from cbam_mmdet.errors import UserError
-    from cbam_mmdet.utils.config import load_config
+    from cbam_mmdet.engine.run_reader import find_config
 
     work_dir = Path(args.work_dir)
-    configs = sorted(work_dir.glob('*.py'))
-    if not configs:
-        raise UserError(f'{work_dir} holds no config: give the --work-dir of tools/train.py')
-    cfg = load_config(str(configs[0]))
+    cfg = load_config(str(find_config(work_dir)))
     from cbam_mmdet.visualization import draw_curve, draw_sheet  # MMDetection takes seconds to import
 
     curve = draw_curve(work_dir, work_dir / 'curve.png')

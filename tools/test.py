@@ -22,8 +22,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from cbam_mmdet.engine.checkpoint.files import find_checkpoint
     from cbam_mmdet.datasets.layouts import require_data_roots
+    from cbam_mmdet.engine.checkpoint.files import find_checkpoint
     from cbam_mmdet.utils.config import load_config
 
     cfg = load_config(args.config, args.cfg_options)

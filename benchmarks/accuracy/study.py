@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mmengine.config import Config
 from record import head, machine
 
+from cbam_mmdet.engine.scalars import final_metrics
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # The arguments of CBAM; SE is its channel branch with one pool.
@@ -82,7 +84,7 @@ VARIATIONS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One training: its folder below the study's, and its config."""
 
     folder: Path
@@ -90,14 +92,9 @@ class Run:
     epochs: int
 
     def metrics(self) -> dict[str, float] | None:
-        """The last validation, if it is that of the last epoch."""
-        for path in sorted(self.folder.glob('*/vis_data/scalars.json'), reverse=True):
-            rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith('}')]
-            for row in reversed(rows):
-                training = 'loss' in row or any(key.startswith('gates/') for key in row)
-                if row.get('step') == self.epochs and not training:
-                    return {key.split('/')[-1]: value for key, value in row.items() if 'mAP' in key}
-        return None
+        """The mAPs of the validation of the last epoch; None before it."""
+        metrics = final_metrics(self.folder, self.epochs)
+        return metrics and {key.split('/')[-1]: value for key, value in metrics.items() if 'mAP' in key}
 
 
 def base_config(data: str, attention: str, seed: int, epochs: int, last_stages: int = 4) -> Config:
@@ -126,12 +123,12 @@ def _read(config: str) -> Config:
     return Config.fromfile(ROOT / config)
 
 
-def runs(data: str, seed: int, work_dir: Path) -> dict[tuple[str, str], Run]:
+def runs(data: str, seed: int, work_dir: Path) -> dict[tuple[str, str], StudyRun]:
     """('scratch' or 'finetune', name) -> run, in the order in which they can be made."""
     folder, settings, made = work_dir / data, DATA[data], {}
     for name in ATTENTIONS:
         cfg = base_config(data, name, seed, settings.epochs)
-        made['scratch', name] = Run(folder / 'scratch' / _slug(name) / f'seed{seed}', cfg, settings.epochs)
+        made['scratch', name] = StudyRun(folder / 'scratch' / _slug(name) / f'seed{seed}', cfg, settings.epochs)
     plain = made['scratch', 'plain'].folder / f'epoch_{settings.epochs}.pth'
     ways = {**FINETUNES, **VARIATIONS} if settings.variations else FINETUNES
     for name, way in ways.items():
@@ -147,7 +144,9 @@ def runs(data: str, seed: int, work_dir: Path) -> dict[tuple[str, str], Run]:
         if (way.lr_mult, way.decay_mult) != (1, 1):
             keys = dict(cbam=dict(lr_mult=way.lr_mult, decay_mult=way.decay_mult))
             cfg.optim_wrapper.paramwise_cfg = dict(custom_keys=keys)
-        made['finetune', name] = Run(folder / 'finetune' / _slug(name) / f'seed{seed}', cfg, settings.finetune_epochs)
+        made['finetune', name] = StudyRun(
+            folder / 'finetune' / _slug(name) / f'seed{seed}', cfg, settings.finetune_epochs
+        )
     return made
 
 
@@ -155,7 +154,7 @@ def _slug(name: str) -> str:
     return name.lower().replace(',', '').replace(' ', '_')
 
 
-def train(run: Run, data_root: str) -> None:
+def train(run: StudyRun, data_root: str) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     config = run.folder / 'config.py'
     config.write_text(run.cfg.pretty_text)

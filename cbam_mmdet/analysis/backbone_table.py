@@ -12,7 +12,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from cbam_mmdet.models.cbam import CBAM
+from cbam_mmdet.models.gates import find_cbams
 from cbam_mmdet.models.plugins.backbone import PluginBackbone
 from cbam_mmdet.models.plugins.places import usual_place
 
@@ -114,10 +114,10 @@ def measure(name: str, **cbam: object) -> Row:
     """Build one of BACKBONES with CBAM (and its arguments), and count."""
     cfg, place = BACKBONES[name]
     model = build_with_cbam(name, **cbam)
-    added = sum(p.numel() for m in model.modules() if isinstance(m, CBAM) for p in m.parameters())
+    cbams = find_cbams(model).values()
+    added = sum(p.numel() for cbam in cbams for p in cbam.parameters())
     total = sum(p.numel() for p in model.parameters())
-    cbams = sum(isinstance(m, CBAM) for m in model.modules())
-    return Row(name, cfg['type'], place or usual_place(model), cbams, added, total - added)
+    return Row(name, cfg['type'], place or usual_place(model), len(cbams), added, total - added)
 
 
 def measure_all(names: Iterable[str]) -> list[Row]:

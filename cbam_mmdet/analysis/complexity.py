@@ -25,15 +25,16 @@ import torch
 from mmdet.structures import DetDataSample
 from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import cbam_mmdet.compat.ssd_head  # noqa: F401  (SSD is mended)
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import CBAM
+from cbam_mmdet.models.gates import find_cbams
 from cbam_mmdet.models.plugins.checks import check_plugins
-from cbam_mmdet.utils.config import split_datasets
+from cbam_mmdet.utils.config import set_default_scope, split_datasets
 
 LAYERS = ('conv', 'linear', 'matmul', 'mm', 'addmm', 'bmm', 'einsum')  # what the paper counts, as MMEngine names it
 
@@ -124,7 +125,7 @@ def measure(
     Raises:
         UserError: if the config does not say the image's size, or the network cannot be traced with it.
     """
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    set_default_scope(cfg)
     check_plugins(cfg)
     if device is None:
         device = 'cuda:0' if torch.cuda.is_available() else 'cpu'
@@ -198,7 +199,7 @@ def count(network: nn.Module, image: Tensor, samples: list, name: str = '') -> C
         UserError: if the network cannot be run or traced with this image.
     """
     sizes: dict[str, tuple[int, int]] = {}
-    cbams = {path: module for path, module in network.named_modules() if isinstance(module, CBAM)}
+    cbams = find_cbams(network)
     try:
         with contextlib.ExitStack() as stack:
             for path, module in cbams.items():

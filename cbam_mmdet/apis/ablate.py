@@ -15,7 +15,6 @@ import csv
 import difflib
 import fcntl
 import io
-import json
 import os
 import re
 import shlex
@@ -31,25 +30,24 @@ import torch
 from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from cbam_mmdet.analysis.complexity import interleaved_speeds, multiply_adds
 from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.datasets.pointing import point_at_data
+from cbam_mmdet.engine.scalars import final_metrics, json_lines, metrics_of
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.plugins.checks import check_plugins
-from cbam_mmdet.utils.config import load_config
+from cbam_mmdet.utils.config import load_config, set_default_scope
 from cbam_mmdet.utils.files import AtomicLocalBackend
 
 BASE = 'ABLATION_BASE'  # the environment variable that configs/ablation/cbam.py reads
 HEADLINES = ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'pascal_voc/mAP')
-NOT_METRICS = ('step', 'time', 'data_time', 'memory')
 
 
 @dataclass(frozen=True)
-class Run:
-    """One config of an ablation and what lies of it on the disk.
+class AblationRun:
+    """One config of an ablation, and what is on the disk of its training.
 
     Args:
         name: the config's file name without '.py'.
@@ -94,15 +92,12 @@ class Run:
         Returns:
             None if the training is not finished.
         """
-        for log in sorted(self.work_dir.glob('*/vis_data/scalars.json'), reverse=True):
-            for row in reversed(_json_lines(log)):
-                # Rows of a training have a loss, or gates' statistics, and count their steps in iterations.
-                training = 'loss' in row or any(key.startswith('gates/') for key in row)
-                if not training and row.get('step') == self.last_step[1]:
-                    return _only_metrics(row)
+        metrics = final_metrics(self.work_dir, self.last_step[1])
+        if metrics is not None:
+            return metrics
         for log in sorted(self.validation_dir.glob('*/*.json'), reverse=True):
-            for row in _json_lines(log):
-                return _only_metrics(row)
+            for row in json_lines(log):
+                return metrics_of(row)
         return None
 
 
@@ -188,7 +183,7 @@ def load_runs(
     data_root: str | None = None,
     classes: str | Sequence[str] | None = None,
     cfg_options: dict | None = None,
-) -> list[Run]:
+) -> list[AblationRun]:
     """Read every config, whole.
 
     Raises:
@@ -197,7 +192,7 @@ def load_runs(
     if base:
         base = base if '::' in base else os.path.abspath(base)
         _check_base(base)
-    runs: list[Run] = []
+    runs: list[AblationRun] = []
     for path in configs:
         with _base_variable(base):
             cfg = load_config(path, cfg_options)
@@ -208,11 +203,11 @@ def load_runs(
             raise UserError(f'--base is for the configs of configs/ablation/; {path} builds on a base of its own')
         if not cfg.get('val_dataloader') or not cfg.get('train_cfg'):
             raise UserError(f'{path} has no training with a validation (train_cfg, val_dataloader): nothing to compare')
-        init_default_scope(cfg.get('default_scope', 'mmdet'))
+        set_default_scope(cfg)
         with contextlib.redirect_stdout(sys.stderr):
             point_at_data(cfg, data_root, classes)
         check_plugins(cfg)
-        run = Run(name, cfg, work_dir)
+        run = AblationRun(name, cfg, work_dir)
         # So that a row of metrics tells which validation it is of; MMEngine counts no epochs in a loop of iterations.
         hooks = cfg.setdefault('default_hooks', ConfigDict())
         hooks.setdefault('logger', ConfigDict(type='LoggerHook')).log_metric_by_epoch = run.last_step[0] == 'epoch'
@@ -220,7 +215,7 @@ def load_runs(
     return runs
 
 
-def record_settings(run: Run) -> None:
+def record_settings(run: AblationRun) -> None:
     """Write the config that a run is trained with.
 
     Raises:
@@ -241,7 +236,7 @@ def record_settings(run: Run) -> None:
         _write(run.config, text)
 
 
-def next_command(run: Run, tools: Path) -> list[str] | None:
+def next_command(run: AblationRun, tools: Path) -> list[str] | None:
     """The command that brings a run to its end from what lies on the disk; None if it is there."""
     if run.metrics() is not None:
         return None
@@ -256,7 +251,7 @@ def next_command(run: Run, tools: Path) -> list[str] | None:
     return [sys.executable, f'{tools}/train.py', str(run.config), '--work-dir', str(run.work_dir), *resume]
 
 
-def measure(runs: Sequence[Run], rounds: int) -> dict[str, Cost]:
+def measure(runs: Sequence[AblationRun], rounds: int) -> dict[str, Cost]:
     """Cost of every trained detector, on the first image of its validation set.
 
     Raises:
@@ -329,7 +324,7 @@ def _forward(detector: nn.Module, image: Tensor, samples: list) -> Callable[[], 
     return forward
 
 
-def _finish(run: Run, tools: Path, lock: int, title: str) -> str | None:
+def _finish(run: AblationRun, tools: Path, lock: int, title: str) -> str | None:
     """Bring a run to its end; the message if it fails."""
     command = next_command(run, tools)
     if not command:
@@ -415,24 +410,11 @@ def _validation_as_test(cfg: Config) -> Config:
     return cfg
 
 
-def _json_lines(path: Path) -> list[dict]:
-    """The lines of a log that hold JSON objects; a kill may have cut the last."""
-    rows = []
-    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
-
-
-def _only_metrics(row: dict) -> dict[str, float]:
-    return {key: value for key, value in row.items() if key not in NOT_METRICS and isinstance(value, (int, float))}
-
-
 def _metric_keys(metrics: dict[str, dict[str, float]]) -> list[str]:
     return list(dict.fromkeys(key for row in metrics.values() for key in row))
 
 
-def _notes(runs: Sequence[Run], costs: dict[str, Cost], rounds: int) -> str:
+def _notes(runs: Sequence[AblationRun], costs: dict[str, Cost], rounds: int) -> str:
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f'the CPU, {torch.get_num_threads()} threads'
     tests = [run.cfg.model.get('test_cfg') or {} for run in runs]

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import init_default_scope
 from torch import nn
 
 from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
@@ -30,8 +29,9 @@ from cbam_mmdet.engine.checkpoint.content import meta_of, weights_of
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.models.cbam import CBAM
+from cbam_mmdet.models.gates import find_cbams
 from cbam_mmdet.models.plugins.places import usual_place
+from cbam_mmdet.utils.config import set_default_scope
 from cbam_mmdet.utils.files import AtomicLocalBackend
 
 
@@ -70,15 +70,14 @@ def insert_cbam(
         UserError: if the detector has CBAM already or no backbone that takes it, or the checkpoint does not fit the plain config.
     """
     name = f'{Path(cfg.filename).stem}_cbam'
-    cfg.setdefault('default_scope', 'mmdet')
-    init_default_scope(cfg.default_scope)
+    set_default_scope(cfg)
     backbone = cfg.get('model', {}).get('backbone')
     if not backbone:
         raise UserError(f'{cfg.filename} has no model.backbone to put CBAM into')
     given = load_checkpoint(find_checkpoint(checkpoint), 'cpu', trust_checkpoint)
     _forget_pretrained(cfg.model)
     plain = MODELS.build(cfg.model)
-    if any(isinstance(module, CBAM) for module in plain.modules()):
+    if find_cbams(plain):
         raise UserError(f'{cfg.filename} has CBAM in its model already: give the config of the plain detector')
     compare_state_dicts(given, plain, strict=True, name=checkpoint)
     wrapped = backbone.type in ('PluginBackbone', 'cbam_mmdet.PluginBackbone')
@@ -93,7 +92,7 @@ def insert_cbam(
     torch.manual_seed(seed)
     model = MODELS.build(cfg.model)
     left = model.load_state_dict(weights_of(given), strict=False)
-    modules = [key for key, module in model.named_modules() if isinstance(module, CBAM)]
+    modules = list(find_cbams(model))
     others = [key for key in left.missing_keys if not key.startswith(tuple(f'{module}.' for module in modules))]
     if others or left.unexpected_keys:
         raise RuntimeError(f'CBAM changed other keys of the model: {others + left.unexpected_keys}')

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import cbam_mmdet.compat.ssd_head  # mends SSD
@@ -20,16 +20,15 @@ from cbam_mmdet.datasets.image_folders import check_image_folders, is_classifier
 from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.engine.distributed import in_first_process, join_processes
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.config import check_evaluators, check_optimizer
 from cbam_mmdet.models.plugins.checks import check_plugins
+from cbam_mmdet.utils.config import check_evaluators, check_optimizer, set_default_scope
 
 
 def prepare(
     cfg: Config, data_root: str | None, classes: str | Sequence[str] | None, work_dir: str | None, launcher: str
 ) -> None:
     setup_cache_size_limit_of_dynamo()
-    cfg.setdefault('default_scope', 'mmdet')
-    init_default_scope(cfg.default_scope)
+    set_default_scope(cfg)
     cfg.launcher = launcher
     join_processes(cfg, launcher)
     if work_dir:

@@ -25,9 +25,8 @@ from tqdm import tqdm
 from cbam_mmdet.datasets.layouts import HELP, expected_layout, require_data_root
 from cbam_mmdet.datasets.voc import AnySuffixVOCDataset, image_files, voc_folder, voc_image_folder
 from cbam_mmdet.errors import UserError, did_you_mean
-from cbam_mmdet.utils.config import evaluators_of, split_datasets
+from cbam_mmdet.utils.config import class_of, evaluators_of, split_datasets
 from cbam_mmdet.utils.text import abridge
-
 
 
 @dataclass
@@ -91,7 +90,7 @@ def annotation_format(dataset: ConfigDict) -> str | None:
     """'coco' or 'voc'; None for other kinds (LVIS, panoptic, ...), which have formats of their own, and for remote files."""
     if '://' in annotation_file(dataset):
         return None
-    kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+    kind = class_of(DATASETS, dataset['type'])
     if kind is CocoDataset:
         return 'coco'
     return 'voc' if kind in (XMLDataset, VOCDataset, AnySuffixVOCDataset) else None
@@ -145,7 +144,7 @@ def dataset_classes(dataset: ConfigDict) -> tuple[str, ...]:
     meta = dataset.get('metainfo') or {}
     classes = meta.get('classes')
     if classes is None:
-        cls = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+        cls = class_of(DATASETS, dataset['type'])
         classes = getattr(cls, 'METAINFO', {}).get('classes', ())
     return (classes,) if isinstance(classes, str) else tuple(classes)
 

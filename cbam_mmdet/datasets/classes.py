@@ -20,7 +20,7 @@ from cbam_mmdet.datasets.checks import (
     require_annotation_file,
 )
 from cbam_mmdet.errors import UserError, did_you_mean
-from cbam_mmdet.utils.config import SPLITS, split_datasets
+from cbam_mmdet.utils.config import SPLITS, class_of, split_datasets
 from cbam_mmdet.utils.logging import log
 
 AUTO = 'auto'
@@ -174,7 +174,7 @@ def _set_num_classes(node: object, count: int, where: str) -> list[str]:
 
 
 def _takes_num_classes(head: ConfigDict) -> bool:
-    cls = MODELS.get(head['type']) if isinstance(head.get('type'), str) else head.get('type')
+    cls = class_of(MODELS, head.get('type'))
     bases = getattr(cls, '__mro__', ())
     return 'num_classes' in head or any('num_classes' in inspect.signature(base.__init__).parameters for base in bases)
 
@@ -193,7 +193,7 @@ def _reset_num_classes(head: ConfigDict, count: int, where: str) -> list[str]:
 
 def _set_metainfo(dataset: ConfigDict, names: tuple[str, ...]) -> None:
     meta = dict(dataset.get('metainfo') or {}, classes=names)
-    kind = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+    kind = class_of(DATASETS, dataset['type'])
     palette = meta.pop('palette', None) or getattr(kind, 'METAINFO', {}).get('palette')
     if not isinstance(palette, list) or len(palette) < len(names):
         # MMDetection draws no picture with fewer colours than classes.

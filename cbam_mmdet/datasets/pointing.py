@@ -7,14 +7,13 @@ from pathlib import Path
 
 from mmdet.registry import DATASETS
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
 
 from cbam_mmdet.datasets.checks import check_data
 from cbam_mmdet.datasets.classes import set_classes
 from cbam_mmdet.datasets.image_folders import is_classifier, point_at_folders
 from cbam_mmdet.datasets.voc import fit_image_suffix, fit_layout
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.config import set_data_root, split_datasets
+from cbam_mmdet.utils.config import set_data_root, set_default_scope, split_datasets
 
 
 def point_at_data(cfg: Config, data_root: str | None, classes: str | Sequence[str] | None) -> None:
@@ -48,8 +47,7 @@ def validation_images(cfg: Config, data_root: str | None = None) -> list[Path]:
 
     if not split_datasets(cfg, 'val'):
         raise UserError('the config has no validation set (val_dataloader): give images or folders')
-    cfg.setdefault('default_scope', 'mmdet')
-    init_default_scope(cfg.default_scope)
+    set_default_scope(cfg)
     point_at_data(cfg, data_root, None)
     check_data(cfg, ['val'])
     dataset = DATASETS.build(cfg.val_dataloader.dataset)

@@ -17,11 +17,10 @@ from mmdet.datasets.api_wrappers import COCO, COCOeval
 from mmdet.evaluation import CocoMetric
 from mmdet.registry import DATASETS
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
 
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.metrics import MODES, SampleCocoMetric, VOCDetectionMetric
-from cbam_mmdet.utils.config import evaluators_of
+from cbam_mmdet.utils.config import evaluators_of, set_default_scope
 
 # COCOeval's figures, in the order of its `stats`.
 COCO_FIGURES = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l', 'AR@1', 'AR@10', 'AR@100', 'AR_s', 'AR_m', 'AR_l')
@@ -139,7 +138,7 @@ def score(cfg: Config, results: list[dict], name: str) -> Scores:
     Raises:
         UserError: if the results are of other images than the test data's.
     """
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    set_default_scope(cfg)
     with _quiet():
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
         infos = {info['img_id']: info for info in map(dataset.get_data_info, range(len(dataset)))}

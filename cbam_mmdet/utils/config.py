@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os.path as osp
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import OPTIMIZERS
+from mmengine.registry import OPTIMIZERS, Registry, init_default_scope
 
 from cbam_mmdet.errors import UserError, did_you_mean
 
@@ -66,6 +65,16 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f'--cfg-options {cfg_options} does not fit config {path!r}: {error}') from error
     return cfg
+
+
+def set_default_scope(cfg: Config) -> None:
+    """Let MMEngine look names up in the scope that a config names, or in MMDetection's; the config names it from now on."""
+    init_default_scope(cfg.setdefault('default_scope', 'mmdet'))
+
+
+def class_of(registry: Registry, type_: str | type | None) -> type | None:
+    """The class that a config's `type` stands for: a name in a registry, or the class itself; None for an unknown name."""
+    return registry.get(type_) if isinstance(type_, str) else type_
 
 
 def datasets_of(dataset: ConfigDict | list | None) -> Iterator[ConfigDict]:

@@ -36,13 +36,13 @@ from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint
 from cbam_mmdet.engine.record import differences
+from cbam_mmdet.engine.run_reader import TrainingRecord, read_results, read_runs
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.scores import Outcome, Scores, score
 from cbam_mmdet.models.gates import Gates, find_cbams
 from cbam_mmdet.utils.tables import Cell, Table, change
 from cbam_mmdet.visualization.attention import gates_over
 from cbam_mmdet.visualization.charts import COLOURS, COLOURS_ON_DARK, Chart, Line, save
-from cbam_mmdet.visualization.run_reader import Run, read_results, read_runs
 
 WIDEST = 480  # pixels of a picture in the page
 MOST_CLASSES = 12  # with a precision-recall curve of their own
@@ -57,7 +57,7 @@ class Evaluated:
         gates: by image file and CBAM.
     """
 
-    run: Run
+    run: TrainingRecord
     checkpoint: str
     scores: Scores
     outcomes: dict[str, Outcome]
@@ -170,7 +170,7 @@ def write_report(
     return path
 
 
-def _evaluate(run: Run, checkpoint: str, data_root: str | None, score_thr: float, trust: bool) -> Evaluated:
+def _evaluate(run: TrainingRecord, checkpoint: str, data_root: str | None, score_thr: float, trust: bool) -> Evaluated:
     results = _detections(run, checkpoint, data_root, trust)
     cfg = copy.deepcopy(run.tested)
     point_at_data(cfg, data_root, None)
@@ -183,7 +183,7 @@ def _evaluate(run: Run, checkpoint: str, data_root: str | None, score_thr: float
     return Evaluated(run, checkpoint, scores, scores.outcomes(score_thr), cost, why, {})
 
 
-def _detections(run: Run, checkpoint: str, data_root: str | None, trust: bool) -> list[dict]:
+def _detections(run: TrainingRecord, checkpoint: str, data_root: str | None, trust: bool) -> list[dict]:
     """What tools/test.py --out has written since the checkpoint; else the same is done now."""
     results = run.work_dir / 'results.pkl'
     if not data_root and results.is_file() and results.stat().st_mtime >= os.path.getmtime(checkpoint):

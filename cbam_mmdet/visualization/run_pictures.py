@@ -14,10 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from mmdet.registry import DATASETS
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
 
+from cbam_mmdet.engine.run_reader import read_results, read_scalars
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.visualization.run_reader import read_results, read_scalars
+from cbam_mmdet.utils.config import set_default_scope
 
 COLOURS = matplotlib.colormaps['tab10'].colors
 TRUTH = dict(color='white', linestyle=(0, (4, 3)), linewidth=1.6)
@@ -72,7 +72,7 @@ def draw_sheet(cfg: Config, results: str | Path, out: str | Path, num_images: in
         UserError: if the results are missing or not of this test set.
     """
     predictions = {sample['img_id']: sample for sample in read_results(results)}
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    set_default_scope(cfg)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     infos = [dataset.get_data_info(i) for i in range(min(num_images, len(dataset)))]
     if any(info['img_id'] not in predictions for info in infos):

@@ -19,8 +19,8 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from cbam_mmdet.apis.ablate import (
+    AblationRun,
     Cost,
-    Run,
     _locked,
     ablate,
     as_csv,
@@ -57,7 +57,7 @@ for epoch in (2,) if resume else (1, 2):
 @pytest.fixture
 def run(tmp_path):
     cfg = Config(dict(train_cfg=dict(max_epochs=2), val_dataloader=dict(batch_size=1), val_evaluator=dict(type='X')))
-    return Run('some', cfg, tmp_path)
+    return AblationRun('some', cfg, tmp_path)
 
 
 def write_log(run, *rows, cut=''):
@@ -93,7 +93,7 @@ def test_a_finished_run_that_detects_nothing_is_finished(run):
 
 def test_iterations_are_counted_in_a_loop_of_iterations(tmp_path):
     cfg = Config(dict(train_cfg=dict(type='IterBasedTrainLoop', max_iters=90)))
-    run = Run('some', cfg, tmp_path)
+    run = AblationRun('some', cfg, tmp_path)
     write_log(run, {'loss': 1.0, 'step': 90, 'iter': 90}, {'coco/bbox_mAP': 0.3, 'step': 90})
     assert run.metrics() == {'coco/bbox_mAP': 0.3}
 
@@ -109,7 +109,7 @@ def test_training_starts_resumes_and_skips_what_is_cut_off(run):
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
-    run = Run('some', Config(dict(train_cfg=dict(max_epochs=24))), tmp_path)
+    run = AblationRun('some', Config(dict(train_cfg=dict(max_epochs=24))), tmp_path)
     for epoch in (10, 8, 9):
         write_checkpoint(run, epoch)
     assert run.checkpoint().name == 'epoch_10.pth'

@@ -7,7 +7,6 @@ from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
 
 
-
 def array_pipeline(cfg: Config) -> Compose:
     """The test pipeline, for images that are read already."""
     pipeline = get_test_pipeline_cfg(cfg.copy())

@@ -16,7 +16,7 @@ from mmengine.runner import checkpoint as checkpoint_module
 from torch import nn
 
 from cbam_mmdet.compat.mmengine import state_dicts_loaded_by
-from cbam_mmdet.models.cbam import CBAM
+from cbam_mmdet.models.gates import find_cbams
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def _load_plain(
     """Load by MMEngine's own function, and name the CBAMs that the state dict lacks."""
     while is_model_wrapper(module):
         module = module.module
-    names = [name for name, child in module.named_modules() if isinstance(child, CBAM)]
+    names = list(find_cbams(module))
     if not strict:
         state_dict = _cbam_at_block_ends(state_dict, names)
     lacking = tuple(f'{name}.' for name in names if not any(key.startswith(f'{name}.') for key in state_dict))

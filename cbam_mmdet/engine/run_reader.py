@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
@@ -15,26 +14,25 @@ from pathlib import Path
 from mmengine.config import Config
 
 from cbam_mmdet.engine.record import RECORD, Setting, base_differences, shipped_config
+from cbam_mmdet.engine.scalars import SCALARS, is_training, is_validation, scalar_logs
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import load_config, split_datasets
 
-SCALARS = 'vis_data/scalars.json'
-
 
 @dataclass
-class Run:
-    """A training, as its work dir tells it.
+class TrainingRecord:
+    """A training, as its work dir records it.
 
     Args:
-        name: short, and another one than that of the runs it is compared with.
+        name: a short name that none of the trainings compared with it has.
         work_dir: its folder.
-        trained: the config that it was trained with.
-        tested: the config in the work dir, which names the data that it is tested on.
-        train: the rows of scalars that were logged in training, in the order of their `step` (iterations).
-        validations: the rows of metrics; `step` is the iteration after which they were measured.
-        facts: what was run, in words, by its name.
-        bases: the configs that its own stands on.
-        changes: the settings that differ from these; None if they are not known.
+        trained: the config of the training.
+        tested: the config in the work dir, which names the test data.
+        train: the rows of losses, in the order of their `step` (iterations).
+        validations: the rows of metrics; their `step` is the iteration after which they were measured.
+        facts: what was run, in words: the config, the data, the seed, the versions, the machine.
+        bases: the configs that its config inherits from.
+        changes: the settings that differ from these; None if they are unknown.
     """
 
     name: str
@@ -48,11 +46,11 @@ class Run:
     changes: list[Setting] | None = None
 
 
-def read_runs(work_dirs: Sequence[str | Path]) -> list[Run]:
-    """Read work dirs; the runs get names that tell them apart.
+def read_runs(work_dirs: Sequence[str | Path]) -> list[TrainingRecord]:
+    """Read work dirs; each training gets a name that distinguishes it.
 
     Raises:
-        UserError: for what is no folder, one without the log of a training or without a config, and one given twice.
+        UserError: for a path that is not a folder, a folder without a training's log or without a config, and one given twice.
     """
     paths = [Path(os.path.abspath(path)) for path in work_dirs]
     for path in paths:
@@ -71,12 +69,12 @@ def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
     """The scalars that MMEngine logged of the newest training in a work dir; of a resumed one, from its start.
 
     Returns:
-        The rows of the training, and those of the validations; the `step` of both counts iterations.
+        The rows of losses, and the rows of metrics; the `step` of both counts iterations.
 
     Raises:
-        UserError: if there is no such log.
+        UserError: if the work dir holds no log of a training.
     """
-    return _join(_scalar_logs(work_dir))
+    return _join(_training_logs(work_dir))
 
 
 def find_config(work_dir: str | Path) -> Path:
@@ -110,10 +108,10 @@ def read_results(path: str | Path) -> list[dict]:
     return samples
 
 
-def _read_run(work_dir: Path, name: str) -> Run:
+def _read_run(work_dir: Path, name: str) -> TrainingRecord:
     if not work_dir.is_dir():
         raise UserError(f'{work_dir} is not a folder: give the --work-dir of tools/train.py')
-    logs = _scalar_logs(work_dir)
+    logs = _training_logs(work_dir)
     train, validations = _join(logs)
     config = find_config(work_dir)
     folder = logs[-1][0]
@@ -123,7 +121,9 @@ def _read_run(work_dir: Path, name: str) -> Run:
     log = next((path.read_text(encoding='utf-8', errors='replace') for path in folder.glob('*.log')), '')
     record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
 
-    run = Run(name, work_dir, trained, tested, train, validations, _facts(trained, record, log, config, train))
+    run = TrainingRecord(
+        name, work_dir, trained, tested, train, validations, _facts(trained, record, log, config, train)
+    )
     if record:
         run.bases, run.changes = record['bases'], [Setting(*change) for change in record['differences']]
     elif shipped := shipped_config(config.name):  # trained by another program
@@ -131,10 +131,8 @@ def _read_run(work_dir: Path, name: str) -> Run:
     return run
 
 
-def _scalar_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
-    """(folder, rows) of each training, by time."""
-    logs = [(path.parent.parent, _json_lines(path)) for path in sorted(Path(work_dir).glob(f'*/{SCALARS}'))]
-    logs = [(folder, rows) for folder, rows in logs if any('loss' in row for row in rows)]
+def _training_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
+    logs = [(folder, rows) for folder, rows in scalar_logs(work_dir) if any(map(is_training, rows))]
     if not logs:
         raise UserError(
             f'{work_dir} holds no log of a training run (*/{SCALARS}): give the --work-dir of tools/train.py'
@@ -142,25 +140,16 @@ def _scalar_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
     return logs
 
 
-def _json_lines(path: Path) -> list[dict]:
-    """A kill may have cut the last line."""
-    rows = []
-    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def _join(logs: list[tuple[Path, list[dict]]]) -> tuple[list[dict], list[dict]]:
     """The newest training; what comes before its first step is taken from those that it resumed."""
     train, validations, first = [], [], float('inf')
     for _, rows in reversed(logs):
         at, earlier, measured = 0, [], []
-        for row in rows:  # MMEngine counts a validation's step in epochs, a training row's in iterations
-            if 'loss' in row:
+        for row in rows:
+            if is_training(row):
                 at = row['step']
                 earlier.append(row)
-            elif any('/' in key for key in row):
+            elif is_validation(row):
                 measured.append({**row, 'step': at})
         train = [row for row in earlier if row['step'] < first] + train
         validations = [row for row in measured if row['step'] < first] + validations
