@@ -11,8 +11,6 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from cbam_mmdet import evaluation  # noqa: F401  (they register what they hold; SSD is mended)
-from cbam_mmdet.engine import mixed_precision  # noqa: F401  (they register what they hold; SSD is mended)
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import SPLITS, evaluators_of, set_data_root, split_datasets
 from cbam_mmdet.utils.logging import log
