@@ -27,7 +27,7 @@ def main() -> None:
             raise UserError(
                 f'--only {name}: the table has no such row{did_you_mean(name, BACKBONES) or "."} It has: {", ".join(BACKBONES)}'
             )
-    print(as_markdown(measure_all(args.only or BACKBONES)))
+    print(as_markdown(measure_all(args.only or BACKBONES)), end='')
 
 
 if __name__ == '__main__':
