@@ -86,15 +86,15 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, 1, 1), of x's dtype."""
-        return self.gate(channel_descriptor(x, self.pools)).to(x.dtype)
+        return self.map_of(channel_descriptor(x, self.pools)).to(x.dtype)
 
-    def gate(self, descriptor: Tensor) -> Tensor:
+    def map_of(self, descriptor: Tensor) -> Tensor:
         """(N, K, C) -> (N, C, 1, 1), in the parameters' dtype whatever autocast says: these tensors are small."""
         with _without_autocast(descriptor.device.type):
             z = self.fc2(F.relu(self.fc1(descriptor.to(self.fc1.weight.dtype)))).sum(1)
             return self.activation(z)[..., None, None]
 
-    def gate_parameters(self) -> list[nn.Parameter]:
+    def map_parameters(self) -> list[nn.Parameter]:
         """The parameters between descriptor and map: here, all."""
         return list(self.parameters())
 
@@ -131,9 +131,9 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, 1, H, W), of x's dtype."""
-        return self.gate(spatial_descriptor(x, self.reduce_weight)).to(x.dtype)
+        return self.map_of(spatial_descriptor(x, self.reduce_weight)).to(x.dtype)
 
-    def gate(self, descriptor: Tensor) -> Tensor:
+    def map_of(self, descriptor: Tensor) -> Tensor:
         """(N, K, H, W) -> (N, 1, H, W), in the parameters' dtype whatever autocast says: these tensors are small."""
         with _without_autocast(descriptor.device.type):
             z = self.conv(descriptor.to(self.conv.weight.dtype))
@@ -155,7 +155,7 @@ class SpatialAttention(nn.Module):
         """(1, C, 1, 1), the 1x1 convolution of 'conv'; None for 'pool'."""
         return None if self.reduce is None else self.reduce.weight
 
-    def gate_parameters(self) -> list[nn.Parameter]:
+    def map_parameters(self) -> list[nn.Parameter]:
         """The parameters between descriptor and map: all but the 1x1 convolution, which makes the descriptor."""
         return [p for name, p in self.named_parameters() if not name.startswith('reduce.')]
 

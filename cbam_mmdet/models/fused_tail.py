@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import CBAM
 from cbam_mmdet.models.plugins.apply_child import ApplyChild
-from cbam_mmdet.ops.functional import gates
+from cbam_mmdet.ops.functional import map_functions
 from cbam_mmdet.ops.passes import accumulate_dtype, apply, as_map
 
 LAST_NORM = {Bottleneck.forward: 3, BasicBlock.forward: 2}
@@ -103,7 +103,7 @@ def tail(v: Tensor, identity: Tensor, norm: _BatchNorm, cbam: CBAM) -> Tensor:
     a = a if norm.weight is None else a * norm.weight.to(dtype)
     b = -norm.running_mean.to(dtype) * a
     b = b if norm.bias is None else b + norm.bias.to(dtype)
-    channel_gate, spatial_gate = gates(cbam.channel, cbam.spatial, v)
+    channel_gate, spatial_gate = map_functions(cbam.channel, cbam.spatial, v)
 
     def scales(descriptor: Tensor) -> tuple[Tensor, Tensor]:
         c = channel_gate(descriptor * a + b).to(dtype)

@@ -25,7 +25,7 @@ FIGURES = ('mean', 'spread', 'closed', 'open', 'distance')
 
 
 @dataclass
-class Gates:
+class RecordedGates:
     """The gates of one CBAM, an entry for each image that went through it, in order.
 
     Attributes:
@@ -45,7 +45,7 @@ def find_cbams(model: nn.Module) -> dict[str, CBAM]:
 
 
 @contextlib.contextmanager
-def record_gates(model: nn.Module) -> Iterator[dict[str, Gates]]:
+def record_gates(model: nn.Module) -> Iterator[dict[str, RecordedGates]]:
     """Record the gates of every CBAM while the context lasts, by forward hooks; the model computes what it always does.
 
     With activation checkpointing the second forward pass, inside the backward pass, is not counted. A model compiled by torch.compile
@@ -63,7 +63,7 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, Gates]]:
     cbams = find_cbams(model)
     if not cbams:
         raise UserError(f'this {type(model).__name__} holds no CBAM: there are no gates to look at')
-    gates = {name: Gates(2.0 if cbam.unit else 1.0) for name, cbam in cbams.items()}
+    gates = {name: RecordedGates(2.0 if cbam.unit else 1.0) for name, cbam in cbams.items()}
     handles = []
     try:
         for name, cbam in cbams.items():

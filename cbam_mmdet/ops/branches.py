@@ -12,10 +12,10 @@ class ChannelBranch(Protocol):
 
     pools: tuple[str, ...]
 
-    def gate(self, descriptor: Tensor) -> Tensor:
+    def map_of(self, descriptor: Tensor) -> Tensor:
         """(N, K, C) -> (N, C, 1, 1)."""
 
-    def gate_parameters(self) -> list[nn.Parameter]:
+    def map_parameters(self) -> list[nn.Parameter]:
         """The parameters between descriptor and map."""
 
     def parameters(self) -> list[nn.Parameter]:
@@ -27,10 +27,10 @@ class SpatialBranch(Protocol):
 
     reduce_weight: Tensor | None
 
-    def gate(self, descriptor: Tensor) -> Tensor:
+    def map_of(self, descriptor: Tensor) -> Tensor:
         """(N, K, H, W) -> (N, 1, H, W)."""
 
-    def gate_parameters(self) -> list[nn.Parameter]:
+    def map_parameters(self) -> list[nn.Parameter]:
         """The parameters between descriptor and map: not the 1x1 convolution that makes the descriptor."""
 
     def parameters(self) -> list[nn.Parameter]:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from cbam_mmdet.ops.passes import Passes, accumulate_dtype, as_operators, place_dtype
+from cbam_mmdet.ops.passes import Passes, accumulate_dtype, as_operators, index_dtype
 
 BLOCK = (
     2**19
@@ -26,7 +26,7 @@ BLOCK = (
 CHUNK = 64  # pixels: the first maximum is looked for only in the chunk that holds it
 
 
-def pool_pixels(x: Tensor, places: bool) -> tuple[Tensor, Tensor]:
+def pool_pixels(x: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
     images, channels, pixels = x.shape
     dtype = accumulate_dtype(x)
     sums = _partial_sums(x)
@@ -43,18 +43,18 @@ def pool_pixels(x: Tensor, places: bool) -> tuple[Tensor, Tensor]:
             chunks[:, :, whole] = block[:, :, whole * CHUNK :].amax(2)
 
     _in_blocks(x, work)
-    top, place = tops.contiguous().max(2, keepdim=True)
-    if places:
+    top, argmax = tops.contiguous().max(2, keepdim=True)
+    if with_argmax:
         # Beyond the end the last pixel stands in: it comes after itself, so the first of equals is found all the same.
-        candidates = (place * CHUNK + torch.arange(CHUNK)).clamp_(max=pixels - 1)
-        place = candidates.gather(2, x.gather(2, candidates).max(2, keepdim=True).indices)
-    return torch.stack([sums.sum(1) / pixels, top.squeeze(2)], 1), place.squeeze(2).to(torch.int32)
+        candidates = (argmax * CHUNK + torch.arange(CHUNK)).clamp_(max=pixels - 1)
+        argmax = candidates.gather(2, x.gather(2, candidates).max(2, keepdim=True).indices)
+    return torch.stack([sums.sum(1) / pixels, top.squeeze(2)], 1), argmax.squeeze(2).to(torch.int32)
 
 
-def pool_channels(x: Tensor, places: bool, c: Tensor) -> tuple[Tensor, Tensor]:
+def pool_channels(x: Tensor, with_argmax: bool, c: Tensor) -> tuple[Tensor, Tensor]:
     images, channels, pixels = x.shape
     descriptor = x.new_empty((images, 2, pixels), dtype=c.dtype)
-    place = x.new_empty((images, pixels), dtype=place_dtype(channels))
+    argmax = x.new_empty((images, pixels), dtype=index_dtype(channels))
     countdown = torch.arange(channels, 0, -1, dtype=c.dtype)[:, None]
 
     def work(ns, ps, piece, buffer):
@@ -62,15 +62,15 @@ def pool_channels(x: Tensor, places: bool, c: Tensor) -> tuple[Tensor, Tensor]:
         top = u.amax(1, keepdim=True)
         descriptor[ns, :1, ps] = top
         descriptor[ns, 1, ps] = u.mean(1)
-        if places:
+        if with_argmax:
             # Of the channels that equal the maximum the first has the highest number. Max with indices takes five times as long.
             first = channels - u.eq_(top).mul_(countdown).amax(1)
             if (first == channels).any():  # NaN equals nothing
                 first = (x[ns, :, ps] * c[ns, :, None]).max(1).indices
-            place[ns, ps] = first.to(place.dtype)
+            argmax[ns, ps] = first.to(argmax.dtype)
 
     _in_blocks(x, work)
-    return descriptor, place
+    return descriptor, argmax
 
 
 def refine(x: Tensor, s: Tensor, c: Tensor) -> Tensor:
@@ -125,8 +125,8 @@ def backward_input(g: Tensor, c: Tensor, s: Tensor, dz: Tensor, j: Tensor, dpool
 
     _in_blocks(g, work)
     # Not by scatter_add_, which in half precision copies dx to fp32 and back.
-    places = torch.arange(dx.shape[0])[:, None], torch.arange(dx.shape[1]), i.long()
-    dx[places] += dmax.to(dx.dtype)
+    maxima = torch.arange(dx.shape[0])[:, None], torch.arange(dx.shape[1]), i.long()
+    dx[maxima] += dmax.to(dx.dtype)
     return dx
 
 
@@ -209,5 +209,5 @@ def _forget_helpers() -> None:
 _pool: tuple[int, ThreadPoolExecutor] | None = None
 os.register_at_fork(after_in_child=_forget_helpers)  # threads do not live on in a forked process
 
-PASSES = Passes(pool_pixels, pool_channels, refine, backward_maps, backward_pool_channels, backward_input)
-OPERATORS = as_operators(PASSES, 'cpu')
+EAGER_FUNCTIONS = Passes(pool_pixels, pool_channels, refine, backward_maps, backward_pool_channels, backward_input)
+CUSTOM_OPERATORS = as_operators(EAGER_FUNCTIONS, 'cpu')

@@ -121,9 +121,9 @@ def _passes_for(x: Tensor, chosen: str) -> Passes | None:
     if chosen == 'fused':
         from cbam_mmdet.ops import triton_passes  # Triton is optional
 
-        return triton_passes.OPERATORS if torch.compiler.is_compiling() else triton_passes.PASSES
+        return triton_passes.CUSTOM_OPERATORS if torch.compiler.is_compiling() else triton_passes.EAGER_FUNCTIONS
     if x.device.type == 'cpu':
-        return cpu_passes.OPERATORS if torch.compiler.is_compiling() else cpu_passes.PASSES
+        return cpu_passes.CUSTOM_OPERATORS if torch.compiler.is_compiling() else cpu_passes.EAGER_FUNCTIONS
     return None
 
 
@@ -137,10 +137,10 @@ def _in_passes(x: Tensor, channel: ChannelBranch, spatial: SpatialBranch, order:
     pixels = x.flatten(2)
     if not pixels.is_contiguous() and not pixels.transpose(1, 2).is_contiguous():
         pixels = pixels.contiguous()
-    return as_map(apply(pixels, *gates(channel, spatial, x), passes), x.shape)
+    return as_map(apply(pixels, *map_functions(channel, spatial, x), passes), x.shape)
 
 
-def gates(channel: ChannelBranch, spatial: SpatialBranch, x: Tensor) -> tuple[Callable, Callable]:
+def map_functions(channel: ChannelBranch, spatial: SpatialBranch, x: Tensor) -> tuple[Callable, Callable]:
     """What passes.apply takes for x, (N, C, H, W).
 
     Returns:
@@ -149,12 +149,12 @@ def gates(channel: ChannelBranch, spatial: SpatialBranch, x: Tensor) -> tuple[Ca
     planes = [('avg', 'max').index(pool) for pool in channel.pools]
 
     def channel_gate(descriptor):
-        return channel.gate(descriptor if planes == [0, 1] else descriptor[:, planes]).flatten(1)
+        return channel.map_of(descriptor if planes == [0, 1] else descriptor[:, planes]).flatten(1)
 
     def spatial_gate(descriptor):
         descriptor = descriptor.unflatten(2, x.shape[2:])
         if x.device.type == 'cpu':  # the convolution's gradients take a third of the time in this layout
             descriptor = descriptor.contiguous(memory_format=torch.channels_last)
-        return spatial.gate(descriptor).flatten(1)
+        return spatial.map_of(descriptor).flatten(1)
 
     return channel_gate, spatial_gate

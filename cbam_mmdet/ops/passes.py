@@ -2,7 +2,7 @@
 
 x is (N, C, P) with P = H * W; k is 1 for the sigmoid gate, 2 for the unit gate. Only reads and writes of tensors of x's size cost:
 
-    pool_pixels             read x      avg[n, c], max[n, c] over the pixels, and the maximum's place i[n, c]
+    pool_pixels             read x      avg[n, c], max[n, c] over the pixels, and its argmax i[n, c]
         c = k * sigmoid(MLP(avg) + MLP(max))                                    small, under autograd
     pool_channels           read x      max[n, p], mean[n, p] of x*c over the channels, and the maximum's channel j[n, p]
         s = k * sigmoid(BN(conv([max, mean])))                                  small, under autograd
@@ -41,8 +41,8 @@ class Passes:
     With a tail (fused_tail.py) x is scaled by alpha and beta, (N, C) both, in place of c, and refine adds an identity.
     """
 
-    pool_pixels: Callable  # x, places -> [avg, max], i
-    pool_channels: Callable  # x, places, c -> [max, mean], j
+    pool_pixels: Callable  # x, with_argmax -> [avg, max], i
+    pool_channels: Callable  # x, with_argmax, c -> [max, mean], j
     refine: Callable  # x, s, c -> y;                       tail: x, s, alpha, beta, identity -> y
     backward_maps: Callable  # g, x, s, c -> ds, dc;        tail: g, x, s, alpha, beta, y -> ds, dalpha, dbeta, h
     backward_pool_channels: Callable  # x, dz, j -> dc;     tail: -> dalpha, dbeta.  dz is [dtop, dmean]
@@ -55,7 +55,7 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-def place_dtype(channels: int) -> torch.dtype:
+def index_dtype(channels: int) -> torch.dtype:
     """Of j, the channels of (N, P) maxima: half the bytes where they suffice."""
     return torch.int16 if channels <= torch.iinfo(torch.int16).max else torch.int32
 
@@ -178,8 +178,8 @@ def refuse_second_derivatives() -> None:
 
 
 SCHEMAS = dict(
-    pool_pixels='(Tensor x, bool places) -> (Tensor, Tensor)',
-    pool_channels='(Tensor x, bool places, Tensor c) -> (Tensor, Tensor)',
+    pool_pixels='(Tensor x, bool with_argmax) -> (Tensor, Tensor)',
+    pool_channels='(Tensor x, bool with_argmax, Tensor c) -> (Tensor, Tensor)',
     refine='(Tensor x, Tensor s, Tensor c) -> Tensor',
     backward_maps='(Tensor g, Tensor x, Tensor s, Tensor c) -> (Tensor, Tensor)',
     backward_pool_channels='(Tensor x, Tensor dz, Tensor j) -> Tensor',
@@ -200,16 +200,16 @@ def as_operators(passes: Passes, prefix: str) -> Passes:
     return Passes(**{name: register(name) for name in SCHEMAS})
 
 
-def _fake_pool_pixels(x, places):
+def _fake_pool_pixels(x, with_argmax):
     images, channels, _ = x.shape
     return x.new_empty((images, 2, channels), dtype=accumulate_dtype(x)), x.new_empty(
         (images, channels), dtype=torch.int32
     )
 
 
-def _fake_pool_channels(x, places, c):
+def _fake_pool_channels(x, with_argmax, c):
     images, channels, pixels = x.shape
-    return c.new_empty((images, 2, pixels)), c.new_empty((images, pixels), dtype=place_dtype(channels))
+    return c.new_empty((images, 2, pixels)), c.new_empty((images, pixels), dtype=index_dtype(channels))
 
 
 FAKES = dict(

@@ -40,19 +40,19 @@ def spatial_descriptor(x: Tensor, reduce_weight: Tensor | None = None) -> Tensor
 
 
 def pool_pixels(u: Tensor, pools: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-    """(N, C, P) -> (N, K, C), and the place of each channel's maximum, (N, C, 1), if 'max' is among the pools."""
-    dtype, places, pooled = accumulate_dtype(u), None, []
+    """(N, C, P) -> (N, K, C), and the argmax of each channel's maximum, (N, C, 1), if 'max' is among the pools."""
+    dtype, argmax, pooled = accumulate_dtype(u), None, []
     for kind in pools:
         if kind == 'avg':
             value = _mean(u, 2)
         elif kind == 'max':  # not amax: of equal maxima the first gets the gradient, as in max pooling
-            value, places = _max_with_places(u)
+            value, argmax = _max_with_argmax(u)
         elif kind == 'lp':
             value = torch.linalg.vector_norm(u, dim=2, dtype=dtype)
         else:
             value = u.to(dtype).logsumexp(2)
         pooled.append(value)
-    return torch.stack(pooled, dim=1), places
+    return torch.stack(pooled, dim=1), argmax
 
 
 def pool_channels(u: Tensor, reduce_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -60,21 +60,21 @@ def pool_channels(u: Tensor, reduce_weight: Tensor | None) -> tuple[Tensor, Tens
     dtype = accumulate_dtype(u)
     if reduce_weight is not None:
         return (u * reduce_weight.flatten(2).to(dtype)).sum(1, keepdim=True), None
-    value, places = u.max(1, keepdim=True)
-    return torch.cat([value.to(dtype), _mean(u, 1).unsqueeze(1)], dim=1), places.to(
+    value, argmax = u.max(1, keepdim=True)
+    return torch.cat([value.to(dtype), _mean(u, 1).unsqueeze(1)], dim=1), argmax.to(
         torch.int16 if u.shape[1] <= torch.iinfo(torch.int16).max else torch.int32
     )
 
 
-def _max_with_places(u: Tensor) -> tuple[Tensor, Tensor]:
+def _max_with_argmax(u: Tensor) -> tuple[Tensor, Tensor]:
     """(N, C, P) -> maxima (N, C) and where they are, (N, C, 1): the first of equals."""
     if u.stride(1) == 1 and not torch.compiler.is_compiling():
         # Channels-last: the same as u.max(2), which is 17 times slower on the CPU there. (Not for the other layout: its
-        # kernel for half precision rounds the places themselves in torch 2.4.)
-        value, places = F.adaptive_max_pool2d(u.unsqueeze(2), 1, return_indices=True)
+        # kernel for half precision rounds the argmax themselves in torch 2.4.)
+        value, argmax = F.adaptive_max_pool2d(u.unsqueeze(2), 1, return_indices=True)
     else:
-        value, places = u.max(2, keepdim=True)
-    return value.flatten(1).to(accumulate_dtype(u)), places.flatten(2).to(torch.int32)
+        value, argmax = u.max(2, keepdim=True)
+    return value.flatten(1).to(accumulate_dtype(u)), argmax.flatten(2).to(torch.int32)
 
 
 def _mean(u: Tensor, dim: int) -> Tensor:

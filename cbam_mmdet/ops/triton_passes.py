@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cbam_mmdet.ops.passes import Passes, accumulate_dtype, as_operators, place_dtype
+from cbam_mmdet.ops.passes import Passes, accumulate_dtype, as_operators, index_dtype
 
 TILE = 2048  # elements of a tile: 16 for each thread of four warps
 PROGRAMS_PER_PROCESSOR = 4  # below that a reduction is split up
@@ -41,15 +41,15 @@ def _offsets(rows, columns, row_stride, column_stride, WIDE: tl.constexpr):
 
 @triton.jit
 def _pool_kernel(
-    x, gate, bias, sign, pooled, places,
+    x, gate, bias, sign, pooled, argmax,
     image, kept, reduced, kept_stride, reduced_stride, kept_blocks, splits, span,
     GATED: tl.constexpr, BIASED: tl.constexpr, SIGNED: tl.constexpr, MEAN_FIRST: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Mean and maximum, with its place, of x, or x * gate[r] + bias[r], over one dimension (r), for each place of the other (k).
+    """Mean and maximum, with its argmax, of x, or x * gate[r] + bias[r], over one dimension (r), for each index of the other (k).
 
     With a sign[k] the maximum is that of x * sign[k]; the mean is without.
-    pooled: (N, splits, 2, kept), the mean as a part of it: sum over the span / reduced. places: (N, splits, kept).
+    pooled: (N, splits, 2, kept), the mean as a part of it: sum over the span / reduced. argmax: (N, splits, kept).
     """
     program = _program(REVERSE)
     split = program % splits
@@ -81,14 +81,14 @@ def _pool_kernel(
     has_nan = tl.max(nan.to(tl.int32), 1) > 0
     top = tl.max(tl.where(nan, float('-inf'), best), 1)
     greatest = tl.where(has_nan[:, None], nan, best == top[:, None])
-    place = tl.min(tl.where(greatest, at, 2147483647), 1)
+    first = tl.min(tl.where(greatest, at, 2147483647), 1)
     top = tl.where(has_nan, float('nan'), top)
     mean = tl.sum(total, 1) / reduced
     row = n * splits + split
     pooled += row * 2 * kept + k
     tl.store(pooled, mean if MEAN_FIRST else top, k < kept)
     tl.store(pooled + kept, top if MEAN_FIRST else mean, k < kept)
-    tl.store(places + row * kept + k, place.to(places.dtype.element_ty), k < kept)
+    tl.store(argmax + row * kept + k, first.to(argmax.dtype.element_ty), k < kept)
 
 
 @triton.jit
@@ -175,8 +175,8 @@ def _backward_pool_channels_kernel(
         value = tl.load(x + n * image + _offsets(ch, p, c_stride, p_stride, WIDE), inside, 0.0).to(ACC)
         dtop = tl.load(dz + p, p < end, 0.0)
         dmean = tl.load(dz + pixels + p, p < end, 0.0) / channels
-        place = tl.load(j + n * pixels + p, p < end, -1)
-        gradient = dmean[None, :] + tl.where(place[None, :] == ch[:, None], dtop[None, :], 0.0)
+        argmax = tl.load(j + n * pixels + p, p < end, -1)
+        gradient = dmean[None, :] + tl.where(argmax[None, :] == ch[:, None], dtop[None, :], 0.0)
         total += value * gradient
         if TAIL:
             total_bias += gradient
@@ -202,36 +202,36 @@ def _backward_input_kernel(
     gate_c = tl.load(c + n * channels + ch, ch < channels, 0.0)
     davg = tl.load(dpool + n * 2 * channels + ch, ch < channels, 0.0) / pixels
     dmax = tl.load(dpool + n * 2 * channels + channels + ch, ch < channels, 0.0)
-    place_p = tl.load(i + n * channels + ch, ch < channels, -1)
+    argmax_p = tl.load(i + n * channels + ch, ch < channels, -1)
     gate_s = tl.load(s + n * pixels + p, p < pixels, 0.0)
     dtop = tl.load(dz + n * 2 * pixels + p, p < pixels, 0.0)
     dmean = tl.load(dz + n * 2 * pixels + pixels + p, p < pixels, 0.0) / channels
-    place_c = tl.load(j + n * pixels + p, p < pixels, -1)
+    argmax_c = tl.load(j + n * pixels + p, p < pixels, -1)
     value = tl.load(g + offsets, inside, 0.0).to(c.dtype.element_ty) * gate_s[None, :] + dmean[None, :]
-    value += tl.where(place_c[None, :] == ch[:, None], dtop[None, :], 0.0)
-    value = value * gate_c[:, None] + davg[:, None] + tl.where(place_p[:, None] == p[None, :], dmax[:, None], 0.0)
+    value += tl.where(argmax_c[None, :] == ch[:, None], dtop[None, :], 0.0)
+    value = value * gate_c[:, None] + davg[:, None] + tl.where(argmax_p[:, None] == p[None, :], dmax[:, None], 0.0)
     tl.store(dx + offsets, value.to(dx.dtype.element_ty), inside)
 
 
-def pool_pixels(x: Tensor, places: bool) -> tuple[Tensor, Tensor]:
+def pool_pixels(x: Tensor, with_argmax: bool) -> tuple[Tensor, Tensor]:
     return _pool(x, torch.int32)
 
 
-def pool_pixels_signed(x: Tensor, places: bool, sign: Tensor) -> tuple[Tensor, Tensor]:
-    """[mean, x[i]] and i, the place of the maximum of x * sign, sign (C,)."""
+def pool_pixels_signed(x: Tensor, with_argmax: bool, sign: Tensor) -> tuple[Tensor, Tensor]:
+    """[mean, x[i]] and i, the argmax of x * sign, sign (C,)."""
     descriptor, i = _pool(x, torch.int32, sign=sign)
     # Not the maximum times the sign, for that may be 0.
     return torch.stack([descriptor[:, 0], x.gather(2, i.long().unsqueeze(2)).squeeze(2).to(descriptor.dtype)], 1), i
 
 
-def pool_channels(x: Tensor, places: bool, c: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return _pool(x, place_dtype(x.shape[1]), c.contiguous(), None if bias is None else bias.contiguous())
+def pool_channels(x: Tensor, with_argmax: bool, c: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return _pool(x, index_dtype(x.shape[1]), c.contiguous(), None if bias is None else bias.contiguous())
 
 
 def _pool(
     x: Tensor, dtype: torch.dtype, gate: Tensor | None = None, bias: Tensor | None = None, sign: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Over the pixels without a gate, else over the channels: the descriptor and the places."""
+    """Over the pixels without a gate, else over the channels: the descriptor and the argmax."""
     images, channels, pixels = x.shape
     kept, reduced = (channels, pixels) if gate is None else (pixels, channels)
     kept_stride, reduced_stride = _strides(x) if gate is None else _strides(x)[::-1]
@@ -239,22 +239,22 @@ def _pool(
     kept_blocks = triton.cdiv(kept, block_k)
     splits, span = _splits(x, images * kept_blocks, reduced, block_r)
     pooled = x.new_empty((images, splits, 2, kept), dtype=accumulate_dtype(x))
-    places = x.new_empty((images, splits, kept), dtype=dtype)
+    argmax = x.new_empty((images, splits, kept), dtype=dtype)
     with torch.cuda.device_of(x):
         _pool_kernel[(images * kept_blocks * splits,)](
-            x, gate, bias, sign, pooled, places,
+            x, gate, bias, sign, pooled, argmax,
             channels * pixels, kept, reduced, kept_stride, reduced_stride, kept_blocks, splits, span,
             GATED=gate is not None, BIASED=bias is not None, SIGNED=sign is not None,
             MEAN_FIRST=gate is None, REVERSE=gate is not None, WIDE=_wide(x),
             ACC=ACCUMULATE[pooled.dtype], BLOCK_K=block_k, BLOCK_R=block_r,
         )  # fmt: skip
     if splits == 1:
-        return pooled[:, 0], places[:, 0]
+        return pooled[:, 0], argmax[:, 0]
     first, second = pooled.unbind(2)
     means, tops = (first, second) if gate is None else (second, first)
     top, which = tops.max(1, keepdim=True)  # of equals, and of NaN, the first again
     descriptor = [means.sum(1, keepdim=True), top]
-    return torch.cat(descriptor if gate is None else descriptor[::-1], 1), places.gather(1, which).squeeze(1)
+    return torch.cat(descriptor if gate is None else descriptor[::-1], 1), argmax.gather(1, which).squeeze(1)
 
 
 def refine(x: Tensor, s: Tensor, c: Tensor) -> Tensor:
@@ -390,5 +390,5 @@ def tail_passes(sign: Tensor) -> Passes:
     )
 
 
-PASSES = Passes(pool_pixels, pool_channels, refine, backward_maps, backward_pool_channels, backward_input)
-OPERATORS = as_operators(PASSES, 'triton')
+EAGER_FUNCTIONS = Passes(pool_pixels, pool_channels, refine, backward_maps, backward_pool_channels, backward_input)
+CUSTOM_OPERATORS = as_operators(EAGER_FUNCTIONS, 'triton')

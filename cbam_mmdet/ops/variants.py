@@ -30,7 +30,7 @@ def recompute(x: Tensor, channel: ChannelBranch, spatial: SpatialBranch | None, 
 class _Recompute(torch.autograd.Function):
     """y = u * second(u) with u = x * first(x); for 'parallel', u * second(x). x and y are (N, C, P) here.
 
-    Saved for the backward pass: x, both maps, the places of the maxima, and the small autograd graphs that lead from
+    Saved for the backward pass: x, both maps, the arguments of the maxima, and the small autograd graphs that lead from
     the descriptors to the maps (MLP; convolution and norm, whichever norm it is). u is computed again.
     """
 
@@ -42,15 +42,15 @@ class _Recompute(torch.autograd.Function):
         if order == 'spatial-channel':
             branches.reverse()
 
-        u, maps, places = x, [], []
+        u, maps, argmax = x, [], []
         for i, branch in enumerate(branches):
-            map_, place = branch.attend(x if order == 'parallel' else u, shape)
+            map_, index = branch.attend(x if order == 'parallel' else u, shape)
             maps.append(map_)
-            places.append(place)
+            argmax.append(index)
             # From the second branch on, u is ours to overwrite.
             u = u * maps[i] if i == 0 else u.mul_(maps[i])
 
-        ctx.save_for_backward(x, *maps, *places)
+        ctx.save_for_backward(x, *maps, *argmax)
         ctx.branches, ctx.order, ctx.parameters = branches, order, parameters
         return u
 
@@ -58,7 +58,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx, grad):
         refuse_second_derivatives()
         x, *saved = ctx.saved_tensors
-        maps, places = saved[: len(ctx.branches)], saved[len(ctx.branches) :]
+        maps, argmax = saved[: len(ctx.branches)], saved[len(ctx.branches) :]
         first, second = ctx.branches[0], ctx.branches[1] if len(maps) == 2 else None
         grads = {}
         late = None  # under 'parallel' the second branch pooled x, not u
@@ -67,18 +67,18 @@ class _Recompute(torch.autograd.Function):
         if second:
             grad_u = torch.mul(grad, maps[1], out=torch.empty_like(x))  # in x's layout, whatever grad's is
             grad_map = _sum_of_products(grad, x, maps[0], dim=second.sum_dim)
-            grad_descriptor = second.backward_gate(grad_map, grads)
+            grad_descriptor = second.backward_map(grad_map, grads)
             if ctx.order == 'parallel':
                 late = grad_descriptor
             else:
-                second.backward_pool(grad_descriptor, x, maps[0], places[1], grad_u, grads)
+                second.backward_pool(grad_descriptor, x, maps[0], argmax[1], grad_u, grads)
 
         grad_map = _sum_of_products(grad_u, x, dim=first.sum_dim)
-        grad_descriptor = first.backward_gate(grad_map, grads)
+        grad_descriptor = first.backward_map(grad_map, grads)
         grad_x = torch.mul(grad_u, maps[0], out=grad_u if second else torch.empty_like(x))
-        first.backward_pool(grad_descriptor, x, None, places[0], grad_x, grads)
+        first.backward_pool(grad_descriptor, x, None, argmax[0], grad_x, grads)
         if late is not None:
-            second.backward_pool(late, x, None, places[1], grad_x, grads)
+            second.backward_pool(late, x, None, argmax[1], grad_x, grads)
         return (grad_x, None, None, None, None, *(grads.get(id(p)) for p in ctx.parameters))
 
 
@@ -87,17 +87,17 @@ class _Branch:
 
     def __init__(self, module: ChannelBranch | SpatialBranch) -> None:
         self.module = module
-        self.parameters = [p for p in module.gate_parameters() if p.requires_grad]
+        self.parameters = [p for p in module.map_parameters() if p.requires_grad]
 
     def attend(self, u: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
-        """The map for u, (N, C, P), as (N, C, 1) or (N, 1, P), of u's dtype; and the places of the maxima."""
-        pooled, places = self.pool(u)
+        """The map for u, (N, C, P), as (N, C, 1) or (N, 1, P), of u's dtype; and the arguments of the maxima."""
+        pooled, argmax = self.pool(u)
         with torch.enable_grad():
             self.pooled = pooled.detach().requires_grad_()
-            self.map = self.gate(self.pooled, shape)
-        return self.map.detach().to(u.dtype), places
+            self.map = self.compute_map(self.pooled, shape)
+        return self.map.detach().to(u.dtype), argmax
 
-    def backward_gate(self, grad_map: Tensor, grads: dict[int, Tensor]) -> Tensor:
+    def backward_map(self, grad_map: Tensor, grads: dict[int, Tensor]) -> Tensor:
         """From the gradient of the map to that of the descriptor; the parameters' go into grads."""
         wanted = [self.pooled, *self.parameters]
         # The graph stays whole for a second backward pass (retain_graph=True); it is freed with this object.
@@ -114,10 +114,10 @@ class _ChannelBranch(_Branch):
     def pool(self, u):
         return pool_pixels(u, self.module.pools)
 
-    def gate(self, pooled, shape):
-        return self.module.gate(pooled).flatten(2)
+    def compute_map(self, pooled, shape):
+        return self.module.map_of(pooled).flatten(2)
 
-    def backward_pool(self, grad, x, scale, places, grad_u, grads):
+    def backward_pool(self, grad, x, scale, argmax, grad_u, grads):
         """Add to grad_u, in place, the gradient of the pools of u = x * scale; grad is (N, K, C)."""
         pixels = x.shape[2]
         for kind, g, pooled in zip(self.module.pools, grad.unbind(1), self.pooled.detach().unbind(1), strict=True):
@@ -125,7 +125,7 @@ class _ChannelBranch(_Branch):
             if kind == 'avg':
                 grad_u += (g / pixels).to(x.dtype)
             elif kind == 'max':
-                grad_u.scatter_add_(2, places.long(), g.to(x.dtype))
+                grad_u.scatter_add_(2, argmax.long(), g.to(x.dtype))
             else:
                 u = x if scale is None else x * scale
                 if kind == 'lp':  # d norm / du = u / norm, and 0 where the norm is 0, as torch has it
@@ -140,16 +140,16 @@ class _SpatialBranch(_Branch):
     def pool(self, u):
         return pool_channels(u, self.module.reduce_weight)
 
-    def gate(self, pooled, shape):
-        return self.module.gate(pooled.unflatten(2, shape)).flatten(2)
+    def compute_map(self, pooled, shape):
+        return self.module.map_of(pooled.unflatten(2, shape)).flatten(2)
 
-    def backward_pool(self, grad, x, scale, places, grad_u, grads):
+    def backward_pool(self, grad, x, scale, argmax, grad_u, grads):
         """Add to grad_u, in place, the gradient of the pools of u = x * scale; grad is (N, K, P)."""
         weight = self.module.reduce_weight
         if weight is None:
             grad_max, grad_mean = grad.to(x.dtype).split(1, dim=1)
             grad_u += grad_mean / x.shape[1]
-            grad_u.scatter_add_(1, places.long(), grad_max)
+            grad_u.scatter_add_(1, argmax.long(), grad_max)
             return
         grad_u += weight.detach().flatten(2).to(x.dtype) * grad.to(x.dtype)
         if weight.requires_grad:

@@ -20,7 +20,7 @@ from cbam_mmdet.datasets.inputs import unique_names
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.models.gates import SATURATED, Gates, gate_figures, record_gates
+from cbam_mmdet.models.gates import SATURATED, RecordedGates, gate_figures, record_gates
 from cbam_mmdet.utils.tables import Column, Table, code
 from cbam_mmdet.visualization.sheets import image_grid, save_sheet, show_image
 
@@ -85,7 +85,7 @@ class GateAverage:
         self._lowest = self._highest = None
         self._flat = 0
 
-    def add(self, gates: Gates) -> None:
+    def add(self, gates: RecordedGates) -> None:
         """Take the images of a recording in."""
         for values in gates.channel:
             values = values.float().cpu()
@@ -134,7 +134,7 @@ def stage_and_block(name: str) -> tuple[str, str]:
     return '.'.join(parts[:at]), '.'.join(parts[at:])
 
 
-def gates_over(model: nn.Module, image: np.ndarray, pipeline: Callable) -> dict[str, Gates]:
+def gates_over(model: nn.Module, image: np.ndarray, pipeline: Callable) -> dict[str, RecordedGates]:
     """The gates of a detector over one image, the padding of the batch cut off.
 
     Args:

@@ -114,9 +114,9 @@ def test_an_image_of_more_than_2_to_the_31_elements():
         y = module(x)
     small = x[:, :, 5792:, 5792:].float()
     channel = torch.stack([x.mean((2, 3), dtype=torch.float32), x.amax((2, 3)).float()], 1)
-    c = module.channel.gate(channel)
+    c = module.channel.map_of(channel)
     planes = torch.stack([(small * c).amax(1), (small * c).mean(1)], 1)
-    expected = small * c * module.spatial.gate(planes)
+    expected = small * c * module.spatial.map_of(planes)
     torch.testing.assert_close(y[:, :, -4:, -4:].float(), expected[:, :, -4:, -4:], rtol=0.01, atol=0.01)
 
 

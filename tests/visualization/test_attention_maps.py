@@ -12,7 +12,7 @@ from mmengine.config import Config
 from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.models.gates import Gates
+from cbam_mmdet.models.gates import RecordedGates
 from cbam_mmdet.visualization.attention import GateAverage, gates_over, stage_and_block
 
 
@@ -27,7 +27,7 @@ def test_average_by_hand():
     spatial = [torch.tensor([[0.1, 0.3], [0.5, 0.97]]), torch.full((2, 2), 0.4)]
     average = GateAverage('backbone.layer1.0.cbam', upper=1)
     for c, s in zip(channel, spatial, strict=True):
-        average.add(Gates(1, [c], [s]))
+        average.add(RecordedGates(1, [c], [s]))
     of_channels, of_places = average.rows()
     for row, values in ((of_channels, channel), (of_places, spatial)):
         array = torch.stack(values).double().numpy()
@@ -46,9 +46,9 @@ def test_average_by_hand():
 
 def test_one_image_cannot_tell_a_dead_channel_and_sizes_may_differ():
     average = GateAverage('neck.cbam3', upper=2)
-    average.add(Gates(2, [torch.rand(4)], [torch.full((4, 6), 0.5)]))
+    average.add(RecordedGates(2, [torch.rand(4)], [torch.full((4, 6), 0.5)]))
     assert average.rows()[0].dead is None
-    average.add(Gates(2, [torch.rand(4)], [torch.full((9, 5), 1.5)]))
+    average.add(RecordedGates(2, [torch.rand(4)], [torch.full((9, 5), 1.5)]))
     torch.testing.assert_close(average.map, torch.ones(4, 6))
 
 

@@ -25,7 +25,7 @@ from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.engine.run_reader import TrainingRecord, read_results
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.scores import Outcome, Scores, score
-from cbam_mmdet.models.gates import Gates, find_cbams
+from cbam_mmdet.models.gates import RecordedGates, find_cbams
 from cbam_mmdet.visualization.attention import gates_over
 
 
@@ -49,7 +49,7 @@ class EvaluatedRun:
     outcomes: dict[str, Outcome]
     cost: Complexity | None
     no_cost: str = ''
-    gates: dict[str, dict[str, Gates]] = field(default_factory=dict)
+    gates: dict[str, dict[str, RecordedGates]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
