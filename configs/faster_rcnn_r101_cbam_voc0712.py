@@ -1,5 +1,8 @@
-"""Faster R-CNN, ResNet-101 with FPN, CBAM in all four stages: Pascal VOC 07+12; as faster_rcnn_r50_cbam_voc0712.py."""
+"""Faster R-CNN, ResNet-101 with FPN, CBAM in all four stages: Pascal VOC 07+12, tested on VOC 2007.
 
-_base_ = './faster_rcnn_r50_cbam_voc0712.py'
+The plain twin is faster_rcnn_r101_voc0712.py.
+"""
 
-model = dict(backbone=dict(depth=101, init_cfg=dict(checkpoint='torchvision://resnet101')))
+_base_ = ['./faster_rcnn_r101_voc0712.py', './_base_/cbam.py']
+
+model = dict(backbone=dict(plugins=[dict(cfg=_base_.cbam, position='after_conv3')]))

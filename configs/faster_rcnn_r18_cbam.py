@@ -1,13 +1,10 @@
-"""Faster R-CNN, ResNet-18 with FPN, CBAM in all four stages: COCO, 1x schedule (12 epochs); the plain twin is faster_rcnn_r18.py."""
+"""Faster R-CNN, ResNet-18 with FPN, CBAM in all four stages: COCO, 1x schedule (12 epochs).
 
-_base_ = './faster_rcnn_r18.py'
+The plain twin is faster_rcnn_r18.py.
+"""
 
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='PluginBackbone',  # MMDetection's ResNet-18 takes no plugins
-        backbone={{_base_.model.backbone}},
-        # After the block's last norm, before the addition: the paper's place. See faster_rcnn_r50_cbam.py on the gate and on norm_eval.
-        plugins=[dict(cfg=dict(type='CBAM', reduction=16, gate='unit'), after='layer*.*.bn2')],
-    )
-)
+_base_ = ['./faster_rcnn_r18.py', './_base_/cbam.py']
+
+# MMDetection's ResNet-18 takes no plugins. PluginBackbone puts them after the last norm of each residual block.
+model = dict(backbone=dict(
+    _delete_=True, type='PluginBackbone', backbone=_base_.model.backbone, plugins=[dict(cfg=_base_.cbam)]))

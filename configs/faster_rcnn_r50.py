@@ -1,11 +1,10 @@
-"""The plain twin of faster_rcnn_r50_cbam.py: the same but for CBAM."""
+"""The plain twin of faster_rcnn_r50_cbam.py: MMDetection's ResNet-50 with FPN, COCO, 1x schedule."""
 
-_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', './_base_/datasets/coco_detection.py']
 
 custom_imports = dict(imports=['cbam_mmdet'])
 
-model = dict(backbone=dict(frozen_stages=0))  # as with CBAM, so that the two train the same layers
+model = dict(backbone=dict(frozen_stages=0))  # as with CBAM, so that the twins train the same layers
 
-# COCO's own twelve figures; MMDetection's default prints recalls at 100, 300 and 1000 detections.
-val_evaluator = dict(proposal_nums=(1, 10, 100))
+val_evaluator = dict(proposal_nums=_base_.proposal_nums)  # COCO's own twelve figures
 test_evaluator = val_evaluator

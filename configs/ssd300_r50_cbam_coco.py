@@ -1,10 +1,5 @@
-"""SSD300 on a ResNet-50 with CBAM in its three stages, COCO; the plain twin, ssd300_r50_coco.py, says how SSD sits on a ResNet."""
+"""SSD300 on a ResNet-50 with CBAM in its three stages, COCO; the plain twin is ssd300_r50_coco.py."""
 
-_base_ = './ssd300_r50_coco.py'
+_base_ = ['./ssd300_r50_coco.py', './_base_/cbam.py']
 
-model = dict(
-    backbone=dict(
-        # The last ResNet stage is not there, so three stages; see faster_rcnn_r50_cbam.py on the gate and on norm_eval.
-        plugins=[dict(cfg=dict(type='CBAM', reduction=16, gate='unit'), stages=(True, True, True), position='after_conv3')],
-    )
-)
+model = dict(backbone=dict(plugins=[dict(cfg=_base_.cbam, stages=(True, True, True), position='after_conv3')]))

@@ -1,18 +1,11 @@
-"""SSD512, VGG-16 with CBAM after the last ReLU of each of its five convolution stages: COCO, MMDetection's schedule (120 epochs).
+"""SSD512, VGG-16 with CBAM in its five convolution stages: COCO, MMDetection's schedule (120 epochs).
 
-The plain twin is ssd512_vgg16_coco.py. The paper's place for its SSD, before the heads: ssd300_vgg16_cbam_heads_voc0712.py.
+The plain twin is ssd512_vgg16_coco.py. In the paper's SSD, CBAM stands before the heads instead:
+ssd300_vgg16_cbam_heads_voc0712.py.
 """
 
-_base_ = './ssd512_vgg16_coco.py'
+_base_ = ['./ssd512_vgg16_coco.py', './_base_/cbam.py']
 
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='PluginBackbone',  # MMDetection's VGG takes no plugins
-        backbone={{_base_.model.backbone}},
-        plugins=[
-            # 'unit' starts as the exact identity, so the ImageNet weights are not disturbed; 'sigmoid' is the paper's.
-            dict(cfg=dict(type='CBAM', reduction=16, gate='unit'), after=['features.3', 'features.8', 'features.15', 'features.22', 'features.29']),
-        ],
-    )
-)
+# MMDetection's VGG takes no plugins. PluginBackbone puts them after the last ReLU of each convolution stage.
+model = dict(backbone=dict(
+    _delete_=True, type='PluginBackbone', backbone=_base_.model.backbone, plugins=[dict(cfg=_base_.cbam)]))

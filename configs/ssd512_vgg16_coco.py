@@ -1,9 +1,8 @@
 """The plain twin of ssd512_vgg16_cbam_coco.py: MMDetection's own SSD512, VGG-16, COCO."""
 
-_base_ = 'mmdet::ssd/ssd512_coco.py'
+_base_ = ['mmdet::ssd/ssd512_coco.py', './_base_/datasets/coco_detection.py']
 
 custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.compat.ssd_head'])
 
-# COCO's own twelve figures; MMDetection's default prints recalls at 100, 300 and 1000 detections.
-val_evaluator = dict(proposal_nums=(1, 10, 100))
+val_evaluator = dict(proposal_nums=_base_.proposal_nums)  # COCO's own twelve figures
 test_evaluator = val_evaluator

@@ -109,8 +109,8 @@ def base_config(data: str, attention: str, seed: int, epochs: int, last_stages: 
         plugin.cfg = dict(type='CBAM', reduction=plugin.cfg.reduction, **arguments)
         if 'stages' in plugin or 'position' in plugin:
             plugin.stages = tuple(stage >= 4 - last_stages for stage in range(4))
-        else:
-            plugin.after = plugin.after.replace('layer*', f'layer[{5 - last_stages}-4]')
+        elif last_stages < 4:  # of PluginBackbone, whose usual place is in all stages
+            plugin.after = f'layer[{5 - last_stages}-4].*.bn2'
     cfg.randomness = dict(seed=seed)
     cfg.train_cfg.update(max_epochs=epochs, val_interval=epochs)
     cfg.default_hooks.checkpoint.update(interval=epochs, max_keep_ckpts=1)

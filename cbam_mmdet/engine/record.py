@@ -21,7 +21,7 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size
 from mmengine.runner import Runner
 
-from cbam_mmdet.utils.config import CONFIG_DIR, PREFIX
+from cbam_mmdet.utils.config import CONFIG_DIR, PREFIX, config_path, shipped_configs
 from cbam_mmdet.utils.files import AtomicLocalBackend
 
 RECORD = 'vis_data/run.json'
@@ -99,8 +99,8 @@ def differences(before: Config, after: Config) -> list[Setting]:
 
 def shipped_config(name: str) -> str | None:
     """The path of the config of this file name that the package ships, if there is just one."""
-    found = list(CONFIG_DIR.rglob(name))
-    return str(found[0]) if len(found) == 1 else None
+    found = [path for path in shipped_configs() if Path(path).name == name]
+    return config_path(found[0]) if len(found) == 1 else None
 
 
 def _resolve(base: str, path: str) -> str:

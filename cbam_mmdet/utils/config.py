@@ -18,6 +18,12 @@ CONFIG_DIR = Path(__file__).parents[1] / '.mim' / 'configs'
 PREFIX = 'cbam_mmdet::'
 
 
+def shipped_configs() -> list[str]:
+    """The names of the configs that the package ships: all but `_base_/`, whose files define names for others."""
+    names = (path.relative_to(CONFIG_DIR).as_posix() for path in CONFIG_DIR.rglob('*.py'))
+    return sorted(name for name in names if not name.startswith('_base_/'))
+
+
 def config_path(name: str) -> str:
     """The path of a config that the package ships, e.g. 'faster_rcnn_r50_cbam.py'.
 
@@ -26,7 +32,7 @@ def config_path(name: str) -> str:
     """
     path = CONFIG_DIR / name
     if not path.is_file():
-        shipped = [p.relative_to(CONFIG_DIR).as_posix() for p in sorted(CONFIG_DIR.rglob('*.py'))]
+        shipped = shipped_configs()
         raise UserError(
             f'cbam_mmdet ships no config {name!r}{did_you_mean(name, shipped) or "."} It has: {", ".join(shipped)}'
         )

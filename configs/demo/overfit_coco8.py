@@ -1,8 +1,9 @@
-"""Can the whole pipeline learn real photographs? The demo's detector on the first 8 images of COCO, tested on the same 8.
+"""Can the whole pipeline learn real photographs? The demo's detector on the first 8 images of COCO.
 
     python tools/train.py configs/demo/overfit_coco8.py --data-root /path/to/coco
 
-The mAP says nothing of a detector's worth: all that counts is that it nears 1.
+It is tested on the same 8 images. The mAP does not measure how good the detector is. All that counts is that it comes
+close to 1.
 """
 
 _base_ = './faster_rcnn_cbam.py'
@@ -38,8 +39,11 @@ test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(448, 448), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True),
-    # Without an annotation file of its own the metric takes the truth from the data set: these 8 images, not all.
-    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'instances')),
+    # Without an annotation file of its own, the metric takes the truth from the data set: these 8 images alone.
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'instances'),
+    ),
 ]
 train_dataloader = dict(batch_size=8, dataset=dict(pipeline=train_pipeline, **images))
 val_dataloader = dict(batch_size=4, dataset=dict(pipeline=test_pipeline, **images))
@@ -48,8 +52,6 @@ val_evaluator = dict(ann_file=None)
 test_evaluator = val_evaluator
 
 train_cfg = dict(max_epochs=max_epochs, val_interval=50)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
-    dict(type='CosineAnnealingLR', eta_min=1e-5, begin=0, end=max_epochs, T_max=max_epochs, by_epoch=True, convert_to_iter_based=True),
-]
+_base_.param_scheduler[0].update(end=20)  # of the warm-up's iterations
+_base_.param_scheduler[1].update(end=max_epochs, T_max=max_epochs)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=50, max_keep_ckpts=1))

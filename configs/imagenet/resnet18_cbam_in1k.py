@@ -14,7 +14,7 @@ model = dict(
             norm_eval=False,
             zero_init_residual=False,
         ),
-        plugins=[dict(cfg=dict(type='CBAM', reduction=16), after='layer*.*.bn2')],
+        plugins=[dict(cfg=dict(type='CBAM', reduction=16))],  # after the last norm of each residual block
     ),
     head=dict(in_channels=512),
 )

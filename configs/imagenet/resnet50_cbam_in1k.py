@@ -1,4 +1,6 @@
-"""ResNet-50 with CBAM on ImageNet-1K, the paper's table 4: SGD, lr 0.1 for a batch of 256, divided by 10 every 30 of 100 epochs.
+"""ResNet-50 with CBAM on ImageNet-1K, the paper's table 4.
+
+SGD with lr 0.1 for a batch of 256, divided by 10 every 30 of 100 epochs.
 
 The checkpoint goes into a detector by init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix='backbone.').
 """

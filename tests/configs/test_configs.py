@@ -1,5 +1,9 @@
-"""The shipped configs: they build, differ from their twins in CBAM alone, and work from anywhere and with MMDetection's own tools."""
+"""The shipped configs: they build, differ from their twins in CBAM alone, and work from anywhere.
 
+They also work with MMDetection's own tools.
+"""
+
+import inspect
 import os
 import re
 import subprocess
@@ -15,14 +19,18 @@ from mmdet.registry import DATASETS, METRICS, MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 
-from cbam_mmdet import CBAM
+from cbam_mmdet import CBAM, config_path
 from cbam_mmdet.compat.startup import disable, enable
 from cbam_mmdet.datasets import METAINFO, ensure_shapes
+from cbam_mmdet.engine.record import base_differences, shipped_config
+from cbam_mmdet.errors import UserError
 
-CONFIGS = sorted(
-    str(p.relative_to(ROOT / 'configs')) for p in (ROOT / 'configs').rglob('*.py') if p.parent.name != 'imagenet'
-)  # those of classifiers: test_classification.py
+FILES = sorted(path.relative_to(ROOT / 'configs').as_posix() for path in (ROOT / 'configs').rglob('*.py'))
+BASES = [name for name in FILES if name.startswith('_base_/')]  # they only define names for the others
+WHOLE = [name for name in FILES if name not in BASES]
+CONFIGS = [name for name in WHOLE if not name.startswith('imagenet/')]  # of detectors
 TWINS = [(name, re.sub('_cbam(_heads)?', '', name)) for name in CONFIGS if '_cbam' in name]
 MMDET_TOOLS = Path(mmdet.__file__).parent / '.mim/tools'
 
@@ -39,6 +47,45 @@ def test_there_are_configs():
     assert len(TWINS) >= 14
 
 
+@pytest.mark.parametrize('name', WHOLE)
+def test_every_config_is_whole(name):
+    """It stands on nothing that is missing, and says what is trained, on what, and by which figures it is judged."""
+    if name.startswith('imagenet/'):
+        pytest.importorskip('mmpretrain', reason="an optional extra: pip install '.[backbones]'")
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    for key in ('model', 'train_dataloader', 'val_evaluator', 'optim_wrapper', 'param_scheduler', 'train_cfg'):
+        assert cfg[key], key
+    assert 'cbam_mmdet' in cfg.custom_imports.imports
+
+
+def names_of_bases():
+    return {key for name in BASES for key in Config.fromfile(ROOT / 'configs' / name)}
+
+
+def test_base_files_only_define_names():
+    """MMEngine refuses a key that two bases have: no name of theirs may be a setting, or one of MMDetection's variables."""
+    settings = set(inspect.signature(Runner.__init__).parameters) | {'custom_imports', 'env_cfg', 'auto_scale_lr'}
+    mmdet_configs = Path(mmdet.__file__).parent / '.mim/configs'
+    taken = {
+        key
+        for path in [*mmdet_configs.glob('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'), *mmdet_configs.glob('ssd/*.py')]
+        for key in Config.fromfile(path)
+    }
+    assert {'model', 'train_pipeline'} <= taken
+    assert len(names_of_bases()) >= 4
+    assert not names_of_bases() & (settings | taken)
+
+
+def test_lists_of_shipped_configs_leave_base_files_out():
+    with pytest.raises(UserError) as error:
+        config_path('no_such_config.py')
+    assert str(error.value).split('It has: ')[1].split(', ') == WHOLE
+    assert Path(config_path('_base_/cbam.py')).is_file(), 'but a config can name them as its base'
+    # The report finds the config of a work dir by the name of its file, and configs/_base_/cbam.py has the same.
+    assert Path(shipped_config('cbam.py')).parent.name == 'ablation'
+    assert shipped_config('coco_detection.py') is None
+
+
 def without_plugins(model):
     """The config of the plain model, and the types of its plugins."""
     types = []
@@ -52,11 +99,23 @@ def without_plugins(model):
 @pytest.mark.parametrize(('name', 'twin'), TWINS)
 def test_differs_from_its_twin_in_cbam_alone(name, twin):
     ours, plain = (Config.fromfile(ROOT / 'configs' / n).to_dict() for n in (name, twin))
+    assert 'plugins' not in plain['model']['backbone']
     ours['model'], types = without_plugins(ours['model'])
-    plain['model'], none = without_plugins(plain['model'])
     assert types == ['CBAM']
-    assert not none
-    assert ours == plain
+    assert {key: value for key, value in ours.items() if key not in names_of_bases()} == {
+        key: value for key, value in plain.items() if key not in names_of_bases()
+    }
+
+
+@pytest.mark.parametrize(('name', 'twin'), TWINS)
+def test_a_report_says_that_cbam_is_all_that_changes(name, twin):
+    """Its base is the plain twin, so the settings that a report lists are those of CBAM and of its wrapper."""
+    path = str(ROOT / 'configs' / name)
+    bases, changes = base_differences(Config.fromfile(path), path)
+    assert bases[0] == f'cbam_mmdet::{twin}'
+    assert "'CBAM'" in [change.after for change in changes]
+    place = r'model\.neck\.' if 'heads' in name else r'model\.backbone\.'
+    assert all(re.match(place, change.name) for change in changes)
 
 
 @pytest.mark.parametrize(('name', 'twin'), [(name, twin) for name, twin in TWINS if not name.startswith('demo')])
@@ -93,7 +152,7 @@ STAGES = {'r18': (2, 2, 2, 2), 'r50': (3, 4, 6, 3), 'r101': (3, 4, 23, 3), 'x101
 
 @pytest.mark.parametrize('name', [name for name, _ in TWINS if not name.startswith('demo') and 'vgg' not in name])
 def test_cbam_is_in_every_block(name):
-    """After the block's last norm: in the block itself by MMDetection's plugins, or as the norm's child by PluginBackbone."""
+    """After the block's last norm: in the block by MMDetection's plugins, or as the norm's child by PluginBackbone."""
     backbone = build(name).backbone
     kind = re.search('_(r18|r50|r101|x101)_', name).group(1)
     stages = [getattr(backbone, f'layer{i}') for i in (1, 2, 3, 4) if hasattr(backbone, f'layer{i}')]
@@ -235,7 +294,7 @@ def test_the_wheel_holds_configs_and_tools(tmp_path):
     subprocess.run(command, cwd=copy, check=True, capture_output=True)
     (wheel,) = tmp_path.glob('*.whl')
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f'cbam_mmdet/.mim/configs/{name}' for name in CONFIGS} <= names
+    assert {f'cbam_mmdet/.mim/configs/{name}' for name in FILES} <= names
     assert {
         'cbam_mmdet/.mim/tools/train.py',
         'cbam_mmdet/.mim/model-index.yml',
@@ -278,7 +337,8 @@ INFERENCER = """
 import sys
 from mmdet.apis import DetInferencer
 config, checkpoint, image = sys.argv[1:]
-(prediction,) = DetInferencer(config, checkpoint, device='cpu', show_progress=False)(image, no_save_vis=True)['predictions']
+detect = DetInferencer(config, checkpoint, device='cpu', show_progress=False)
+(prediction,) = detect(image, no_save_vis=True)['predictions']
 print('boxes:', len(prediction['bboxes']))
 """
 
