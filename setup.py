@@ -24,7 +24,10 @@ setup(
     packages=find_packages(include=['cbam_mmdet', 'cbam_mmdet.*']),
     # .mim/configs and .mim/tools are links to the folders of the repository: the wheel gets copies, as
     # OpenMMLab's packages have, so `_base_ = 'cbam_mmdet::faster_rcnn_r50_cbam.py'` works after an install.
-    package_data={'cbam_mmdet': ['.mim/*.yml', '.mim/configs/**/*', '.mim/tools/*', 'visualization/*.html']},
+    package_data={
+        'cbam_mmdet': ['.mim/*.yml', '.mim/configs/**/*', '.mim/tools/*'],
+        'cbam_mmdet.visualization.report': ['*.html', '*.css'],
+    },
     extras_require={
         # The maintained forks; import names mmcv, mmdet, mmengine. No compiler: see cbam_mmdet/compat/mmcv_ops.py.
         'mmdet': [

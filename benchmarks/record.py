@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from cbam_mmdet.utils.tables import Column, Table
+
 
 def machine(script: str, *packages: str) -> dict:
     """The command, the machine, how busy it was, and versions."""
@@ -48,15 +50,11 @@ def write(record: dict, out: Path | None, labels: list[str], bars: dict[str, lis
 
 
 def markdown(record: dict) -> str:
+    """The facts, and the rows as a table."""
     rows = record['rows']
-    lines = [
-        *head(record),
-        '',
-        f'| {" | ".join(key.replace("_", " ") for key in rows[0])} |',
-        '|' + '---|' * len(rows[0]),
-    ]
-    lines += [f'| {" | ".join(_plain(value) for value in row.values())} |' for row in rows]
-    return '\n'.join(lines) + '\n'
+    header = [Column(key.replace('_', ' '), _plain) for key in rows[0]]
+    table = Table(header, [list(row.values()) for row in rows], nothing=_plain(None))
+    return '\n'.join([*head(record), '', table.markdown()])
 
 
 def head(record: dict) -> list[str]:

@@ -24,6 +24,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.structures import InstanceData
 
 from cbam_mmdet.utils.config import load_config, set_data_root
+from cbam_mmdet.utils.tables import Column, Table
 
 GPUS, GPUS_PER_NODE = (1, 8, 64, 256), 8
 COCO_IMAGES = 117_266  # of train2017, those with a box
@@ -124,24 +125,27 @@ def measure_step(model: torch.nn.Module, batch: int, rounds: int = 20) -> tuple[
 def table(figures: dict) -> str:
     """The projection, as Markdown; '?' where the time of a step is not known."""
     size, alone, batch = figures['all_reduce_bytes'], figures['step_seconds'], figures['batch']
-    lines = [
-        '| GPUs | network | images a step | iterations an epoch of COCO | sent a GPU, MB | all-reduce, ms | efficiency, hidden to not |',
-        '|---|---|---|---|---|---|---|',
-    ]
-    for count in GPUS:
+    cases = [
+        (count, name, network)
+        for count in GPUS
         for name, network in (
             NETWORKS.items() if count > GPUS_PER_NODE else [('NVLink' if count > 1 else 'none', NVLINK)]
-        ):
-            transfer = all_reduce_seconds(count, size, network)
-            efficiency = '?'
-            if alone:
-                efficiency = ' to '.join(f'{alone / t:.0%}' for t in step_seconds(count, size, network, alone))
-            sent = 2 * (count - 1) / count * size / 1e6
-            iterations = -(-COCO_IMAGES // (count * batch))
-            lines.append(
-                f'| {count} | {name} | {count * batch} | {iterations} | {sent:.0f} | {transfer * 1e3:.1f} | {efficiency} |'
-            )
-    return '\n'.join(lines)
+        )
+    ]
+
+    def efficiency(count: int, _: str, network: float) -> str | None:
+        return alone and ' to '.join(f'{alone / t:.0%}' for t in step_seconds(count, size, network, alone))
+
+    columns = {
+        'GPUs': lambda case: case[0],
+        'network': lambda case: case[1],
+        'images a step': lambda case: case[0] * batch,
+        'iterations an epoch of COCO': lambda case: -(-COCO_IMAGES // (case[0] * batch)),
+        Column('sent a GPU, MB', '.0f'): lambda case: 2 * (case[0] - 1) / case[0] * size / 1e6,
+        Column('all-reduce, ms', '.1f'): lambda case: 1e3 * all_reduce_seconds(case[0], size, case[2]),
+        Column('efficiency, hidden to not', number=True): lambda case: efficiency(*case),
+    }
+    return Table.of(cases, columns, nothing='?').markdown()
 
 
 def main() -> None:
@@ -186,7 +190,7 @@ def main() -> None:
     if figures['step_seconds']:
         needed = batch / figures['step_seconds'] / figures['images_per_second_and_core']
         print(f'    cores that load for one GPU: {needed:.2f}')
-    print(f'\n{table(figures)}')
+    print(f'\n{table(figures)}', end='')
     if args.out:
         args.out.write_text(json.dumps(figures, indent=1) + '\n')
 

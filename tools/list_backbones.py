@@ -19,7 +19,7 @@ def main(args: argparse.Namespace) -> None:
         if name not in BACKBONES:
             hint = did_you_mean(name, BACKBONES) or '.'
             raise UserError(f'--only {name}: the table has no such row{hint} It has: {", ".join(BACKBONES)}')
-    print(as_markdown(measure_all(args.only or BACKBONES)))
+    print(as_markdown(measure_all(args.only or BACKBONES)), end='')
 
 
 if __name__ == '__main__':

@@ -26,6 +26,7 @@ from mmengine.config import Config
 from record import head, machine
 
 from cbam_mmdet.engine.scalars import final_metrics
+from cbam_mmdet.utils.tables import Column, Table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -168,14 +169,18 @@ def train(run: StudyRun, data_root: str) -> None:
         file.write(f'{time.monotonic() - start:.0f}\n')
 
 
-def table(data: str, work_dir: Path, seeds: list[int], metric: str) -> tuple[list[str], list[dict]]:
-    """Lines of Markdown, and the rows as data, of all runs that are done."""
+def table(data: str, work_dir: Path, seeds: list[int], metric: str) -> tuple[Table, list[dict]]:
+    """The table for people, and the rows as data, of all runs that are done."""
     by_seed = {seed: runs(data, seed, work_dir) for seed in seeds}
-    lines = [
-        f'| {data} | seeds | {metric} | standard deviation | less the same without attention, per seed | its standard deviation |'
+    header = [
+        data,
+        'seeds',
+        Column(metric, '.3f'),
+        Column('standard deviation', '.3f'),
+        Column('less the same without attention, per seed', '+.3f'),
+        Column('its standard deviation', '.3f'),
     ]
-    lines += ['|---|---|---|---|---|---|']
-    rows = []
+    lines, rows = [], []
     for key in by_seed[seeds[0]]:
         stage, name = key
         found = {seed: runs_[key].metrics() for seed, runs_ in by_seed.items()}
@@ -189,21 +194,18 @@ def table(data: str, work_dir: Path, seeds: list[int], metric: str) -> tuple[lis
         row = dict(data=data, stage=stage, name=name, values=values, paired=[round(d, 4) for d in paired])
         rows.append(row)
         what = 'from scratch' if stage == 'scratch' else 'fine-tuned from plain'
-        lines.append(
-            f'| {what}: {name} | {", ".join(map(str, values))} | {_mean(values.values())} | {_spread(values.values())} '
-            f'| {_mean(paired, "+") if name != control else ""} | {_spread(paired) if name != control else ""} |'
-        )
-    return lines, rows
+        difference = [None, None] if name == control else [_mean(paired), _spread(paired)]
+        every = list(values.values())
+        lines.append([f'{what}: {name}', ', '.join(map(str, values)), _mean(every), _spread(every), *difference])
+    return Table(header, lines, nothing=''), rows
 
 
-def _mean(values, sign: str = '') -> str:
-    values = list(values)
-    return f'{statistics.mean(values):{sign}.3f}' if values else ''
+def _mean(values: list[float]) -> float | None:
+    return statistics.mean(values) if values else None
 
 
-def _spread(values) -> str:
-    values = list(values)
-    return f'{statistics.stdev(values):.3f}' if len(values) > 1 else ''
+def _spread(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def main() -> None:
@@ -227,8 +229,8 @@ def main() -> None:
         return
     lines, rows, trained = [], [], {}
     for data in args.data:
-        more, found = table(data, args.work_dir, args.seeds, args.metric)
-        lines += [*more, '']
+        shown, found = table(data, args.work_dir, args.seeds, args.metric)
+        lines.append(shown.markdown())
         rows += found
         trained[data] = _trained(data, args.work_dir)
     print('\n'.join(lines))

@@ -15,6 +15,7 @@ from torch import nn
 from cbam_mmdet.models.gates import find_cbams
 from cbam_mmdet.models.plugins.backbone import PluginBackbone
 from cbam_mmdet.models.plugins.places import usual_place
+from cbam_mmdet.utils.tables import Column, Table, code
 
 FOUR_STAGES = dict(num_stages=4, strides=(1, 2, 2, 2), dilations=(1, 1, 1, 1), out_indices=(0, 1, 2, 3))
 
@@ -150,9 +151,11 @@ def build_plain(name: str) -> nn.Module:
 
 def as_markdown(rows: list[Row]) -> str:
     """The table, a row a backbone."""
-    lines = ['| backbone | `type` | after | CBAMs | parameters added |', '|---|---|---|---|---|']
-    for row in rows:
-        place = ', '.join(f'`{pattern}`' for pattern in row.place)
-        share = row.added / row.plain
-        lines.append(f'| {row.name} | `{row.type}` | {place} | {row.cbams} | {row.added / 1e6:.2f} M ({share:.1%}) |')
-    return '\n'.join(lines)
+    columns = {
+        'backbone': lambda row: row.name,
+        '`type`': lambda row: code(row.type),
+        'after': lambda row: ', '.join(map(code, row.place)),
+        'CBAMs': lambda row: row.cbams,
+        Column('parameters added', number=True): lambda row: f'{row.added / 1e6:.2f} M ({row.added / row.plain:.1%})',
+    }
+    return Table.of(rows, columns).markdown()

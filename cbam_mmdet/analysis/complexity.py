@@ -8,9 +8,7 @@ figures have no norms either: `Complexity.flops_of_layers` leaves them out.
 from __future__ import annotations
 
 import contextlib
-import csv
 import gc
-import io
 import statistics
 import sys
 import time
@@ -35,6 +33,7 @@ from cbam_mmdet.models.cbam import CBAM
 from cbam_mmdet.models.gates import find_cbams
 from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import set_default_scope, split_datasets
+from cbam_mmdet.utils.tables import Cell, Column, Table, code
 
 LAYERS = ('conv', 'linear', 'matmul', 'mm', 'addmm', 'bmm', 'einsum')  # what the paper counts, as MMEngine names it
 
@@ -284,30 +283,34 @@ def markdown(rows: Sequence[Complexity]) -> str:
     """The table of several networks, one row each; columns that were not measured are left out."""
     columns = {
         'config': lambda row: row.name,
-        'input': lambda row: f'{row.size[0]}x{row.size[1]}',
-        'parameters (M)': lambda row: f'{row.parameters / 1e6:.2f}',
-        'FLOPs (G)': lambda row: f'{row.flops / 1e9:.3f}',
-        'without norms (G)': lambda row: f'{row.flops_of_layers / 1e9:.3f}',
-        'CBAMs': lambda row: str(row.cbams),
-        "CBAM's parameters (M)": lambda row: _share(row.cbam_parameters, row.parameters, 1e6),
-        "CBAM's FLOPs (G)": lambda row: _share(row.cbam_flops, row.flops, 1e9),
+        Column('input', number=True): lambda row: _size(row.size),
+        Column('parameters (M)', '.2f'): lambda row: row.parameters / 1e6,
+        'FLOPs (G)': lambda row: row.flops / 1e9,
+        'without norms (G)': lambda row: row.flops_of_layers / 1e9,
+        'CBAMs': lambda row: row.cbams,
+        Column("CBAM's parameters (M)", number=True): lambda row: _share(row.cbam_parameters, row.parameters, 1e6),
+        Column("CBAM's FLOPs (G)", number=True): lambda row: _share(row.cbam_flops, row.flops, 1e9),
     }
     if any(row.speed for row in rows):
-        columns['images/s'] = lambda row: f'{row.speed:.2f}'
+        columns[Column('images/s', '.2f')] = lambda row: row.speed
     if any(row.inference_memory for row in rows):
-        columns['peak memory, inference (MiB)'] = lambda row: f'{row.inference_memory / 2**20:.0f}'
-        columns['peak memory, training (MiB)'] = lambda row: f'{row.training_memory / 2**20:.0f}'
-    return _markdown([list(columns), *([cell(row) for cell in columns.values()] for row in rows)])
+        columns[Column('peak memory, inference (MiB)', '.0f')] = lambda row: row.inference_memory / 2**20
+        columns[Column('peak memory, training (MiB)', '.0f')] = lambda row: row.training_memory / 2**20
+    return Table.of(rows, columns).markdown()
 
 
 def stages_markdown(row: Complexity) -> str:
     """CBAM's share of each stage of one network."""
-    table = [['stage', 'map', 'CBAMs', "CBAM's parameters (M)", "CBAM's FLOPs (G)"]]
-    for stage in row.stages:
-        parameters = _share(stage.parameters, stage.stage_parameters, 1e6)
-        flops = _share(stage.flops, stage.stage_flops, 1e9)
-        table.append([f'`{stage.name}`', f'{stage.size[0]}x{stage.size[1]}', str(stage.cbams), parameters, flops])
-    return _markdown(table)
+    columns = {
+        Column('stage', code): lambda stage: stage.name,
+        Column('map', number=True): lambda stage: _size(stage.size),
+        'CBAMs': lambda stage: stage.cbams,
+        Column("CBAM's parameters (M)", number=True): lambda stage: _share(
+            stage.parameters, stage.stage_parameters, 1e6
+        ),
+        Column("CBAM's FLOPs (G)", number=True): lambda stage: _share(stage.flops, stage.stage_flops, 1e9),
+    }
+    return Table.of(row.stages, columns).markdown()
 
 
 def report(rows: Sequence[Complexity], rounds: int, device: str | None = None) -> str:
@@ -319,34 +322,19 @@ def report(rows: Sequence[Complexity], rounds: int, device: str | None = None) -
 
 def as_csv(rows: Sequence[Complexity]) -> str:
     """All of it with plain numbers: a line for each network, and one for each of its stages."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(
-        [
-            'config',
-            'stage',
-            'height',
-            'width',
-            'parameters',
-            'flops',
-            'flops_without_norms',
-            'cbams',
-            'cbam_parameters',
-            'cbam_flops',
-            'images_per_second',
-            'inference_bytes',
-            'training_bytes',
-        ]
-    )
+    header = [
+        'config', 'stage', 'height', 'width', 'parameters', 'flops', 'flops_without_norms', 'cbams', 'cbam_parameters',
+        'cbam_flops', 'images_per_second', 'inference_bytes', 'training_bytes',
+    ]  # fmt: skip
+    lines: list[list[Cell]] = []
     for row in rows:
-        costs = [row.speed and f'{row.speed:.4g}', row.inference_memory, row.training_memory]
-        whole = [row.parameters, row.flops, row.flops_of_layers, row.cbams, row.cbam_parameters, row.cbam_flops]
-        writer.writerow([row.name, '', *row.size, *whole, *('' if value is None else value for value in costs)])
+        network = [row.parameters, row.flops, row.flops_of_layers, row.cbams, row.cbam_parameters, row.cbam_flops]
+        speed = None if row.speed is None else f'{row.speed:.4g}'
+        lines.append([row.name, None, *row.size, *network, speed, row.inference_memory, row.training_memory])
         for stage in row.stages:
-            whole = ['' if value is None else value for value in (stage.stage_parameters, stage.stage_flops)]
-            numbers = [*whole, '', stage.cbams, stage.parameters, stage.flops]
-            writer.writerow([row.name, stage.name, *stage.size, *numbers, '', '', ''])
-    return text.getvalue()
+            costs = [stage.stage_parameters, stage.stage_flops, None, stage.cbams, stage.parameters, stage.flops]
+            lines.append([row.name, stage.name, *stage.size, *costs, None, None, None])
+    return Table(header, lines).csv()
 
 
 def notes(rows: Sequence[Complexity], rounds: int, device: str | None = None) -> str:
@@ -464,11 +452,10 @@ def _round_up(size: int, divisor: int) -> int:
     return -(-size // divisor) * divisor
 
 
-def _share(part: int, whole: int | None, unit: float) -> str:
+def _size(size: tuple[int, int]) -> str:
+    return f'{size[0]}x{size[1]}'
+
+
+def _share(part: int, total: int | None, unit: float) -> str:
     digits = 3 if unit == 1e6 else 4
-    return f'{part / unit:.{digits}f}' + (f' ({part / whole:.2%})' if whole and part else '')
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    numbers = ['---:'] * (len(rows[0]) - 1)
-    return ''.join(f'| {" | ".join(row)} |\n' for row in [rows[0], ['---', *numbers], *rows[1:]])
+    return f'{part / unit:.{digits}f}' + (f' ({part / total:.2%})' if total and part else '')

@@ -6,8 +6,6 @@ The networks are mmpretrain's, CBAM in them by PluginBackbone; Squeeze-and-Excit
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from torch import nn
 
 from cbam_mmdet.analysis.complexity import Complexity, count
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.tables import Column, Table
 
 # 'caffe' puts a Bottleneck's stride into its first 1x1 convolution, as the ResNet of 2015 has it, and the paper's GFLOPs are of that one;
 # torchvision's stride in the 3x3 costs 6 % more (12 % in a ResNeXt). Widening leaves the stem at 64 channels.
@@ -107,25 +106,29 @@ def count_networks(names: Sequence[tuple[str, str]] = tuple(PAPER)) -> list[Row]
 
 def markdown(rows: Sequence[Row]) -> str:
     """The paper's figures beside ours."""
-    header = ['network', 'M parameters', 'ours', 'GFLOPs', 'ours', 'difference', '+ norms']
-    lines = [header, ['---', *['---:'] * (len(header) - 1)]]
-    for row in rows:
-        ours = row.ours
-        cells = [f'{row.parameters:.2f}', f'{ours.parameters / 1e6:.2f}', f'{row.flops:.3f}']
-        cells += [f'{ours.flops_of_layers / 1e9:.3f}', f'{row.flops_difference:+.2%}', f'{ours.flops / 1e9:.3f}']
-        lines.append([row.name, *cells])
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+    columns = {
+        'network': lambda row: row.name,
+        Column('M parameters', '.2f'): lambda row: row.parameters,
+        Column('ours', '.2f'): lambda row: row.ours.parameters / 1e6,
+        Column('GFLOPs', '.3f'): lambda row: row.flops,
+        Column('ours', '.3f'): lambda row: row.ours.flops_of_layers / 1e9,
+        Column('difference', '+.2%'): lambda row: row.flops_difference,
+        Column('+ norms', '.3f'): lambda row: row.ours.flops / 1e9,
+    }
+    return Table.of(rows, columns).markdown()
 
 
 def as_csv(rows: Sequence[Row]) -> str:
     """The same with plain numbers."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['network', 'paper_parameters_m', 'parameters', 'paper_gflops', 'flops', 'flops_with_norms'])
-    for row in rows:
-        ours = row.ours
-        writer.writerow([row.name, row.parameters, ours.parameters, row.flops, ours.flops_of_layers, ours.flops])
-    return text.getvalue()
+    columns = {
+        'network': lambda row: row.name,
+        'paper_parameters_m': lambda row: row.parameters,
+        'parameters': lambda row: row.ours.parameters,
+        'paper_gflops': lambda row: row.flops,
+        'flops': lambda row: row.ours.flops_of_layers,
+        'flops_with_norms': lambda row: row.ours.flops,
+    }
+    return Table.of(rows, columns).csv()
 
 
 def _build(network: str, attention: str) -> nn.Module:

@@ -11,10 +11,8 @@ What is done and what is left is read from the disk alone, so it may be killed a
 from __future__ import annotations
 
 import contextlib
-import csv
 import difflib
 import fcntl
-import io
 import os
 import re
 import shlex
@@ -40,6 +38,7 @@ from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import load_config, set_default_scope
 from cbam_mmdet.utils.files import AtomicLocalBackend
+from cbam_mmdet.utils.tables import Cell, Column, Table
 
 BASE = 'ABLATION_BASE'  # the environment variable that configs/ablation/cbam.py reads
 HEADLINES = ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'pascal_voc/mAP')
@@ -289,31 +288,30 @@ def markdown(names: Sequence[str], metrics: dict[str, dict[str, float]], costs: 
     """
     keys = _metric_keys(metrics)
     keys = [key for key in HEADLINES if key in keys] or keys or ['mAP']
-    header = ['config', *(key.split('/')[-1] for key in keys), 'parameters (M)', 'FLOPs (G)', 'images/s', 'input']
-    rows = [header, ['---', *['---:'] * (len(header) - 1)]]
+    columns = {key.split('/')[-1]: '.3f' for key in keys}
+    columns |= {'parameters (M)': '.3f', 'FLOPs (G)': '.3f', 'images/s': '.1f', 'input': ''}
+    header = ['config', *(Column(name, style, number=True) for name, style in columns.items())]
+    rows: list[list[Cell]] = []
     for name in names:
         if name not in metrics:
-            rows.append([name, 'failed', *['-'] * (len(header) - 2)])
+            rows.append([name, 'failed', *[None] * (len(columns) - 1)])
             continue
         cost = costs[name]
-        scores = [f'{metrics[name][key]:.3f}' if key in metrics[name] else '-' for key in keys]
-        flops = '-' if cost.flops is None else f'{cost.flops / 1e9:.3f}'
-        size = '{}x{}'.format(*cost.size)
-        rows.append([name, *scores, f'{cost.parameters / 1e6:.3f}', flops, f'{cost.speed:.1f}', size])
-    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+        flops = None if cost.flops is None else cost.flops / 1e9
+        scores = [metrics[name].get(key) for key in keys]
+        rows.append([name, *scores, cost.parameters / 1e6, flops, cost.speed, '{}x{}'.format(*cost.size)])
+    return Table(header, rows, nothing='-').markdown()
 
 
 def as_csv(names: Sequence[str], metrics: dict[str, dict[str, float]], costs: dict[str, Cost]) -> str:
     """The table with every metric and plain numbers; empty cells for what failed."""
     keys = _metric_keys(metrics)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['config', *keys, 'parameters', 'flops', 'images_per_second', 'height', 'width'])
+    rows: list[list[Cell]] = []
     for name in names:
         cost = costs.get(name)
-        numbers = [cost.parameters, cost.flops, f'{cost.speed:.4g}', *cost.size] if cost else [''] * 5
-        writer.writerow([name, *(metrics.get(name, {}).get(key, '') for key in keys), *numbers])
-    return text.getvalue()
+        numbers = [cost.parameters, cost.flops, f'{cost.speed:.4g}', *cost.size] if cost else [None] * 5
+        rows.append([name, *(metrics.get(name, {}).get(key) for key in keys), *numbers])
+    return Table(['config', *keys, 'parameters', 'flops', 'images_per_second', 'height', 'width'], rows).csv()
 
 
 def _forward(detector: nn.Module, image: Tensor, samples: list) -> Callable[[], object]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -19,28 +21,72 @@ MINUS, NOTHING = '\N{MINUS SIGN}', '\N{EN DASH}'
 
 
 @dataclass(frozen=True)
+class Column:
+    """The header of a column, and how HTML and Markdown show its cells. CSV has them unrounded.
+
+    Args:
+        name: the header.
+        style: a format specification of its numbers, such as '.2f', or a function that writes any of its cells; by
+            default a float has three decimals.
+        number: whether the cells are aligned at the right; by default they are if all of them are numbers.
+    """
+
+    name: str
+    style: str | Callable[[Any], str] = ''
+    number: bool | None = None
+
+    def text(self, cell: Cell) -> str:
+        """A cell that is not empty, as people read it."""
+        if callable(self.style):
+            return self.style(cell)
+        if isinstance(cell, Change):
+            return f'{cell:+.3f}'.replace('-', MINUS) if abs(cell) >= 5e-4 else '0.000'
+        if isinstance(cell, str):
+            return cell
+        return format(cell, self.style or ('.3f' if isinstance(cell, float) else ''))
+
+
+@dataclass(frozen=True)
 class Table:
     """Rows of cells under a header; None is an empty cell.
 
     Args:
-        name: of its files, without suffix.
-        caption: what it shows, in a line.
-        header: the columns' names.
+        header: the columns, or the names of those without a format of their own.
         rows: as long as the header each.
+        name: of its files, without suffix.
+        caption: one line that says what the table shows.
         better: whether a greater number is a better one, so that a change has a colour besides its sign.
+        nothing: how HTML and Markdown show an empty cell.
     """
 
-    name: str
-    caption: str
-    header: Sequence[str]
+    header: Sequence[str | Column]
     rows: Sequence[Sequence[Cell]]
+    name: str = ''
+    caption: str = ''
     better: bool = True
+    nothing: str = NOTHING
+
+    @classmethod
+    def of(cls, records: Iterable, columns: Mapping[str | Column, Callable[[Any], Cell]], **how: Any) -> Table:
+        """A row for each record.
+
+        Args:
+            records: anything.
+            columns: for each column how its cell is taken from a record.
+            how: the other arguments of a table.
+        """
+        return cls(list(columns), [[cell(record) for cell in columns.values()] for record in records], **how)
+
+    @property
+    def columns(self) -> list[Column]:
+        """The header with every column's format."""
+        return [column if isinstance(column, Column) else Column(column) for column in self.header]
 
     def html(self) -> Markup:
         """The table in a frame that scrolls, by keyboard too, where the page is narrower."""
         head = ''.join(
-            f'<th scope="col"{" class=number" if self._numeric(i) else ""}>{escape(name)}</th>'
-            for i, name in enumerate(self.header)
+            f'<th scope="col"{" class=number" if self._numeric(i) else ""}>{escape(column.name)}</th>'
+            for i, column in enumerate(self.columns)
         )
         body = ''.join(f'<tr>{"".join(self._cell(i, cell) for i, cell in enumerate(row))}</tr>' for row in self.rows)
         return Markup(
@@ -49,45 +95,55 @@ class Table:
             f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
 
-    def _cell(self, column: int, cell: Cell) -> str:
-        if column == 0:
-            return f'<th scope="row">{escape(text(cell))}</th>'
-        style = 'number' if self._numeric(column) else 'words'
+    def markdown(self) -> str:
+        """The table as GitHub shows it, numbers at the right."""
+        columns = self.columns
+        rows = [[column.name for column in columns]]
+        rows += [['---:' if self._numeric(i) else '---' for i in range(len(columns))]]
+        rows += [[self._text(i, cell).replace('|', '\\|').replace('\n', ' ') for i, cell in enumerate(row)]
+                 for row in self.rows]  # fmt: skip
+        return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+    def csv(self) -> str:
+        """The table with unrounded numbers, and nothing in an empty cell."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator='\n')
+        writer.writerow([column.name for column in self.columns])
+        writer.writerows([float(cell) if isinstance(cell, Change) else cell for cell in row] for row in self.rows)
+        return out.getvalue()
+
+    def write(self, folder: Path) -> None:
+        """Write NAME.csv, and NAME.md with the caption, into a folder that exists."""
+        (folder / f'{self.name}.csv').write_text(self.csv(), encoding='utf-8')
+        (folder / f'{self.name}.md').write_text(f'{self.caption}\n\n{self.markdown()}', encoding='utf-8')
+
+    def _text(self, index: int, cell: Cell) -> str:
+        return self.nothing if cell is None else self.columns[index].text(cell)
+
+    def _cell(self, index: int, cell: Cell) -> str:
+        text = escape(self._text(index, cell))
+        if index == 0:
+            return f'<th scope="row">{text}</th>'
+        style = 'number' if self._numeric(index) else 'words'
         if self.better and isinstance(cell, Change) and abs(cell) >= 5e-4:
             style += ' better' if cell > 0 else ' worse'
-        return f'<td class="{style}">{escape(text(cell))}</td>'
+        return f'<td class="{style}">{text}</td>'
 
-    def _numeric(self, column: int) -> bool:
-        cells = [row[column] for row in self.rows]
-        if any(isinstance(cell, str) for cell in cells):
+    def _numeric(self, index: int) -> bool:
+        number = self.columns[index].number
+        if number is not None:
+            return number
+        if any(not isinstance(row[index], (int, float, type(None))) for row in self.rows):
             return False
         # A column of a table of numbers may be empty.
         return any(isinstance(cell, (int, float)) for row in self.rows for cell in row)
 
-    def markdown(self) -> str:
-        """The table as GitHub shows it, numbers to the right."""
-        rows = [self.header, ['---:' if self._numeric(i) else '---' for i in range(len(self.header))]]
-        rows += [[text(cell).replace('|', '\\|').replace('\n', ' ') for cell in row] for row in self.rows]
-        return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
-    def csv(self) -> str:
-        """The table with unrounded numbers."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator='\n')
-        writer.writerow(self.header)
-        writer.writerows([float(cell) if isinstance(cell, Change) else cell for cell in row] for row in self.rows)
-        return out.getvalue()
-
-
-def text(cell: Cell) -> str:
-    """A cell for people: three digits, a minus that is one, a dash for nothing."""
-    if cell is None:
-        return NOTHING
-    if isinstance(cell, Change):
-        return f'{cell:+.3f}'.replace('-', MINUS) if abs(cell) >= 5e-4 else '0.000'
-    return f'{cell:.3f}' if isinstance(cell, float) else str(cell)
+def code(cell: Cell) -> str:
+    """A cell in the type of code, by Markdown."""
+    return f'`{cell}`'
 
 
 def change(before: float | None, after: float | None) -> Change | None:
-    """The second less the first; None if one is not known."""
+    """The second less the first; None if one of them is unknown."""
     return None if before is None or after is None else Change(after - before)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import cv2
-import mmcv
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from mmdet.apis import inference_detector
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +21,8 @@ from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.gates import SATURATED, Gates, gate_figures, record_gates
+from cbam_mmdet.utils.tables import Column, Table, code
+from cbam_mmdet.visualization.sheets import image_grid, save_sheet, show_image
 
 # A gate that moves by less than this share of its range is dead: it does not answer to what it sees.
 DEAD = 0.01
@@ -211,8 +210,10 @@ def attend(
     rows = [row for average in averages.values() for row in average.rows()]
     draw_gates(averages.values(), out_dir / 'average.png', title=f'average of {rows[0].images} images')
     (out_dir / 'gates.md').write_text(markdown(rows), encoding='utf-8')
-    _write_csv(out_dir / 'gates.csv', [vars(row) for row in rows])
-    _write_csv(out_dir / 'gates_by_image.csv', [dict(file=file, **vars(row)) for file, row in by_image])
+    names = [field.name for field in fields(GateRow)]
+    (out_dir / 'gates.csv').write_text(Table(names, list(map(astuple, rows))).csv(), encoding='utf-8')
+    single = Table(['file', *names], [(file, *astuple(row)) for file, row in by_image])
+    (out_dir / 'gates_by_image.csv').write_text(single.csv(), encoding='utf-8')
     return rows
 
 
@@ -243,40 +244,38 @@ def draw_gates(averages: Iterable[GateAverage], out: Path, image: np.ndarray | N
     maps = [average.map for line in lines for average in line if average is not None and average.map is not None]
     shape = image.shape[:2] if image is not None else maps[0].shape if maps else (1, 2)
     height = 1.9 * min(shape[0] / shape[1], 2) if maps else 0.2
-    figure = Figure(figsize=(2.0 * columns + 0.3, len(lines) * (height + 1.25) + 0.7), layout='constrained')
-    grid = figure.subplots(
-        2 * len(lines), columns, squeeze=False, gridspec_kw=dict(height_ratios=[max(height, 0.2), 0.6] * len(lines))
-    )
-    for axes in grid.flat:
-        axes.axis('off')
+    size = (2.0 * columns + 0.3, len(lines) * (height + 1.25) + 0.7)
+    ratios = [max(height, 0.2), 0.6] * len(lines)
+    figure, grid = image_grid(2 * len(lines), columns, size, height_ratios=ratios)
     for i, line in enumerate(lines):
         for above, below, average in zip(grid[2 * i], grid[2 * i + 1], line, strict=False):
             if average is None:
-                above.imshow(mmcv.bgr2rgb(image))
+                show_image(above, image)
                 above.set_title('image', fontsize=8)
             else:
                 _draw_map(above, average, image)
                 _draw_distribution(below, average)
     note = 'spatial gate: dark least, yellow greatest · channel gate: distribution, identity dashed, saturated grey'
     figure.suptitle(f'{title}\n{note}', fontsize=9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
-    return out
+    return save_sheet(figure, out)
 
 
 def markdown(rows: Sequence[GateRow]) -> str:
     """The table, a line for each gate, and what its columns mean."""
-    lines = [
-        '| stage | block | gate | mean | spread | closed | open | saturated | distance | dead |',
-        f'|{"---|" * 10}',
-    ]
-    for row in rows:
-        shares = [f'{100 * share:.1f}%' for share in (row.closed, row.open, row.saturated)]
-        dead = '-' if row.dead is None else f'{100 * row.dead:.1f}%'
-        cells = [f'`{row.stage}`', f'`{row.block}`', row.gate, f'{row.mean:.3f}', f'{row.spread:.3f}', *shares]
-        lines.append(f'| {" | ".join([*cells, f"{row.distance:.3f}", dead])} |')
+    columns = {
+        Column('stage', code): lambda row: row.stage,
+        Column('block', code): lambda row: row.block,
+        'gate': lambda row: row.gate,
+        'mean': lambda row: row.mean,
+        'spread': lambda row: row.spread,
+        Column('closed', '.1%'): lambda row: row.closed,
+        Column('open', '.1%'): lambda row: row.open,
+        Column('saturated', '.1%'): lambda row: row.saturated,
+        'distance': lambda row: row.distance,
+        Column('dead', '.1%'): lambda row: row.dead,
+    }
     images = f'{rows[0].images} image{"s" if rows[0].images > 1 else ""}'
-    return '\n'.join(lines) + f'\n\nOver {images}. {NOTES}\n'
+    return f'{Table.of(rows, columns, nothing="-").markdown()}\nOver {images}. {NOTES}\n'
 
 
 def _draw_map(axes: Axes, average: GateAverage, image: np.ndarray | None) -> None:
@@ -307,10 +306,3 @@ def _draw_distribution(axes: Axes, average: GateAverage) -> None:
     axes.set(xlim=(-0.02 * upper, 1.02 * upper), xticks=[0, upper / 2, upper], yticks=[])
     axes.tick_params(labelsize=6)
     axes.spines[['top', 'left', 'right']].set_visible(False)
-
-
-def _write_csv(path: Path, rows: list[dict]) -> None:
-    with open(path, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)

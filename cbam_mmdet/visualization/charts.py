@@ -8,10 +8,11 @@ from pathlib import Path
 
 import matplotlib
 from markupsafe import Markup, escape
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# By the number of the run, as --run-0, --run-1, ... in report.html. Told apart by people who see no red or no green, too.
+# By the number of the run, as --run-0, --run-1, ... in report.css. People who see no red or no green tell them apart, too.
 COLOURS = ('#0062b1', '#c8500a', '#00795c', '#94388a', '#7a6400', '#4a4a52')
 COLOURS_ON_DARK = ('#6cb6ff', '#ff9a5c', '#4fd0a8', '#e59adb', '#dcc35a', '#c2c2cc')
 WIDTH, HEIGHT = 380, 230
@@ -102,21 +103,22 @@ class Chart:
 
     def draw(self, folder: Path) -> None:
         """Write NAME.png and NAME.pdf, of a column's width, with text that stays text."""
-        (x0, x1), (y0, y1) = self._ranges()
-        with matplotlib.rc_context(
-            {'pdf.fonttype': 42, 'font.size': 8, 'axes.spines.top': False, 'axes.spines.right': False}
-        ):
+        with matplotlib.rc_context({'pdf.fonttype': 42, 'font.size': 8}):
             figure = Figure(figsize=(3.4, 2.4), layout='constrained')
-            axes = figure.add_subplot()
-            for line in self.lines:
-                style = dict(linestyle='--' if line.dashed else '-', marker='o' if line.marks else None, markersize=3)
-                axes.plot(
-                    line.x, line.y, color=COLOURS[line.run % len(COLOURS)], linewidth=1.2, label=line.label, **style
-                )
-            axes.set(xlabel=self.x_label, ylabel=self.y_label, title=self.title, xlim=(x0, x1), ylim=(y0, y1))
-            axes.grid(alpha=0.3, linewidth=0.5)
-            axes.legend(frameon=False, fontsize=7)
+            self.plot(figure.add_subplot())
             save(figure, folder, self.name)
+
+    def plot(self, axes: Axes) -> None:
+        """Draw the chart into axes of Matplotlib."""
+        x_range, y_range = self._ranges()
+        for line in self.lines:
+            style = dict(linestyle='--' if line.dashed else '-', marker='o' if line.marks else None, markersize=3)
+            colour = COLOURS[line.run % len(COLOURS)]
+            axes.plot(line.x, line.y, color=colour, linewidth=1.2, label=line.label, **style)
+        axes.set(xlabel=self.x_label, ylabel=self.y_label, title=self.title, xlim=x_range, ylim=y_range)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(alpha=0.3, linewidth=0.5)
+        axes.legend(frameon=False, fontsize='small')
 
     def _ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
         highest = [

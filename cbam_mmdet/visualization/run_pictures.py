@@ -5,26 +5,26 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import cv2
 import matplotlib
-import mmcv
-import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 
+from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.engine.run_reader import read_results, read_scalars
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import set_default_scope
+from cbam_mmdet.visualization.curves import loss_charts, metric_charts
+from cbam_mmdet.visualization.sheets import draw_box, image_grid, save_sheet, show_image
 
 COLOURS = matplotlib.colormaps['tab10'].colors
 TRUTH = dict(color='white', linestyle=(0, (4, 3)), linewidth=1.6)
 
 
 def draw_curve(work_dir: str | Path, out: str | Path) -> Path:
-    """Draw the loss over the iterations, and the mAP of each validation, of the newest run in a work dir.
+    """Draw the loss over the iterations, and the mAP of each validation, of the newest training in a work dir.
 
     Args:
         work_dir: where tools/train.py wrote.
@@ -37,22 +37,13 @@ def draw_curve(work_dir: str | Path, out: str | Path) -> Path:
         UserError: if the work dir holds no log of a training run.
     """
     train, validations = read_scalars(work_dir)
-    metric = next((key for key in ('coco/bbox_mAP', 'pascal_voc/mAP') if any(key in row for row in validations)), None)
-    validated = [(row['step'], row[metric]) for row in validations if metric in row]
-
-    figure = Figure(figsize=(8, 4), layout='constrained')
-    axes = figure.add_subplot()
-    axes.plot([row['step'] for row in train], [row['loss'] for row in train], color=COLOURS[0], label='training loss')
-    axes.set(xlabel='iteration', ylabel='loss', ylim=(0, None))
-    axes.grid(alpha=0.3)
-    lines = axes.get_lines()
-    if validated:
-        right = axes.twinx()
-        right.plot(*zip(*validated, strict=True), 'o-', color=COLOURS[1], label='mAP (validation)')
-        right.set(ylabel='mAP', ylim=(0, 1))
-        lines = [*lines, *right.get_lines()]
-    axes.legend(handles=lines, loc='upper center', ncols=2, frameon=False)
-    return _save(figure, out)
+    name = Path(work_dir).resolve().name
+    (loss,) = (chart for chart in loss_charts({name: train}) if chart.name == 'loss')
+    charts = [loss, *metric_charts({name: validations})[:1]]
+    figure = Figure(figsize=(4.5 * len(charts), 3.5), layout='constrained')
+    for chart, axes in zip(charts, figure.subplots(1, len(charts), squeeze=False).flat, strict=True):
+        chart.plot(axes)
+    return save_sheet(figure, out)
 
 
 def draw_sheet(cfg: Config, results: str | Path, out: str | Path, num_images: int = 12, score_thr: float = 0.5) -> Path:
@@ -80,48 +71,24 @@ def draw_sheet(cfg: Config, results: str | Path, out: str | Path, num_images: in
 
     columns = math.ceil(math.sqrt(len(infos) * 4 / 3))
     rows = math.ceil(len(infos) / columns)
-    figure = Figure(figsize=(3 * columns, 3 * rows + 0.5), layout='constrained')
-    for cell, info in zip(
-        figure.subplots(rows, columns, squeeze=False).flat, infos + [None] * (rows * columns - len(infos)), strict=True
-    ):
-        cell.axis('off')
-        if info is not None:
-            prediction = predictions[info['img_id']]['pred_instances']
-            _draw_image(cell, info, prediction, score_thr)
+    figure, grid = image_grid(rows, columns, (3 * columns, 3 * rows + 0.5))
+    for axes, info in zip(grid.flat, infos, strict=False):
+        _draw_image(axes, info, predictions[info['img_id']]['pred_instances'], score_thr)
     classes = dataset.metainfo['classes']
     legend = [Line2D([], [], **(TRUTH | dict(color='0.6')), label='truth')]
     legend += [Line2D([], [], color=COLOURS[i % 10], linewidth=2, label=name) for i, name in enumerate(classes[:10])]
     figure.legend(handles=legend, loc='outside lower center', ncols=len(legend), frameon=False, fontsize=9)
-    return _save(figure, out)
+    return save_sheet(figure, out)
 
 
-def _draw_image(axes: matplotlib.axes.Axes, info: dict, prediction: dict, score_thr: float) -> None:
-    axes.imshow(cv2.cvtColor(mmcv.imread(info['img_path']), cv2.COLOR_BGR2RGB))
+def _draw_image(axes: Axes, info: dict, prediction: dict, score_thr: float) -> None:
+    show_image(axes, read_image(info['img_path']))
     for instance in info['instances']:
-        _draw_box(axes, instance['bbox'], **TRUTH)
+        draw_box(axes, tuple(instance['bbox']), **TRUTH)
     for box, label, score in zip(prediction['bboxes'], prediction['labels'], prediction['scores'], strict=True):
         if score >= score_thr:
             colour = COLOURS[int(label) % 10]
-            x, y = _draw_box(axes, np.asarray(box), color=colour, linewidth=1.8)
-            axes.text(
-                x,
-                y,
-                f'{float(score):.2f}',
-                fontsize=7,
-                color='white',
-                va='bottom',
-                bbox=dict(fc=colour, ec='none', pad=0.8),
-            )
-
-
-def _draw_box(axes: matplotlib.axes.Axes, box: np.ndarray, **style) -> tuple[float, float]:
-    x1, y1, x2, y2 = map(float, box)
-    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **style))
-    return x1, y1
-
-
-def _save(figure: Figure, out: str | Path) -> Path:
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
-    return out
+            x, y, *_ = corners = tuple(map(float, box))
+            draw_box(axes, corners, color=colour, linewidth=1.8)
+            background = dict(fc=colour, ec='none', pad=0.8)
+            axes.text(x, y, f'{float(score):.2f}', fontsize=7, color='white', va='bottom', bbox=background)

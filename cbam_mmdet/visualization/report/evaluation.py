@@ -1,0 +1,109 @@
+"""What the newest checkpoint of a run detects in the test set, how that scores, and what the network costs.
+
+The test set is the config's. The configs for COCO and VOC test on their validation images.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mmengine.config import ConfigDict
+
+from cbam_mmdet.analysis.complexity import Complexity, measure
+from cbam_mmdet.apis.infer import load_detector
+from cbam_mmdet.apis.test import test
+from cbam_mmdet.datasets.pointing import point_at_data
+from cbam_mmdet.datasets.transforms.arrays import array_pipeline
+from cbam_mmdet.datasets.transforms.loading import read_image
+from cbam_mmdet.engine.run_reader import TrainingRecord, read_results
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.evaluation.scores import Outcome, Scores, score
+from cbam_mmdet.models.gates import Gates, find_cbams
+from cbam_mmdet.visualization.attention import gates_over
+
+
+@dataclass
+class EvaluatedRun:
+    """A training, what its newest checkpoint detects, and what it costs.
+
+    Args:
+        record: the training.
+        checkpoint: its newest checkpoint.
+        scores: of the detections.
+        outcomes: what was found and missed, by image file.
+        cost: None where the network cannot be counted; `no_cost` says why.
+        no_cost: empty where it can.
+        gates: by image file and CBAM.
+    """
+
+    record: TrainingRecord
+    checkpoint: str
+    scores: Scores
+    outcomes: dict[str, Outcome]
+    cost: Complexity | None
+    no_cost: str = ''
+    gates: dict[str, dict[str, Gates]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+
+def evaluate(
+    record: TrainingRecord, checkpoint: str, *, data_root: str | None, score_thr: float, trust_checkpoint: bool
+) -> EvaluatedRun:
+    """Score a checkpoint's detections; see write_report for the arguments."""
+    detections = _detections(record, checkpoint, data_root, trust_checkpoint)
+    cfg = copy.deepcopy(record.tested)
+    point_at_data(cfg, data_root, None)
+    scores = score(cfg, detections, f"{record.name}'s results.pkl")
+    cost, no_cost = None, ''
+    try:
+        cost = measure(cfg, record.name, device='cpu')
+    except UserError as error:
+        no_cost = str(error)
+    record.facts['Checkpoint'] = Path(checkpoint).name
+    return EvaluatedRun(record, checkpoint, scores, scores.outcomes(score_thr), cost, no_cost)
+
+
+def worst_first(runs: Sequence[EvaluatedRun]) -> list[str]:
+    """The image files, those with the most missed objects of all runs first, then those with the most false detections."""
+    missed, false = Counter(), Counter()
+    for run in runs:
+        for path, outcome in run.outcomes.items():
+            missed[path] += len(outcome.missed)
+            false[path] += len(outcome.false)
+    return sorted(missed, key=lambda path: (-missed[path], -false[path], path))
+
+
+def add_gates(runs: Sequence[EvaluatedRun], paths: Sequence[str], device: str | None, trust_checkpoint: bool) -> None:
+    """Record each run's gates over those of the images that are in its test set."""
+    for run in runs:
+        model = load_detector(run.record.tested, run.checkpoint, device, trust_checkpoint)
+        if find_cbams(model):
+            pipeline = array_pipeline(model.cfg)
+            run.gates = {path: gates_over(model, read_image(path), pipeline) for path in paths if path in run.outcomes}
+
+
+def _detections(record: TrainingRecord, checkpoint: str, data_root: str | None, trust_checkpoint: bool) -> list[dict]:
+    """What tools/test.py --out has written since the checkpoint; without it, detect now."""
+    results = record.work_dir / 'results.pkl'
+    if not data_root and results.is_file() and results.stat().st_mtime >= os.path.getmtime(checkpoint):
+        written = datetime.fromtimestamp(results.stat().st_mtime)
+        record.facts['Detections'] = f'results.pkl of {written:%Y-%m-%d %H:%M}'
+        return read_results(results)
+    record.facts['Detections'] = 'made for this report'
+    with TemporaryDirectory() as folder:
+        results = f'{folder}/results.pkl'
+        cfg = copy.deepcopy(record.tested)
+        # MMEngine keeps a visualizer by its name for the whole process: the next run needs another one. It writes nothing.
+        cfg.visualizer = ConfigDict(type='DetLocalVisualizer', name=folder, vis_backends=[])
+        test(cfg, checkpoint, data_root=data_root, work_dir=folder, out=results, trust_checkpoint=trust_checkpoint)
+        return read_results(results)

@@ -1,0 +1,52 @@
+"""Sheets of images: axes without frames, images and boxes in them, written as one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+
+def image_grid(rows: int, columns: int, size: tuple[float, float], **layout: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of (width, height) inches, and its axes, (rows, columns), which show no frame and no ticks.
+
+    Args:
+        rows, columns: how many axes.
+        size: of the figure.
+        layout: further arguments of Figure.subplots.
+    """
+    figure = Figure(figsize=size, layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False, **layout)
+    for axes in grid.flat:
+        axes.axis('off')
+    return figure, grid
+
+
+def show_image(axes: Axes, image: np.ndarray) -> None:
+    """Show an image, (H, W, 3) BGR."""
+    axes.imshow(mmcv.bgr2rgb(image))
+
+
+def draw_box(axes: Axes, box: tuple[float, float, float, float], **style: Any) -> None:
+    """Draw the edges of a box, x1, y1, x2, y2 in pixels of the image that the axes show."""
+    x1, y1, x2, y2 = box
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **style))
+
+
+def box_corners(xywh: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    """x, y, width, height -> x1, y1, x2, y2."""
+    x, y, width, height = xywh
+    return x, y, x + width, y + height
+
+
+def save_sheet(figure: Figure, out: str | Path) -> Path:
+    """Write a figure as a picture for the screen, into a folder that is made if need be."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+    return out
