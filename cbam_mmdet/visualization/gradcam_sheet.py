@@ -1,4 +1,7 @@
-"""Grad-CAM of images: a sheet for each, one or two detectors side by side as in figure 4 of CBAM's paper, and the maps as arrays."""
+"""Grad-CAM of images, one or two detectors side by side as in figure 4 of CBAM's paper.
+
+Each image has a sheet, and its maps as arrays.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ from pathlib import Path
 import cv2
 import mmcv
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import nn
 from tqdm import tqdm
 
@@ -28,16 +29,18 @@ from cbam_mmdet.analysis.gradcam import (
 from cbam_mmdet.datasets.inputs import unique_names
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError, did_you_mean
+from cbam_mmdet.visualization.sheets import draw_box, image_grid, save_sheet, show_image
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What of an image is explained.
+    """Which boxes of an image are explained.
 
     Attributes:
         class_name: boxes of this class only.
         top: the detections with the best scores, so many; None for all.
-        box: x1, y1, x2, y2 in pixels: this box in place of detections; without a class name, the class that the detector sees there.
+        box: x1, y1, x2, y2 in pixels: this box in place of detections; without a class name, the class that the
+            detector sees there.
         score_thr: no detection with a lower score.
     """
 
@@ -45,6 +48,25 @@ class Choice:
     top: int | None = 1
     box: tuple[float, float, float, float] | None = None
     score_thr: float = 0.3
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One detector's maps of one image.
+
+    Attributes:
+        name: of the detector.
+        layers: the names of the layers.
+        maps: (layers, h, w) in 0..1.
+        scores: the detector's score of each target.
+        overlaps: the IoU of each target with the detector's candidate that has this score.
+    """
+
+    name: str
+    layers: list[str]
+    maps: np.ndarray
+    scores: list[float]
+    overlaps: list[float]
 
 
 def explain_images(
@@ -57,84 +79,102 @@ def explain_images(
     method: str = 'gradcam++',
     warn: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Write `out_dir/NAME.png`, `out_dir/raw/NAME_MODEL.npy` (layers, H, W), and `out_dir/raw/NAME_MODEL.json`: the layers, the boxes,
-    and the score that the model gives them.
+    """Write for each image a sheet, its maps and its scores.
 
-    The first detector's detections are explained; the others are asked for their score of the same boxes.
+    The sheet is `out_dir/NAME.png`. Each detector has `out_dir/raw/NAME_MODEL.npy`, of shape (layers, H, W), and
+    `out_dir/raw/NAME_MODEL.json`: the layers, the boxes, and the score that the detector gives them. The first detector's
+    detections are explained; the others are asked for their score of the same boxes.
 
     Args:
-        models: detectors from inference.load_detector, by the names that the sheet shows.
+        models: detectors from apis.infer.load_detector, by the names that the sheet shows.
         files: images.
         out_dir: where to write.
         choice: what is explained.
         layers: by their names; by default the last block of each stage of each detector's backbone.
         method: one of gradcam.METHODS.
-        warn: is told of each image without a detection, or that cannot be read; the others go on.
+        warn: called with a message for each image that is skipped, since it has no detection or cannot be read.
 
     Returns:
         The sheets that were written.
 
     Raises:
-        UserError: for a layer, class or method that does not exist; detectors of different classes; a box and several images; a single image
-            that cannot be explained.
+        UserError: for a layer, class or method that does not exist; detectors of different classes; a box and several
+            images; a single image that cannot be explained.
     """
-    method_class(method)
-    first = next(iter(models.values()))
-    classes = tuple(first.dataset_meta['classes'])
-    for name, model in models.items():
-        if tuple(model.dataset_meta['classes']) != classes:
-            raise UserError(
-                f'--compare: {name} knows other classes than {next(iter(models))}: there is no score to compare'
-            )
-    if choice.class_name is not None and choice.class_name not in classes:
-        raise UserError(
-            f'--class {choice.class_name}: the detector knows {", ".join(classes)}{did_you_mean(choice.class_name, classes)}'
-        )
-    if choice.box is not None and len(files) > 1:
-        raise UserError(f'--box is a box of one image, {len(files)} were given')
-    found_layers = {name: find_layers(model, layers) for name, model in models.items()}
+    classes = _check(models, files, choice, method)
+    layers_of = {name: find_layers(model, layers) for name, model in models.items()}
     out_dir = Path(out_dir)
-    (out_dir / 'raw').mkdir(parents=True, exist_ok=True)
     written = []
-    for file, stem in zip(
-        tqdm(files, desc='explaining', unit='image', disable=len(files) < 2), unique_names(files), strict=True
-    ):
+    progress = tqdm(files, desc='explaining', unit='image', disable=len(files) < 2)
+    for file, stem in zip(progress, unique_names(files), strict=True):
         try:
-            image = read_image(str(file))
-            targets = choose_targets(first, image, choice)
-            if not targets:
-                what = f'detection of class {choice.class_name}' if choice.class_name else 'detection'
-                raise UserError(
-                    f'{file}: no {what} with a score of {choice.score_thr:g} or more: lower --score-thr, or give --box'
-                )
+            image, targets = _read(file, next(iter(models.values())), choice)
         except UserError as error:
             if len(files) == 1:
                 raise
             warn(str(error))
             continue
-        rows = []
-        for name, model in models.items():
-            prepared = prepare(model, image)
-            scores = BoxScores(model, prepared, targets)
-            if min(scores.overlaps) < 0.5:
+        explanations = [
+            _explain(name, model, image, targets, layers_of[name], method) for name, model in models.items()
+        ]
+        for it in explanations:
+            if min(it.overlaps) < 0.5:
                 warn(
-                    f'{file}: {name} has no candidate that overlaps a box by half (IoU {min(scores.overlaps):.2f}); the nearest is taken'
+                    f'{file}: {it.name} has no candidate that overlaps a box by half (IoU {min(it.overlaps):.2f}); the '
+                    'nearest is taken'
                 )
-            maps = cam_maps(scores, prepared, found_layers[name], method)
-            rows.append((name, list(found_layers[name]), maps, scores.probabilities))
-            raw = out_dir / 'raw' / f'{stem}_{name}'
-            np.save(f'{raw}.npy', maps)
-            record = dict(
-                image=str(file),
-                method=method,
-                layers=list(found_layers[name]),
-                targets=[asdict(t) | dict(class_name=classes[t.label]) for t in targets],
-                scores=scores.probabilities,
-                overlaps=scores.overlaps,
-            )
-            Path(f'{raw}.json').write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
-        written.append(draw_cams(image, targets, rows, classes, out_dir / f'{stem}.png', f'{file.name}, {method}'))
+            record = dict(image=str(file), method=method, targets=[_as_dict(target, classes) for target in targets])
+            _write_raw(it, record, out_dir / 'raw', f'{stem}_{it.name}')
+        title = f'{file.name}, {method}'
+        written.append(draw_cams(image, targets, explanations, classes, out_dir / f'{stem}.png', title))
     return written
+
+
+def _check(models: dict[str, nn.Module], files: Sequence[Path], choice: Choice, method: str) -> tuple[str, ...]:
+    """Refuse arguments that do not fit; return the classes that all detectors know."""
+    method_class(method)
+    first, *others = models
+    classes = tuple(models[first].dataset_meta['classes'])
+    for name in others:
+        if tuple(models[name].dataset_meta['classes']) != classes:
+            raise UserError(f'--compare: {name} knows other classes than {first}: there is no score to compare')
+    if choice.class_name is not None and choice.class_name not in classes:
+        hint = did_you_mean(choice.class_name, classes)
+        raise UserError(f'--class {choice.class_name}: the detector knows {", ".join(classes)}{hint}')
+    if choice.box is not None and len(files) > 1:
+        raise UserError(f'--box is a box of one image, {len(files)} were given')
+    return classes
+
+
+def _read(file: Path, model: nn.Module, choice: Choice) -> tuple[np.ndarray, list[Target]]:
+    image = read_image(str(file))
+    targets = choose_targets(model, image, choice)
+    if not targets:
+        what = f'detection of class {choice.class_name}' if choice.class_name else 'detection'
+        raise UserError(
+            f'{file}: no {what} with a score of {choice.score_thr:g} or more: lower --score-thr, or give --box'
+        )
+    return image, targets
+
+
+def _explain(
+    name: str, model: nn.Module, image: np.ndarray, targets: Sequence[Target], layers: dict[str, nn.Module], method: str
+) -> Explanation:
+    prepared = prepare(model, image)
+    scores = BoxScores(model, prepared, targets)
+    maps = cam_maps(scores, prepared, layers, method)
+    return Explanation(name, list(layers), maps, scores.probabilities, scores.overlaps)
+
+
+def _as_dict(target: Target, classes: Sequence[str]) -> dict:
+    return asdict(target) | dict(class_name=classes[target.label])
+
+
+def _write_raw(explanation: Explanation, record: dict, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / f'{name}.npy', explanation.maps)
+    record = record | dict(layers=explanation.layers, scores=explanation.scores, overlaps=explanation.overlaps)
+    (folder / f'{name}.json').write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
 
 
 def choose_targets(model: nn.Module, image: np.ndarray, choice: Choice) -> list[Target]:
@@ -158,7 +198,7 @@ def choose_targets(model: nn.Module, image: np.ndarray, choice: Choice) -> list[
 def draw_cams(
     image: np.ndarray,
     targets: Sequence[Target],
-    rows: Sequence[tuple[str, Sequence[str], np.ndarray, Sequence[float]]],
+    explanations: Sequence[Explanation],
     classes: Sequence[str],
     out: Path,
     title: str = '',
@@ -168,7 +208,7 @@ def draw_cams(
     Args:
         image: (H, W, 3) BGR.
         targets: the boxes.
-        rows: for each detector its name, its layers, its maps (layers, h, w) in 0..1, and its score of each box.
+        explanations: one for each detector.
         classes: names of the classes.
         out: the picture to write.
         title: of the sheet.
@@ -178,27 +218,25 @@ def draw_cams(
     """
     from pytorch_grad_cam.utils.image import show_cam_on_image
 
-    rgb = mmcv.bgr2rgb(image)
+    rgb = np.float32(mmcv.bgr2rgb(image)) / 255
     height, width = image.shape[:2]
-    columns = 1 + max(len(layers) for _, layers, _, _ in rows)
-    tall = 2.3 * min(height / width, 2)
-    figure = Figure(figsize=(2.3 * columns, len(rows) * (tall + 0.45) + 0.4), layout='constrained')
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis('off')
-    for line, (name, layers, maps, scores) in zip(grid, rows, strict=True):
-        told = ', '.join(f'{classes[t.label]} {p:.2f}' for t, p in list(zip(targets, scores, strict=True))[:3])
-        more = f', ... ({len(targets)})' if len(targets) > 3 else ''
-        line[0].imshow(rgb)
-        line[0].set_title(f'{name}\n{told}{more}', fontsize=8)
-        for axes, layer, map_ in zip(line[1:], layers, maps, strict=False):
+    columns = 1 + max(len(it.layers) for it in explanations)
+    size = 2.3 * columns, len(explanations) * (2.3 * min(height / width, 2) + 0.45) + 0.4
+    figure, grid = image_grid(len(explanations), columns, size)
+    for line, it in zip(grid, explanations, strict=True):
+        show_image(line[0], image)
+        line[0].set_title(f'{it.name}\n{_scores_in_words(targets, it.scores, classes)}', fontsize=8)
+        for axes, layer, map_ in zip(line[1:], it.layers, it.maps, strict=False):
             mask = np.clip(cv2.resize(map_, (width, height)), 0, 1)
-            axes.imshow(show_cam_on_image(np.float32(rgb) / 255, mask, use_rgb=True))
+            axes.imshow(show_cam_on_image(rgb, mask, use_rgb=True))
             axes.set_title(layer.removeprefix('backbone.'), fontsize=8)
-        for axes in line[: 1 + len(layers)]:
-            for x1, y1, x2, y2 in (target.box for target in targets):
-                axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color='white', linewidth=1.2))
+        for axes in line[: 1 + len(it.layers)]:
+            for target in targets:
+                draw_box(axes, target.box, color='white', linewidth=1.2)
     figure.suptitle(title, fontsize=9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
-    return out
+    return save_sheet(figure, out)
+
+
+def _scores_in_words(targets: Sequence[Target], scores: Sequence[float], classes: Sequence[str], most: int = 3) -> str:
+    shown = [f'{classes[target.label]} {score:.2f}' for target, score in zip(targets, scores, strict=True)][:most]
+    return ', '.join(shown) + (f', ... ({len(targets)})' if len(targets) > most else '')
