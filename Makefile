@@ -10,13 +10,14 @@ DEMO := work_dirs/demo
 DEMO_CONFIG := configs/demo/faster_rcnn_cbam.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint lock clean
+.PHONY: help setup demo test test-all lint docs docs-serve docs-pages lock clean
 
 help:
 	@echo 'make demo      install what is missing, train a small Faster R-CNN with CBAM on built-in data, evaluate, report'
 	@echo 'make test      install what is missing, run the tests (make test-all: the slow ones too)'
 	@echo 'make setup     install only, into $(VENV)'
 	@echo 'make lint      check the style, with ruff'
+	@echo 'make docs      build the pages of docs/ into site/ (make docs-serve: show them in a browser)'
 	@echo 'make lock      write constraints.txt anew, with the newest versions that fit'
 	@echo 'make clean     remove $(VENV) and what demo and tests wrote'
 
@@ -43,8 +44,25 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+# The site's pages are docs/, and the files of the repository that they link to. There a link needs no ../.
+PAGES := build/pages
+docs-pages:
+	rm -rf $(PAGES)
+	mkdir -p $(PAGES)/benchmarks
+	cp -R docs/. CHANGELOG.md CONTRIBUTING.md $(PAGES)
+	cp -R benchmarks/results $(PAGES)/benchmarks
+	sed -i.bak -e 's|](\.\./|](|g' -e 's|]: \.\./|]: |g' -e 's|](docs/|](|g' $(PAGES)/*.md
+	rm $(PAGES)/*.bak
+
+docs: $(READY) docs-pages
+	$(VENV)/bin/zensical build --strict --clean
+
+# After a change of a page, `make docs-pages` in another terminal: the browser then shows it.
+docs-serve: $(READY) docs-pages
+	$(VENV)/bin/zensical serve
+
 lock: $(READY)
 	@bash tools/setup_env.sh $(VENV) --lock
 
 clean:
-	rm -rf $(VENV) data/shapes $(DEMO) .pytest_cache .ruff_cache
+	rm -rf $(VENV) data/shapes $(DEMO) $(PAGES) site .cache .pytest_cache .ruff_cache

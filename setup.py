@@ -45,6 +45,8 @@ setup(
         'fast-eval': ['faster-coco-eval'],
         # tools/gradcam.py.
         'explain': ['grad-cam'],
+        # make docs: the site of docs/, with the reference from the docstrings.
+        'docs': ['zensical', 'mkdocstrings-python'],
         'dev': ['pytest', 'pytest-xdist', 'ruff'],
     },
     classifiers=[

@@ -19,14 +19,18 @@ find_python() {
 }
 
 if [ -x "$venv/bin/python" ] && ! supported "$venv/bin/python"; then
-    die "$venv is an environment of $("$venv/bin/python" --version 2>&1 | head -n 1); Python 3.10, 3.11 or 3.12 is needed. Remove $venv or move it away."
+    die "$venv is an environment of $("$venv/bin/python" --version 2>&1 | head -n 1);" \
+        "Python 3.10, 3.11 or 3.12 is needed." \
+        "Remove $venv or move it away."
 fi
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then  # not there, or half made by a run that failed
-    python=$(find_python) || die "Python 3.10, 3.11 or 3.12 is needed, found $(${PYTHON:-python3} --version 2>&1 | head -n 1)." \
+    python=$(find_python) || die "Python 3.10, 3.11 or 3.12 is needed," \
+        "found $(${PYTHON:-python3} --version 2>&1 | head -n 1)." \
         "Install one and say which: make PYTHON=/path/to/python3.11 ..."
     rm -rf "$venv"
     log=$("$python" -m venv "$venv" 2>&1) ||
-        die "$python cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv). It said: $(tail -n 1 <<<"$log")"
+        die "$python cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)." \
+            "It said: $(tail -n 1 <<<"$log")"
 fi
 
 log=$("$venv/bin/python" -m pip install -q --disable-pip-version-check 'uv>=0.5,<1' 2>&1) ||
@@ -51,8 +55,11 @@ if [ "${2:-}" = --lock ]; then
     exit
 fi
 
-echo "Installing the pinned stack into $venv (about 3 GB to fetch, most of it PyTorch's CUDA libraries; no compiler is needed) ..."
-"$uv" pip install --python "$venv/bin/python" --constraint constraints.txt --override overrides.txt --editable '.[mmdet,backbones,fast-eval,explain,dev]' ||
-    die "the installation failed; the lines above say why. Check the network and the free disk space (7 GB), then run make again."
+echo "Installing the pinned stack into $venv" \
+    "(about 3 GB to fetch, most of it PyTorch's CUDA libraries; no compiler is needed) ..."
+"$uv" pip install --python "$venv/bin/python" --constraint constraints.txt --override overrides.txt \
+    --editable '.[mmdet,backbones,fast-eval,explain,docs,dev]' ||
+    die "the installation failed; the lines above say why." \
+        "Check the network and the free disk space (7 GB), then run make again."
 
 "$venv/bin/python" tools/serve_mmcv_ops.py || die "mmcv's operators cannot be served; the lines above say why."
