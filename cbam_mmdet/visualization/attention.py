@@ -21,7 +21,6 @@ from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.gates import SATURATED, RecordedGates, gate_figures, record_gates
-from cbam_mmdet.models.gates import SATURATED, Gates, gate_figures, record_gates
 from cbam_mmdet.utils.tables import Column, Table, code
 from cbam_mmdet.visualization.sheets import image_grid, save_sheet, show_image
 

@@ -26,7 +26,6 @@ from cbam_mmdet.engine.run_reader import TrainingRecord, read_results
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.scores import Outcome, Scores, score
 from cbam_mmdet.models.gates import RecordedGates, find_cbams
-from cbam_mmdet.models.gates import Gates, find_cbams
 from cbam_mmdet.visualization.attention import gates_over
 
 
