@@ -68,6 +68,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str, **options: Any) -> None:
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
+    def error(self, message: str) -> NoReturn:
+        """End with the usage and this message; of several processes with the same arguments the first says so."""
+        if int(os.environ.get('LOCAL_RANK', 0)) > 0:
+            sys.exit(USER_ERROR)
+        super().error(message)
+
     def add_shared(self, *names: str, **changes: Any) -> None:
         """Add arguments of SHARED, each with these changes."""
         for name in names:
@@ -103,8 +109,8 @@ def _require_data_root(folder: str | None) -> None:
         return
     print(
         f'\nerror: --data-root {folder}: there is no folder {os.path.abspath(folder)}. Give the folder of a data set in '
-        "COCO's layout (train2017/, val2017/, annotations/instances_train2017.json, ...) or in Pascal VOC's (VOC2007/ with "
-        'JPEGImages/, Annotations/, ImageSets/Main/). To see everything work without a data set of your own: make demo',
+        "COCO's layout (train2017/, val2017/, annotations/instances_train2017.json, ...) or in Pascal VOC's (VOC2007/ "
+        'with JPEGImages/, Annotations/, ImageSets/Main/). To see everything work without a data set of your own: make demo',
         file=sys.stderr,
     )
     sys.exit(USER_ERROR)

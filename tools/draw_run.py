@@ -8,8 +8,6 @@ from pathlib import Path
 
 from arguments import Parser, run
 
-from cbam_mmdet.utils.config import load_config
-
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
@@ -24,6 +22,7 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from cbam_mmdet.engine.run_reader import find_config
+    from cbam_mmdet.utils.config import load_config
 
     work_dir = Path(args.work_dir)
     cfg = load_config(str(find_config(work_dir)))

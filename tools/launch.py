@@ -127,9 +127,12 @@ def launch(options: list[str], command: list[str]) -> int:
     try:
         run.run(run.parse_args([*options, *command]))
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        code = USER_ERROR if USER_ERROR in codes else error.get_first_failure()[1].exitcode
-        return 128 - code if code < 0 else code
+        by_time = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+        # A process that lost contact has failed because another one did.
+        first = next((failure for failure in by_time if failure.exitcode == USER_ERROR), by_time[0])
+        if isinstance(first.message, dict):  # it has written its error file
+            print(f'\nerror: {first.message["message"]}', file=sys.stderr, flush=True)
+        return 128 - first.exitcode if first.exitcode < 0 else first.exitcode
     except SignalException as stop:
         return 128 + stop.sigval
     except (DistError, RendezvousError) as error:

@@ -26,10 +26,8 @@ def main(args: argparse.Namespace) -> None:
     from cbam_mmdet.engine.checkpoint.files import find_checkpoint
     from cbam_mmdet.utils.config import load_config
 
-    cfg = load_config(args.config, args.cfg_options)
     checkpoint = find_checkpoint(args.checkpoint)
-    if not args.data_root:
-        require_data_roots(cfg, 'test')
+    cfg = load_config(args.config, args.cfg_options, None if args.data_root else require_data_roots('test'))
     from cbam_mmdet.apis.test import test  # MMDetection takes seconds to import
 
     test(

@@ -38,9 +38,8 @@ def main(args: argparse.Namespace) -> None:
     from cbam_mmdet.datasets.layouts import require_data_roots
     from cbam_mmdet.utils.config import load_config
 
-    cfg = load_config(args.config, args.cfg_options)
-    if not args.data_root:
-        require_data_roots(cfg, 'train', 'val')
+    check = None if args.data_root else require_data_roots('train', 'val')
+    cfg = load_config(args.config, args.cfg_options, check)
     from cbam_mmdet.apis.train import train  # MMDetection takes seconds to import
 
     train(

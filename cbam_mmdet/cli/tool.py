@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
 from cbam_mmdet.cli.messages import explain
-from cbam_mmdet.engine.distributed import end_process, speak_for_all
+from cbam_mmdet.engine.distributed import end_process
 from cbam_mmdet.errors import Stopped
 
 FAILED = 1
@@ -19,37 +21,49 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
-    """Run a tool's main function and exit with its code; turn known failures into one message on stderr."""
+    """Run a tool's main function and exit with its code; turn known failures into one message on stderr.
+
+    Of several processes with the same mistake one says so. Under torchrun each writes its message into the error file that
+    torchrun names, and tools/launch.py prints the first. What all do together, to stop at a signal, the first process says.
+    """
     if int(os.environ.get('RANK', 0)) > 0:  # the first of several processes prints the same
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
         warnings.simplefilter('ignore')
     try:
         code = main()
     except Stopped as stop:
-        _leave(str(stop), stop.code)
+        _say(str(stop), int(os.environ.get('RANK', 0)) == 0)
+        _end(stop.code)
     except KeyboardInterrupt:
-        _leave('interrupted', INTERRUPTED)
+        _say('interrupted', int(os.environ.get('RANK', 0)) == 0)
+        _end(INTERRUPTED)
     except Exception as error:
         if _lost_contact(error):
-            _leave(
-                f'error: process {os.environ.get("RANK")} lost contact with another process of this run: {error}',
-                FAILED,
-            )
+            rank = os.environ.get('RANK')
+            _leave(f'process {rank} lost contact with another process of this run: {error}', FAILED)
         message = explain(error)
         if message is None:
             raise
-        _leave(f'error: {message}', USER_ERROR)
+        _leave(message, USER_ERROR)
     _end(code or 0)
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    sys.stdout.flush()
-    speaks = True
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        speaks, code = speak_for_all(code)
-    if speaks:
-        print(f'\n{message}', file=sys.stderr, flush=True)
+    error_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if error_file:
+        # As torch.distributed.elastic.multiprocessing.errors.record writes it, but for the traceback.
+        content = dict(message=dict(message=message, extraInfo=dict(timestamp=str(int(time.time())))))
+        with open(error_file, 'w', encoding='utf-8') as file:
+            json.dump(content, file)
+    else:
+        _say(f'error: {message}')
     _end(code)
+
+
+def _say(message: str, aloud: bool = True) -> None:
+    sys.stdout.flush()
+    if aloud:
+        print(f'\n{message}', file=sys.stderr, flush=True)
 
 
 def _end(code: int) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import os.path as osp
+from collections.abc import Callable
 
 from mmengine.config import Config, ConfigDict
 
@@ -46,12 +47,15 @@ def require_data_root(dataset: ConfigDict, split: str) -> None:
         raise UserError(f'the {split} data set is not there: no folder {root} (in {os.getcwd()}). Expected:\n{layout}')
 
 
-def require_data_roots(cfg: Config, *splits: str) -> None:
-    """Look for the folders of the data sets of these splits.
+def require_data_roots(*splits: str) -> Callable[[Config], None]:
+    """A check for utils.config.load_config: the folders of the data sets of these splits exist.
 
-    Raises:
-        UserError: for the first that does not exist.
+    The function that it returns raises a UserError for the first one that does not exist.
     """
-    for split in splits:
-        for dataset in split_datasets(cfg, split):
-            require_data_root(dataset, split)
+
+    def check(cfg: Config) -> None:
+        for split in splits:
+            for dataset in split_datasets(cfg, split):
+                require_data_root(dataset, split)
+
+    return check

@@ -1,8 +1,7 @@
-"""Training on several processes: the process group, with or without GPUs, and one voice for all of them.
+"""Training on several processes: the process group, with or without GPUs.
 
-torchrun starts the processes (tools/dist_train.sh), MMEngine's Runner works in them. What is ours: a process group without a
-GPU, where MMEngine knows only CUDA's; work that one process does for all; and that of N processes with the same mistake one
-says so.
+torchrun starts the processes (tools/dist_train.sh), and MMEngine's Runner works in them. What is ours is a process group
+without a GPU, where MMEngine knows only CUDA's, and work that one process does for all.
 """
 
 from __future__ import annotations
@@ -97,36 +96,6 @@ def in_first_process(function: Callable[[], T]) -> T:
     if message is not None:
         raise UserError(message)
     return result
-
-
-def speak_for_all(code: int) -> tuple[bool, int]:
-    """Ask, on the way out, whether this process is the one to say why; the others end without a word.
-
-    Under torchrun the first one that asks speaks; its store keeps the answer, also when there is no process group yet.
-
-    Args:
-        code: the exit code of this process.
-
-    Returns:
-        Whether to speak, and the exit code of the one who does.
-    """
-    rank, port = os.environ.get('RANK'), os.environ.get('MASTER_PORT')
-    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-        address, start = f'{os.environ["MASTER_ADDR"]}:{port}', os.environ['TORCHELASTIC_RESTART_COUNT']
-    elif 'TORCHELASTIC_RUN_ID' in os.environ and 'RDZV_ENDPOINT' in os.environ:
-        address, start = os.environ['RDZV_ENDPOINT'], port  # there is a new port for every start
-    else:
-        return True, code
-    host, _, port = address.rpartition(':')
-    try:
-        store = distributed.TCPStore(
-            host, int(port), is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=5)
-        )
-        answer = store.compare_set(f'cbam_mmdet/spoken/{start}', '', f'{rank}:{code}')
-        speaker, _, said = answer.decode().partition(':')
-    except RuntimeError:  # that agent is gone, and with it whoever else could speak
-        return True, code
-    return speaker == rank, int(said)
 
 
 def end_process(code: int) -> NoReturn:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os.path as osp
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import OPTIMIZERS, Registry, init_default_scope
+from mmengine.utils import import_modules_from_strings
 
 from cbam_mmdet.errors import UserError, did_you_mean
 
@@ -39,8 +41,13 @@ def config_path(name: str) -> str:
     return str(path)
 
 
-def load_config(path: str, cfg_options: dict | None = None) -> Config:
+def load_config(path: str, cfg_options: dict | None = None, check: Callable[[Config], None] | None = None) -> Config:
     """Read a config file, or one that the package ships ('cbam_mmdet::NAME.py'), and merge options into it.
+
+    Args:
+        path: the config's file.
+        cfg_options: dotted keys and values to set.
+        check: is called with the config before its `custom_imports` are imported, which may take seconds.
 
     Raises:
         UserError: if the file is missing, is not a config, or an option does not fit.
@@ -51,26 +58,45 @@ def load_config(path: str, cfg_options: dict | None = None) -> Config:
         folder = Path(path).parent
         siblings = [str(p) for p in folder.glob('*.py')] if folder.is_dir() else []
         raise UserError(f'config {path!r} does not exist{did_you_mean(path, siblings)}')
+    with _readable(path):
+        cfg = Config.fromfile(path, import_custom_modules=False)
+    _check_kind(cfg, path)
+    _merge(cfg, cfg_options or {}, path)
+    if check:
+        check(cfg)
+    if cfg.get('custom_imports'):
+        with _readable(path):
+            import_modules_from_strings(**cfg.custom_imports)
+    return cfg
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
     try:
-        cfg = Config.fromfile(path)
+        yield
     except Exception as error:  # a config is code: anything may happen in it
         raise UserError(f'config {path!r} cannot be read: {type(error).__name__}: {error}') from error
+
+
+def _check_kind(cfg: Config, path: str) -> None:
     if 'data' in cfg and 'train_dataloader' not in cfg:
         raise UserError(
-            f'config {path!r} is written for MMDetection 2.x (data=..., runner=...): its migration guide says how to rewrite it '
-            'for 3.x (train_dataloader=..., train_cfg=...)'
+            f'config {path!r} is written for MMDetection 2.x (data=..., runner=...): its migration guide says how to '
+            'rewrite it for 3.x (train_dataloader=..., train_cfg=...)'
         )
     if 'model' not in cfg:
         raise UserError(f'config {path!r} has no `model`: it is not the config of a detector')
-    for key in cfg_options or {}:
+
+
+def _merge(cfg: Config, cfg_options: dict, path: str) -> None:
+    for key in cfg_options:
         first = key.split('.')[0]
         if first not in cfg and did_you_mean(first, cfg):
-            warnings.warn(f'--cfg-options {key}: the config has no {first!r}{did_you_mean(first, cfg)}', stacklevel=2)
+            warnings.warn(f'--cfg-options {key}: the config has no {first!r}{did_you_mean(first, cfg)}', stacklevel=3)
     try:
-        cfg.merge_from_dict(cfg_options or {})
+        cfg.merge_from_dict(cfg_options)
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f'--cfg-options {cfg_options} does not fit config {path!r}: {error}') from error
-    return cfg
 
 
 def set_default_scope(cfg: Config) -> None:
