@@ -18,9 +18,9 @@ class Stopped(Exception):
     def __init__(self, number: int, checkpoint: str | None) -> None:
         name = signal.Signals(number).name
         if checkpoint:
-            super().__init__(f'stopped by {name}; {checkpoint} is saved, and --resume goes on from there')
+            super().__init__(f'stopped by {name}; {checkpoint} is saved, and --resume continues from there')
         else:
-            super().__init__(f'stopped by {name}, without a new checkpoint; --resume goes on from the last one')
+            super().__init__(f'stopped by {name}, without a new checkpoint; --resume continues from the last one')
         self.code = 128 + number
 
 

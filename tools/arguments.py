@@ -108,9 +108,10 @@ def _require_data_root(folder: str | None) -> None:
     if folder is None or not alone or '://' in folder or os.path.isdir(folder):
         return
     print(
-        f'\nerror: --data-root {folder}: there is no folder {os.path.abspath(folder)}. Give the folder of a data set in '
-        "COCO's layout (train2017/, val2017/, annotations/instances_train2017.json, ...) or in Pascal VOC's (VOC2007/ "
-        'with JPEGImages/, Annotations/, ImageSets/Main/). To see everything work without a data set of your own: make demo',
+        f'\nerror: --data-root {folder}: there is no folder {os.path.abspath(folder)}. Give the folder of a data set '
+        "in COCO's layout (train2017/, val2017/, annotations/instances_train2017.json, ...) or in Pascal VOC's "
+        '(VOC2007/ with JPEGImages/, Annotations/, ImageSets/Main/). To see everything work without a data set of '
+        'your own: make demo',
         file=sys.stderr,
     )
     sys.exit(USER_ERROR)

@@ -1,4 +1,6 @@
-"""Look at the gates of a detector's CBAMs: python tools/attention_maps.py [IMAGE_OR_FOLDER ...] --config C --checkpoint P
+"""Look at the gates of a detector's CBAMs:
+
+python tools/attention_maps.py [IMAGE_OR_FOLDER ...] --config C --checkpoint P
 
 For every CBAM: the spatial gate over images, the channel gate's distribution, and a table of both.
 """

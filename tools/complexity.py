@@ -1,6 +1,7 @@
 """Count parameters and FLOPs: python tools/complexity.py CONFIG ... | --paper
 
-A table of configs with CBAM's part in each, and for each stage; or the paper's table of classification networks beside ours.
+A table of configs with CBAM's part in each, and for each stage; or the paper's table of classification networks
+beside ours.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Weights with CBAM from elsewhere, and back: python tools/convert_checkpoint.py SOURCE TARGET [--to official]
 
-Converts the CBAM authors' ImageNet checkpoints (ResNet-18, 34, 50, 101), and state dicts with the CBAM modules of timm or
-MMYOLO, to the keys used here. What the source is, is seen from its keys.
+Converts the CBAM authors' ImageNet checkpoints (ResNet-18, 34, 50, 101), and state dicts with the CBAM modules of
+timm or MMYOLO, to the keys used here. What the source is, is seen from its keys.
 """
 
 import argparse

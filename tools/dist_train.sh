@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train in several processes, one a GPU (without a GPU: on the CPU), on one machine or many:
 #   tools/dist_train.sh CONFIG GPUS [arguments of train.py]
-# GPUS is the number on this machine. Environment: PYTHON, NNODES, NODE_RANK, MASTER_ADDR, PORT, or RDZV_ENDPOINT, RDZV_ID;
-# MAX_RESTARTS. docs/scaling.md has examples.
+# GPUS is the number on this machine. Environment: PYTHON, NNODES, NODE_RANK, MASTER_ADDR, PORT, or RDZV_ENDPOINT,
+# RDZV_ID; MAX_RESTARTS. docs/scaling.md has examples.
 set -u
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ $# -lt 2 ]; then

@@ -1,8 +1,9 @@
 """torchrun for tools/dist_*.sh: python tools/launch.py GPUS SCRIPT [ARGUMENTS of SCRIPT]
 
-The nodes come from the environment (NNODES, NODE_RANK, MASTER_ADDR, PORT, or RDZV_ENDPOINT; see docs/scaling.md). What is
-torchrun's stays so; added are messages for settings that do not fit, and the exit code: the script's own, where torchrun has
-1 and a traceback for whatever its processes end with. It imports nothing of the package, which takes seconds to load.
+The nodes come from the environment (NNODES, NODE_RANK, MASTER_ADDR, PORT, or RDZV_ENDPOINT; see docs/scaling.md).
+What is torchrun's stays so; added are messages for settings that do not fit, and the exit code: the script's own,
+where torchrun has 1 and a traceback for whatever its processes end with. It imports nothing of the package, which
+takes seconds to load.
 """
 
 import argparse
@@ -56,8 +57,8 @@ def torchrun_arguments(gpus: str, environment: dict[str, str]) -> list[str]:
     lacking = [name for name in ('NODE_RANK', 'MASTER_ADDR') if not environment.get(name)]
     if lacking:
         raise SettingError(
-            f'NNODES={count}, but {" and ".join(lacking)} not set: NODE_RANK is 0 to {count - 1}, one a node, MASTER_ADDR the address of '
-            'node 0, the same for all; or set RDZV_ENDPOINT=HOST:PORT in their place'
+            f'NNODES={count}, but {" and ".join(lacking)} not set: NODE_RANK is 0 to {count - 1}, one a node, '
+            'MASTER_ADDR the address of node 0, the same for all; or set RDZV_ENDPOINT=HOST:PORT in their place'
         )
     rank = _whole('NODE_RANK', environment['NODE_RANK'], 0)
     if rank >= count:
@@ -111,8 +112,8 @@ def launch(options: list[str], command: list[str]) -> int:
     """Run the command in every process.
 
     Returns:
-        0; or USER_ERROR if a process of this node ended with it; FAILED if the nodes do not come together; or the code of
-        the first that failed (128 + N for signal N).
+        0; or USER_ERROR if a process of this node ended with it; FAILED if the nodes do not come together; or the
+        code of the first that failed (128 + N for signal N).
     """
     from torch.distributed import DistError, run  # takes seconds
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -122,7 +123,8 @@ def launch(options: list[str], command: list[str]) -> int:
     logging.getLogger(WATCHED).addFilter(_is_news)
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # torchrun's default, of which it warns
     if os.environ.get('RDZV_ENDPOINT'):
-        # The store that torchrun's agents share since 2.5 is announced once: a node that comes back later would wait for it forever.
+        # The store that torchrun's agents share since 2.5 is announced once: a node that comes back later would wait
+        # for it forever.
         os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
     try:
         run.run(run.parse_args([*options, *command]))
@@ -138,8 +140,9 @@ def launch(options: list[str], command: list[str]) -> int:
     except (DistError, RendezvousError) as error:
         reason = str(error).splitlines()[0]
         print(
-            f'error: the rendezvous of the nodes failed ({type(error).__name__}: {reason}). Another node is gone, did not start in time, '
-            'or cannot be reached at this address and port: start the same command again on all nodes',
+            f'error: the rendezvous of the nodes failed ({type(error).__name__}: {reason}). Another node is gone, '
+            'did not start in time, or cannot be reached at this address and port: start the same command again on '
+            'all nodes',
             file=sys.stderr,
         )
         return FAILED

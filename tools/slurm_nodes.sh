@@ -13,11 +13,13 @@ for setting in "GPUS=$gpus" "GPUS_PER_NODE=$per_node" "CPUS_PER_TASK=$cpus"; do
 done
 [ "$gpus" -ge "$per_node" ] || per_node=$gpus
 if [ $((gpus % per_node)) -ne 0 ]; then
-    echo "error: GPUS=$gpus is no multiple of GPUS_PER_NODE=$per_node: torchrun starts as many processes on every node" >&2
+    echo "error: GPUS=$gpus is no multiple of GPUS_PER_NODE=$per_node:" \
+        "torchrun starts as many processes on every node" >&2
     exit 2
 fi
 if ! command -v srun >/dev/null; then
-    echo "error: no srun here: start this on a node of the Slurm cluster, or use tools/dist_train.sh or dist_test.sh" >&2
+    echo "error: no srun here: start this on a node of the Slurm cluster," \
+        "or use tools/dist_train.sh or dist_test.sh" >&2
     exit 2
 fi
 export NNODES=$((gpus / per_node))
@@ -30,6 +32,7 @@ done
 exec srun --partition="$partition" --job-name="$job" --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 \
     --gres=gpu:"$per_node" --cpus-per-task=$((cpus * per_node)) --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
     bash -c '
-        export RDZV_ENDPOINT=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1):${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+        first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
+        export RDZV_ENDPOINT=$first:${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
         export RDZV_ID=$SLURM_JOB_ID.$SLURM_STEP_ID
         exec bash "$@"' slurm_nodes.sh "${arguments[@]}"

@@ -2,7 +2,7 @@
 
 What is done and what is left is read from the disk alone, so it may be killed at any moment and started again:
 
-    DIR/configs/NAME.py        the whole config that NAME is trained with; a later start compares its own with it
+    DIR/configs/NAME.py        the complete config that NAME is trained with; a later start compares its own with it
     DIR/NAME/                  the work dir of tools/train.py: checkpoints, logs, metrics
     DIR/NAME/ablation.log      all that the training printed
     DIR/ablation.{md,csv}      the table
@@ -50,7 +50,7 @@ class AblationRun:
 
     Args:
         name: the config's file name without '.py'.
-        cfg: the whole config: options and data root are merged in.
+        cfg: the complete config, with options and data root merged in.
         root: the ablation's folder.
     """
 
@@ -81,7 +81,7 @@ class AblationRun:
         return ('epoch', train_cfg.max_epochs) if train_cfg.get('max_epochs') else ('iter', train_cfg.max_iters)
 
     def checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole; one that another program wrote may be cut off."""
+        """The newest intact checkpoint; one that another program wrote may be cut off."""
         numbered = [(int(re.search(r'\d+', p.stem)[0]), p) for p in self.work_dir.glob(f'{self.last_step[0]}_*.pth')]
         return next((path for _, path in sorted(numbered, reverse=True) if zipfile.is_zipfile(path)), None)
 
@@ -183,7 +183,7 @@ def load_runs(
     classes: str | Sequence[str] | None = None,
     cfg_options: dict | None = None,
 ) -> list[AblationRun]:
-    """Read every config, whole.
+    """Read every config completely.
 
     Raises:
         UserError: for one that cannot be read or has no validation, for two of one name, or a base that does not fit.
@@ -207,7 +207,7 @@ def load_runs(
             point_at_data(cfg, data_root, classes)
         check_plugins(cfg)
         run = AblationRun(name, cfg, work_dir)
-        # So that a row of metrics tells which validation it is of; MMEngine counts no epochs in a loop of iterations.
+        # So that a row of metrics names its validation; MMEngine counts no epochs in a loop of iterations.
         hooks = cfg.setdefault('default_hooks', ConfigDict())
         hooks.setdefault('logger', ConfigDict(type='LoggerHook')).log_metric_by_epoch = run.last_step[0] == 'epoch'
         runs.append(run)
@@ -245,7 +245,7 @@ def next_command(run: AblationRun, tools: Path) -> list[str] | None:
         config = run.config.with_name(f'{run.name}.validation.py')
         _write(config, _validation_as_test(run.cfg).pretty_text)
         return [sys.executable, f'{tools}/test.py', str(config), str(checkpoint), '--work-dir', str(run.validation_dir)]
-    # Not from `checkpoint`: a training that was told to stop has saved a newer one, whatever unit it counts in.
+    # Not from `checkpoint`: a training that was stopped by a signal has saved a newer one, whatever unit it counts in.
     resume = ['--resume', 'auto'] if any(run.work_dir.glob('*.pth')) else []
     return [sys.executable, f'{tools}/train.py', str(run.config), '--work-dir', str(run.work_dir), *resume]
 
@@ -261,8 +261,8 @@ def measure(runs: Sequence[AblationRun], rounds: int) -> dict[str, Cost]:
         checkpoint = run.checkpoint()
         if not checkpoint:
             raise UserError(
-                f'{run.work_dir} holds the metrics of a finished run, but no whole checkpoint to measure its speed with: '
-                'put it back, or delete the folder to train anew'
+                f'{run.work_dir} holds the metrics of a finished run, but no intact checkpoint to measure its speed '
+                'with: put it back, or delete the folder to train anew'
             )
         detector = load_detector(run.cfg, str(checkpoint))
         dataset = DATASETS.build(run.cfg.val_dataloader.dataset)
@@ -328,7 +328,7 @@ def _finish(run: AblationRun, tools: Path, lock: int, title: str) -> str | None:
     if not command:
         print(f'{title}: finished before', flush=True)
         return None
-    how = 'goes on from its checkpoint' if '--resume' in command else 'starts'
+    how = 'resumes from its checkpoint' if '--resume' in command else 'starts'
     if command[1].endswith('test.py'):
         how = 'validates its last checkpoint'
     print(f'{title}: {how}; follow it with: tail -f {run.log}', flush=True)
@@ -341,9 +341,9 @@ def _finish(run: AblationRun, tools: Path, lock: int, title: str) -> str | None:
         why = f'it ended without the validation of its last {run.last_step[0]}, {run.last_step[1]} (stopped early?)'
     else:
         lines = run.log.read_text(encoding='utf-8', errors='replace').split('\n')
-        # A mistake's message may have several lines, of which the first says what it is.
-        told = next((line for line in reversed(lines) if line.startswith('error: ')), None)
-        last = told or next((line.strip() for line in reversed(lines) if line.strip()), '')
+        # The message of a mistake may have several lines. The first one names the mistake.
+        message = next((line for line in reversed(lines) if line.startswith('error: ')), None)
+        last = message or next((line.strip() for line in reversed(lines) if line.strip()), '')
         why = f'exit code {code}: {last}' if code > 0 else f'killed by signal {-code}'
     print(f'{title}: failed', flush=True)
     return f'{run.name}: {why}\n    log: {run.log}'
@@ -419,13 +419,15 @@ def _notes(runs: Sequence[AblationRun], costs: dict[str, Cost], rounds: int) -> 
     limits = {str(test.rpn.max_per_img) for test in tests if 'rpn' in test}
     proposals = f'; two-stage detectors with {"/".join(sorted(limits))} proposals' if limits else ''
     return (
-        'mAP: of the last validation. FLOPs: multiply-adds of one image of the given size (height x width), in convolutions, '
+        'mAP: of the last validation. FLOPs: multiply-adds of one image of the given size (height x width), in '
+        'convolutions, '
         f'linear layers, matrix products, norms and interpolation{proposals}.\n'
-        f'images/s: forward and post-processing of one such image, torch {torch.__version__} on {device}, median of {rounds} '
+        f'images/s: forward and post-processing of one such image, torch {torch.__version__} on {device}, median of '
+        f'{rounds} '
         'rounds that take turns.\n'
     )
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file that is whole or not there, whatever kills the process."""
+    """Write a file that is complete or absent, whatever kills the process."""
     AtomicLocalBackend().put(text.encode('utf-8'), path)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from cbam_mmdet.engine.checkpoint.content import meta_of
-from cbam_mmdet.engine.checkpoint.files import find_checkpoint
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint, write_checkpoint
 from cbam_mmdet.engine.checkpoint.keys import from_official, is_official, to_official, translate
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.files import AtomicLocalBackend
 
 
 def convert_checkpoint(
@@ -22,8 +19,8 @@ def convert_checkpoint(
 ) -> list[str]:
     """Convert a file: what tools/convert_checkpoint.py does.
 
-    A network of the authors becomes a classifier in mmpretrain's form, 'backbone.' and 'head.fc.', which a detector's config takes by
-    init_cfg=dict(type='Pretrained', checkpoint=TARGET, prefix='backbone.').
+    A network of the authors becomes a classifier in mmpretrain's form, 'backbone.' and 'head.fc.', which a detector's
+    config takes by init_cfg=dict(type='Pretrained', checkpoint=TARGET, prefix='backbone.').
 
     Args:
         source: a checkpoint of the authors, timm or MMYOLO, or, with official, one with our keys.
@@ -58,13 +55,12 @@ def convert_checkpoint(
         made = translate(state_dict)
         if made is None:
             raise UserError(
-                f"{source} has no CBAM of the authors' networks (layer1.0.cbam.ChannelGate.mlp.1.weight), timm (spatial.conv.conv.weight) or "
-                'MMYOLO (spatial_attention.conv.conv.weight) in it. Weights without CBAM need no conversion: tools/insert_cbam.py'
+                f"{source} has no CBAM of the authors' networks (layer1.0.cbam.ChannelGate.mlp.1.weight), timm "
+                '(spatial.conv.conv.weight) or MMYOLO (spatial_attention.conv.conv.weight) in it. Weights without '
+                'CBAM need no conversion: tools/insert_cbam.py'
             )
         out = dict(meta={}, state_dict=made.state_dict)
-    buffer = io.BytesIO()
-    torch.save(out, buffer)
-    AtomicLocalBackend().put(buffer.getvalue(), target)
+    write_checkpoint(out, target)
     lines = [
         f'{origin or "(zeros)"} -> {key} {tuple(made.state_dict[key].shape)}' for key, origin in made.origins.items()
     ]

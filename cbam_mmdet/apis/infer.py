@@ -85,10 +85,10 @@ def infer(
 ) -> Summary:
     """Detect in images, in folders of images and in videos.
 
-    Writes `out_dir/vis/NAME.jpg` for each image, `out_dir/vis/NAME.mp4` for each video, and `out_dir/predictions.json`: for each
-    detection above the threshold {'image_id', 'file_name', 'category_id', 'category', 'bbox': [x, y, width, height] in
-    pixels, 'score'}, and 'frame' (from 0) in a video. Images and categories are numbered from 1, in the order of the inputs
-    and of the model's classes.
+    Writes `out_dir/vis/NAME.jpg` for each image, `out_dir/vis/NAME.mp4` for each video, and
+    `out_dir/predictions.json`: for each detection above the threshold {'image_id', 'file_name', 'category_id',
+    'category', 'bbox': [x, y, width, height] in pixels, 'score'}, and 'frame' (from 0) in a video. Images and
+    categories are numbered from 1, in the order of the inputs and of the model's classes.
 
     Args:
         model: from :func:`load_detector`.
@@ -96,7 +96,7 @@ def infer(
         out_dir: where to write.
         score_thr: leave out detections with a lower score.
         draw: write pictures too.
-        warn: is told of each image that cannot be read; the others go on.
+        warn: is called with a message for each image that cannot be read; the others continue.
 
     Returns:
         What was done.

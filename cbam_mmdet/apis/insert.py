@@ -1,19 +1,19 @@
-"""CBAM put into a detector that is trained already: a config and a checkpoint to fine-tune from, and what is said of weights without CBAM.
+"""CBAM put into a detector that is trained already: a config and a checkpoint to fine-tune from.
 
-With gate='unit' every CBAM starts as the exact identity (its gates are 2 * sigmoid(0) = 1), so the new detector's outputs are those of the
-plain one, bit for bit.
+With gate='unit' every CBAM starts as the exact identity, since its gates are 2 * sigmoid(0) = 1. So the new
+detector's outputs are those of the plain one, bit for bit.
 
-There is no exact fold back to the paper's sigmoid: 2 * sigmoid reaches above 1, sigmoid does not, and no bias of the last layer makes
-2 * sigmoid(z) = sigmoid(z + b) for all z. Nor can the factors 2 * 2 of the two gates go into the norm before the CBAM: the gates are computed
-from that norm's output and would change with it.
+There is no exact fold back to the paper's sigmoid: 2 * sigmoid reaches above 1, sigmoid does not, and no bias of the
+last layer makes 2 * sigmoid(z) = sigmoid(z + b) for all z. The factors 2 * 2 of the two gates cannot go into the norm
+before the CBAM either: the gates are computed from that norm's output and would change with it.
 
-Everything else of the plain config stays: learning rate and its schedule, weight decay, norm_eval, and CBAM follows them as any layer. Each of these defaults has its row
-in benchmarks/results/accuracy_study.md; the README says which.
+Everything else of the plain config stays: learning rate and its schedule, weight decay, norm_eval. CBAM follows them
+as any layer does. Each of these defaults has its row in benchmarks/results/accuracy_study.md; docs/weights.md says
+which.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,13 @@ from torch import nn
 
 from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
 from cbam_mmdet.engine.checkpoint.content import meta_of, weights_of
-from cbam_mmdet.engine.checkpoint.files import find_checkpoint
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint, write_checkpoint
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.gates import find_cbams
+from cbam_mmdet.models.plugins.backbone import PluginBackbone
 from cbam_mmdet.models.plugins.places import usual_place
-from cbam_mmdet.utils.config import set_default_scope
+from cbam_mmdet.utils.config import class_of, set_default_scope
 from cbam_mmdet.utils.files import AtomicLocalBackend
 
 
@@ -60,55 +61,77 @@ def insert_cbam(
     Args:
         cfg: the plain detector's config; it is changed in place.
         checkpoint: its weights, a file or a work dir; every key must fit.
-        out_dir: where NAME_cbam.py and NAME_cbam.pth go, NAME being the config's; the new config's load_from is the new checkpoint.
+        out_dir: where NAME_cbam.py and NAME_cbam.pth go, NAME being the config's. The new config's load_from is the new
+            checkpoint.
         cbam: CBAM's arguments; gate='unit' unless it says otherwise.
-        after: where, as PluginBackbone's `after`; by default the backbone's usual place, without the stages that are frozen.
+        after: where, as PluginBackbone's `after`; by default the backbone's usual place, without the stages that are
+            frozen.
         seed: of the weights of CBAM that start at random.
         trust_checkpoint: load the checkpoint by full unpickling, which runs code from the file.
 
     Raises:
-        UserError: if the detector has CBAM already or no backbone that takes it, or the checkpoint does not fit the plain config.
+        UserError: if the detector has CBAM already or no backbone that takes it, or the checkpoint does not fit the
+            plain config.
     """
     name = f'{Path(cfg.filename).stem}_cbam'
     set_default_scope(cfg)
-    backbone = cfg.get('model', {}).get('backbone')
-    if not backbone:
+    if not cfg.get('model', {}).get('backbone'):
         raise UserError(f'{cfg.filename} has no model.backbone to put CBAM into')
     given = load_checkpoint(find_checkpoint(checkpoint), 'cpu', trust_checkpoint)
+    plain = _build_plain(cfg, given, checkpoint)
+    plugin = dict(
+        cfg=dict(type='CBAM', **{'gate': 'unit', **(cbam or {})}), after=after or _trained_places(plain.backbone)
+    )
+    _add_plugin(cfg.model, plugin)
+    torch.manual_seed(seed)
+    model = MODELS.build(cfg.model)
+    modules = _load_plain_weights(model, given)
+    folder = Path(out_dir)
+    new_config, new_checkpoint = folder / f'{name}.py', folder / f'{name}.pth'
+    meta = {key: value for key, value in meta_of(given).items() if key == 'dataset_meta'}
+    write_checkpoint(dict(meta=meta, state_dict=model.state_dict()), new_checkpoint)
+    _write_config(cfg, new_config, load_from=new_checkpoint)
+    parameters = sum(p.numel() for key in modules for p in model.get_submodule(key).parameters())
+    return Inserted(new_config, new_checkpoint, modules, parameters)
+
+
+def _build_plain(cfg: Config, checkpoint: Mapping, name: str) -> nn.Module:
+    """The plain detector, of which the checkpoint must have every key."""
     _forget_pretrained(cfg.model)
     plain = MODELS.build(cfg.model)
     if find_cbams(plain):
         raise UserError(f'{cfg.filename} has CBAM in its model already: give the config of the plain detector')
-    compare_state_dicts(given, plain, strict=True, name=checkpoint)
-    wrapped = backbone.type in ('PluginBackbone', 'cbam_mmdet.PluginBackbone')
-    plugin = dict(
-        cfg=dict(type='CBAM', **{'gate': 'unit', **(cbam or {})}), after=after or _trained_places(plain.backbone)
-    )
-    cfg.model.backbone = ConfigDict(
+    compare_state_dicts(checkpoint, plain, strict=True, name=name)
+    return plain
+
+
+def _add_plugin(model: ConfigDict, plugin: Mapping) -> None:
+    """Put a PluginBackbone around the backbone, or the plugin into the one that is there."""
+    backbone = model.backbone
+    wrapped = class_of(MODELS, backbone.type) is PluginBackbone
+    model.backbone = ConfigDict(
         type='PluginBackbone',
         backbone=backbone.backbone if wrapped else backbone,
         plugins=[*((backbone.get('plugins') or []) if wrapped else []), plugin],
     )
-    torch.manual_seed(seed)
-    model = MODELS.build(cfg.model)
-    left = model.load_state_dict(weights_of(given), strict=False)
+
+
+def _load_plain_weights(model: nn.Module, checkpoint: Mapping) -> list[str]:
+    """Load the plain detector's weights, of which none may be missing or left over; the names of the CBAMs."""
+    left = model.load_state_dict(weights_of(checkpoint), strict=False)
     modules = list(find_cbams(model))
     others = [key for key in left.missing_keys if not key.startswith(tuple(f'{module}.' for module in modules))]
     if others or left.unexpected_keys:
         raise RuntimeError(f'CBAM changed other keys of the model: {others + left.unexpected_keys}')
-    folder = Path(out_dir)
-    new_config, new_checkpoint = folder / f'{name}.py', folder / f'{name}.pth'
-    meta = {key: value for key, value in meta_of(given).items() if key == 'dataset_meta'}
-    buffer = io.BytesIO()
-    torch.save(dict(meta=meta, state_dict=model.state_dict()), buffer)
-    AtomicLocalBackend().put(buffer.getvalue(), new_checkpoint)
-    cfg.load_from, cfg.resume = str(new_checkpoint), False
+    return modules
+
+
+def _write_config(cfg: Config, path: Path, load_from: Path) -> None:
+    cfg.load_from, cfg.resume = str(load_from), False
     imports = cfg.setdefault('custom_imports', ConfigDict(imports=[]))
     imports.imports = list(dict.fromkeys([*imports.imports, 'cbam_mmdet']))
     cfg.pop('work_dir', None)
-    AtomicLocalBackend().put(cfg.pretty_text.encode(), new_config)
-    parameters = sum(p.numel() for key in modules for p in model.get_submodule(key).parameters())
-    return Inserted(new_config, new_checkpoint, modules, parameters)
+    AtomicLocalBackend().put(cfg.pretty_text.encode(), path)
 
 
 def _forget_pretrained(model: ConfigDict) -> None:
@@ -123,7 +146,8 @@ def _trained_places(backbone: nn.Module) -> list[str]:
     patterns = usual_place(backbone)
     if not patterns:
         raise UserError(
-            f'where CBAM usually goes in a {type(backbone).__name__} is not known: name the modules by --after (see tools/list_backbones.py)'
+            f'where CBAM usually goes in a {type(backbone).__name__} is not known: name the modules by --after (see '
+            'tools/list_backbones.py)'
         )
     frozen = getattr(backbone, 'frozen_stages', -1)
     if frozen < 1 or not all(pattern.startswith('layer*.') for pattern in patterns):
@@ -131,6 +155,7 @@ def _trained_places(backbone: nn.Module) -> list[str]:
     stages = f'layer[{frozen + 1}-4]' if frozen < 4 else None
     if stages is None:
         raise UserError(
-            f'every stage is frozen (frozen_stages={frozen}): CBAM would never train. Set model.backbone.frozen_stages lower'
+            f'every stage is frozen (frozen_stages={frozen}): CBAM would never train. Set model.backbone.frozen_stages '
+            'lower'
         )
     return [pattern.replace('layer*', stages, 1) for pattern in patterns]

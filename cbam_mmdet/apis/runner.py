@@ -56,7 +56,7 @@ def check_splits(cfg: Config, splits: list[str]) -> None:
     if is_classifier(cfg):
         return in_first_process(lambda: check_image_folders(cfg, splits))
     keys = [f'{split}_dataloader' for split in splits]
-    # The check may set a filter: every process must go on with the same data set.
+    # The check may set a filter: every process must use the same data set.
     checked = in_first_process(lambda: (check_data(cfg, splits), {key: cfg[key] for key in keys})[1])
     for key, loader in checked.items():
         cfg[key] = loader

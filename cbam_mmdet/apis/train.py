@@ -53,8 +53,10 @@ def train(
         work_dir: for logs and checkpoints; by default the config's, else work_dirs/NAME.
         amp: mixed precision: 'fp16' (or True; needs a GPU) or 'bf16'.
         auto_scale_lr: scale the learning rate to the batch size of all processes together.
-        resume: a checkpoint to go on from; True for the newest in work_dir that is whole; 'auto' for that if there is one.
-        trust_checkpoint: load checkpoints by full unpickling, which runs code from the file (see checkpoints.load_checkpoint).
+        resume: a checkpoint to resume from; True for the newest intact one in work_dir; 'auto' for that if there is
+            one.
+        trust_checkpoint: load checkpoints by full unpickling, which runs code from the file (see
+            checkpoints.load_checkpoint).
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Returns:
@@ -145,22 +147,20 @@ def _run(runner: Runner, stop: StopSignalHook) -> None:
 
 
 def _newest(cfg: Config, trust_checkpoint: bool) -> str | None:
-    """The newest checkpoint of a run that is whole, the same for every process."""
+    """The newest intact checkpoint of a run, the same for every process."""
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     folders = _checkpoint_folders(cfg)
     templates = ['epoch_{}.pth', 'iter_{}.pth', *filter(None, [hook.get('filename_tmpl')])]
-    path, passed_over = in_first_process(
-        lambda: newest_checkpoint(*folders, trust=trust_checkpoint, templates=templates)
-    )
-    for reason in passed_over:
-        log(f'--resume: passed over: {reason}', logging.WARNING)
-    if not path and passed_over:
+    path, skipped = in_first_process(lambda: newest_checkpoint(*folders, trust=trust_checkpoint, templates=templates))
+    for reason in skipped:
+        log(f'--resume: skipped: {reason}', logging.WARNING)
+    if not path and skipped:
         raise UserError(
-            f'--resume: there are {len(passed_over)} checkpoints, but no checkpoint in {" or ".join(folders)} can be gone on from '
-            f'({passed_over[0]}) To start anew, move them away or take another --work-dir.'
+            f'--resume: none of the {len(skipped)} checkpoints in {" or ".join(folders)} can be resumed from '
+            f'({skipped[0]}) To start anew, move them away or take another --work-dir.'
         )
     if path:
-        log(f'--resume: going on from {path}')
+        log(f'--resume: resuming from {path}')
     return path
 
 

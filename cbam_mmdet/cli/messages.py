@@ -54,7 +54,10 @@ def _cfg_options(error: BaseException) -> str | None:
     code = frames[-1][0].f_code
     if code.co_name != '__call__' or not code.co_filename.endswith('mmengine/config/config.py'):
         return None
-    return '--cfg-options takes KEY=VALUE pairs, with no space around the =: --cfg-options train_cfg.max_epochs=3 load_from=a.pth'
+    return (
+        '--cfg-options takes KEY=VALUE pairs, with no space around the =: --cfg-options train_cfg.max_epochs=3 '
+        'load_from=a.pth'
+    )
 
 
 def _no_readable_image(error: BaseException) -> str | None:
@@ -120,8 +123,8 @@ def _download_failed(error: BaseException) -> str | None:
     if not isinstance(error, URLError) and not broken_off:
         return None
     return (
-        f'a download failed ({error}). Pretrained weights come from the network the first time: connect once, or give a local file '
-        '(--cfg-options model.backbone.init_cfg.checkpoint=FILE), or start from random weights '
+        f'a download failed ({error}). Pretrained weights come from the network the first time: connect once, or '
+        'give a local file (--cfg-options model.backbone.init_cfg.checkpoint=FILE), or start from random weights '
         '(--cfg-options model.backbone.init_cfg=None).'
     )
 
@@ -135,8 +138,8 @@ def _channels_that_do_not_fit(error: BaseException) -> str | None:
         return None
     expected, given = found.groups()
     return (
-        f'a convolution that takes {expected} channels was given {given}. Most often model.neck.in_channels does not say what the backbone '
-        f'returns: set it to the channels of its outputs, level by level ({error})'
+        f'a convolution that takes {expected} channels was given {given}. Most often model.neck.in_channels does not '
+        f'say what the backbone returns: set it to the channels of its outputs, level by level ({error})'
     )
 
 
@@ -144,8 +147,8 @@ def _out_of_memory(error: BaseException) -> str | None:
     if not isinstance(error, torch.OutOfMemoryError):
         return None
     return (
-        f'the GPU has no memory left ({str(error).split(". ")[0]}). Lower train_dataloader.batch_size (and the learning rate with it, '
-        '--auto-scale-lr), use --amp, or set with_cp=True in the backbone.'
+        f'the GPU has no memory left ({str(error).split(". ")[0]}). Lower train_dataloader.batch_size (and the '
+        'learning rate with it, --auto-scale-lr), use --amp, or set with_cp=True in the backbone.'
     )
 
 
@@ -158,7 +161,10 @@ def _unusable_file(error: BaseException) -> str | None:
     if error.errno == errno.ENOENT:
         return f'{name} does not exist (any more): check the path, and the disk that holds it'
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f'{name} cannot be written: {os.strerror(error.errno)}. Checkpoints that were saved are whole: make room, then --resume'
+        return (
+            f'{name} cannot be written: {os.strerror(error.errno)}. Checkpoints that were saved are intact: make '
+            'room, then --resume'
+        )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE):
         return f'{name} cannot be used: {os.strerror(error.errno)}'
     return None
@@ -174,14 +180,15 @@ def _dead_worker(error: BaseException) -> str | None:
         return None
     reason = re.search(r'is killed by signal: (.*?)\.', f'{error} {error.__cause__}')
     return (
-        f'a process that loads images has died ({reason.group(1) if reason else "it ended by itself"}). Most often the machine, or its /dev/shm, '
-        'has no memory left: lower train_dataloader.num_workers or batch_size. --resume goes on from the last checkpoint.'
+        f'a process that loads images has died ({reason.group(1) if reason else "it ended by itself"}). Most often '
+        'the machine, or its /dev/shm, has no memory left: lower train_dataloader.num_workers or batch_size. '
+        '--resume continues from the last checkpoint.'
     )
 
 
 def _sync_bn_on_cpu(error: BaseException) -> str | None:
     # DDP's words, and those of the layer itself.
-    told = re.search(r'SyncBatchNorm (layers only work with GPU|expected input tensor to be on GPU)', str(error))
-    if not isinstance(error, ValueError) or not told:
+    found = re.search(r'SyncBatchNorm (layers only work with GPU|expected input tensor to be on GPU)', str(error))
+    if not isinstance(error, ValueError) or not found:
         return None
     return "SyncBN needs a GPU: on CPUs leave out sync_bn and norm_cfg=dict(type='SyncBN'), or train in one process"

@@ -23,8 +23,9 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool's main function and exit with its code; turn known failures into one message on stderr.
 
-    Of several processes with the same mistake one says so. Under torchrun each writes its message into the error file that
-    torchrun names, and tools/launch.py prints the first. What all do together, to stop at a signal, the first process says.
+    Of several processes with the same mistake one says so. Under torchrun each writes its message into the error file
+    that torchrun names, and tools/launch.py prints the first. What all do together, to stop at a signal, the first
+    process says.
     """
     if int(os.environ.get('RANK', 0)) > 0:  # the first of several processes prints the same
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115

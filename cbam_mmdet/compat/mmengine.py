@@ -30,8 +30,8 @@ def package_configs(prefix: str, resolve: Callable[[str], str]) -> Iterator[None
 def checkpoints_loaded_by(load_file: Callable, load_url: Callable) -> Iterator[None]:
     """Let all that MMEngine loads by a path or a URL go through these functions.
 
-    'https://', 'torchvision://' and 'open-mmlab://' end in load_url. MMEngine's own loaders fall back to unpickling whatever
-    a file holds.
+    'https://', 'torchvision://' and 'open-mmlab://' end in load_url. MMEngine's own loaders fall back to unpickling
+    whatever a file holds.
     """
     from mmengine.runner import CheckpointLoader, checkpoint
 

@@ -3,8 +3,8 @@
     with state_dicts_loaded_by(function):  # MMEngine's load_state_dict is another one
         ...                                # here it is MMEngine's own again
 
-The tools and apis/ enter a patch for as long as they run. `import cbam_mmdet` enters those that a program needs from then
-on; they stand in PERMANENT, whose `close()` undoes them.
+The tools and apis/ enter a patch for as long as they run. `import cbam_mmdet` enters those that a program needs from
+then on; they stand in PERMANENT, whose `close()` undoes them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Serve mmcv's operators in every Python program of an environment, also in those that never import this package.
 
-`import cbam_mmdet` before mmdet is all that a program of one's own needs. MMDetection's `tools/test.py`, `from mmdet.apis import
-DetInferencer` or a spawned worker import mmcv.ops before a config's `custom_imports` has a say; for them :func:`enable` writes
-two small files into site-packages: a `.pth` file, which Python reads at its start, and the finder that it imports. The
-finder stands last in line: it is asked for `mmcv._ext` only after everything else has failed to find one.
+`import cbam_mmdet` before mmdet is all that a program of one's own needs. MMDetection's `tools/test.py`, `from
+mmdet.apis import DetInferencer` or a spawned worker import mmcv.ops before a config's `custom_imports` has a say; for
+them :func:`enable` writes two small files into site-packages: a `.pth` file, which Python reads at its start, and the
+finder that it imports. The finder stands last in line: it is asked for `mmcv._ext` only after everything else has
+failed to find one.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class SpatialAttention(nn.Module):
             return self.activation(z if self.bn is None else self._norm(z))
 
     def _norm(self, z: Tensor) -> Tensor:
-        # One value has no variance and BatchNorm refuses it in training; the running statistics serve instead.
+        # One value has no variance and BatchNorm refuses it in training; the running statistics are taken instead.
         # Not where other processes wait for it.
         bn = self.bn
         alone = isinstance(bn, _BatchNorm) and not (
@@ -166,7 +166,9 @@ class SpatialAttention(nn.Module):
 
 @MODELS.register_module()
 class CBAM(BaseModule):
-    """Convolutional Block Attention Module, as a plugin of OpenMMLab's backbones: `plugins=[dict(cfg=dict(type='CBAM'), ...)]`.
+    """Convolutional Block Attention Module, as a plugin of OpenMMLab's backbones.
+
+    A backbone takes it by `plugins=[dict(cfg=dict(type='CBAM'), ...)]`.
 
     Args:
         in_channels: C; a backbone passes it by itself.
@@ -180,12 +182,12 @@ class CBAM(BaseModule):
             then starts as the exact identity, so a trained backbone is not disturbed by it.
         norm_cfg: the spatial branch's norm; None for none.
         impl: 'eager', PyTorch's operators; 'fused', the Triton kernels (CUDA; default pools, spatial and order, see
-            functional.implementation), an error where they do not serve; 'auto', the kernels where they serve, else eager.
-            `implementation(x)` tells what it is for x. The weights are the same in all.
+            ops.functional.implementation), an error where they do not support the input; 'auto', the kernels where
+            they do, else eager. `implementation(x)` returns which it is for x. The weights are the same in all.
         init_cfg: MMEngine's initialization config.
 
-    To look at the maps, hook `channel.activation` and `spatial.activation`: they run in every path, while the branches' own
-    forward runs only where no gradient is wanted.
+    To look at the maps, hook `channel.activation` and `spatial.activation`: they run in every path, while the
+    branches' own forward runs only where no gradient is wanted.
 
     Raises:
         UserError: (a ValueError) for an argument that is none of these.
@@ -240,11 +242,14 @@ class CBAM(BaseModule):
         return compute(x, self.channel, self.spatial, self.order)
 
     def implementation(self, x: Tensor) -> str:
-        """What forward takes for x: 'eager' or 'fused' (see functional.implementation)."""
+        """What forward takes for x: 'eager' or 'fused' (see ops.functional.implementation)."""
         return implementation(x, self.channel, self.spatial, self.order, self.impl)
 
     def init_weights(self) -> None:
-        """MMEngine's initialization; a backbone's own (all norms to 1) has gone before and is undone for gate='unit'."""
+        """MMEngine's initialization.
+
+        A backbone's own, which sets all norms to 1, has run before. For gate='unit' it is undone.
+        """
         super().init_weights()
         if self.unit and self.init_cfg is None:
             self._start_as_identity()
@@ -254,9 +259,10 @@ class CBAM(BaseModule):
         frozen = not any(p.requires_grad for p in self.parameters())
         if mode and frozen and self._fresh:
             warnings.warn(
-                'A CBAM with its initial weights is frozen (requires_grad=False) and would never train: its stage is among the '
-                "backbone's frozen_stages. Set frozen_stages=0 (or -1) in the backbone, or take the frozen stages out of the "
-                "plugin's stages=(False, True, True, True) (PluginBackbone: out of `after`), or load weights that hold a trained CBAM.",
+                'A CBAM with its initial weights is frozen (requires_grad=False) and would never train: its stage '
+                "is among the backbone's frozen_stages. Set frozen_stages=0 (or -1) in the backbone, or take the "
+                "frozen stages out of the plugin's stages=(False, True, True, True) (PluginBackbone: out of "
+                '`after`), or load weights that hold a trained CBAM.',
                 stacklevel=2,
             )
         return super().train(mode)

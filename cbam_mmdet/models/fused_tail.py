@@ -1,21 +1,23 @@
 """The tail of a residual block that ends in CBAM, relu(CBAM(norm(v)) + identity), in CBAM's own passes over memory.
 
-With fixed statistics (MMDetection's norm_eval, or eval mode) the norm is x = a * v + b, a and b by channel. Then nothing of v's size but
-the block's output need ever be written forward. Notation and the passes without a tail: passes.py.
+With fixed statistics (MMDetection's norm_eval, or eval mode) the norm is x = a * v + b, a and b by channel. Then
+nothing of v's size but the block's output need ever be written forward. Notation and the passes without a tail:
+passes.py.
 
-    pool_pixels             read v            mean[n, c] of v, and v[i], where i is the place of x's maximum: that of v, or of -v where a < 0
-        c = k * sigmoid(MLP(a * mean + b) + MLP(a * v[i] + b));  alpha = c * a;  beta = c * b       small, under autograd
+    pool_pixels             read v            mean[n, c] of v, and v[i]; i is x's argmax: v's, or -v's where a < 0
+        c = k * sigmoid(MLP(a * mean + b) + MLP(a * v[i] + b))                          small, under autograd
+        alpha = c * a;  beta = c * b
     pool_channels           read v            max, mean over the channels of alpha * v + beta
-        s = k * sigmoid(BN(conv([max, mean])))                                                      small, under autograd
+        s = k * sigmoid(BN(conv([max, mean])))                                          small, under autograd
     refine                  read v, identity  write y = relu((alpha * v + beta) * s + identity)
 
     backward_maps           read g, y, v      write h = g where y > 0;  ds, dalpha, dbeta
     backward_pool_channels  read v            dalpha, dbeta
     backward_input          read h            write dv
 
-h is the identity's gradient as well. The gradients of a and b, and so of the norm's weight and bias, come from those of alpha, beta and the
-descriptor by autograd. In all 4 reads and 1 write forward, 5 and 2 backward; the plain tail without CBAM (norm, addition, ReLU, operator by
-operator) takes 4 and 3 forward, and about as much backward.
+h is the identity's gradient as well. The gradients of a and b, and so of the norm's weight and bias, come from those
+of alpha, beta and the descriptor by autograd. In all 4 reads and 1 write forward, 5 and 2 backward; the plain tail
+without CBAM (norm, addition, ReLU, operator by operator) takes 4 and 3 forward, and about as much backward.
 """
 
 from __future__ import annotations
@@ -35,11 +37,12 @@ LAST_NORM = {Bottleneck.forward: 3, BasicBlock.forward: 2}
 
 
 def fuse_tails(backbone: nn.Module) -> int:
-    """Let every residual block that ends in one CBAM compute its tail in CBAM's passes, where these serve.
+    """Let every residual block that ends in one CBAM compute its tail in CBAM's passes, where it is supported.
 
-    They serve where CBAM goes by the kernels (`CBAM.implementation` says 'fused'), the block's last norm is a BatchNorm with fixed statistics, the
-    identity has the dtype and strides of the last convolution's output, nobody listens by a forward hook on the norm, the CBAM or the ReLU, and the block is not
-    under `with_cp` or torch.compile. Otherwise the block's own forward runs. Weights keep their names.
+    It is where CBAM takes the kernels (`CBAM.implementation` is 'fused'), the block's last norm is a
+    BatchNorm with fixed statistics, the identity has the dtype and strides of the last convolution's output, nobody
+    listens by a forward hook on the norm, the CBAM or the ReLU, and the block is not under `with_cp` or
+    torch.compile. Otherwise the block's own forward runs. Weights keep their names.
 
     Args:
         backbone: with MMDetection's BasicBlock or Bottleneck (ResNet, ResNeXt, ...); its blocks are changed in place.
@@ -53,7 +56,8 @@ def fuse_tails(backbone: nn.Module) -> int:
     blocks = [block for block in backbone.modules() if type(block).forward in LAST_NORM and _cbam_of(block)]
     if not blocks:
         raise UserError(
-            f'fuse_tail: no block in {type(backbone).__name__} has one CBAM at its end (after bn3 of a Bottleneck, bn2 of a BasicBlock)'
+            f'fuse_tail: no block in {type(backbone).__name__} has one CBAM at its end (after bn3 of a Bottleneck, '
+            'bn2 of a BasicBlock)'
         )
     for block in blocks:
         block.forward = FusedTail(block)

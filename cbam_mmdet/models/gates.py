@@ -4,7 +4,8 @@
         inference_detector(model, 'photo.jpg')
     gates['backbone.layer1.0.cbam'].spatial[0]  # (H, W), the gate over the first image
 
-A gate's values lie in (0, upper): upper is 1 for gate='sigmoid', 2 for 'unit'. A value of 1 leaves the feature map as it is.
+A gate's values lie in (0, upper): upper is 1 for gate='sigmoid', 2 for 'unit'. A value of 1 leaves the feature map as
+it is.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def find_cbams(model: nn.Module) -> dict[str, CBAM]:
 def record_gates(model: nn.Module) -> Iterator[dict[str, RecordedGates]]:
     """Record the gates of every CBAM while the context lasts, by forward hooks; the model computes what it always does.
 
-    With activation checkpointing the second forward pass, inside the backward pass, is not counted. A model compiled by torch.compile
-    runs no hooks, and records nothing.
+    With activation checkpointing the second forward pass, inside the backward pass, is not counted. A model compiled
+    by torch.compile runs no hooks, and records nothing.
 
     Args:
         model: any module that holds CBAMs.
@@ -84,9 +85,9 @@ def gate_figures(values: Tensor, upper: float) -> Tensor:
         upper: 1 for gate='sigmoid', 2 for 'unit'.
 
     Returns:
-        (5,), in the order of FIGURES: the mean; the spread, which is the standard deviation of these values; `closed`, the share of
-        them below 0.05 * upper; `open`, the share above 0.95 * upper (both together are saturated); and the distance from identity,
-        the mean of |value - 1|.
+        (5,), in the order of FIGURES: the mean; the spread, which is the standard deviation of these values;
+        `closed`, the share of them below 0.05 * upper; `open`, the share above 0.95 * upper (both together are
+        saturated); and the distance from identity, the mean of |value - 1|.
     """
     values = values.detach().float()
     spread, mean = torch.std_mean(values, correction=0)

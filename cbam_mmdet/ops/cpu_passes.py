@@ -1,12 +1,14 @@
 """CBAM's passes over memory on a CPU, from PyTorch's own operators: nothing to compile. What each computes: passes.py.
 
-On a CPU the time goes into fetching the feature map and, more than that, into the first touch of fresh memory. So a pass
-walks over x in blocks that stay in a core's cache, does in place all that it has to do to a block, and makes no tensor of
-x's size but its result. Half precision is computed in fp32. No matrix products: torch.set_float32_matmul_precision may round those.
+On a CPU the time goes into fetching the feature map and, more than that, into the first touch of fresh memory. So a
+pass walks over x in blocks that stay in a core's cache, does in place all that it has to do to a block, and makes no
+tensor of x's size but its result. Half precision is computed in fp32. No matrix products:
+torch.set_float32_matmul_precision may round those.
 
-The blocks are shared out among as many threads as PyTorch uses. Left to themselves, its operators would each split every block
-among all cores and wait for the slowest: hundreds of times in a pass, and for milliseconds each where other processes want
-the cores as well. Which thread computes a block changes nothing, so results do not depend on their number.
+The blocks are shared out among as many threads as PyTorch uses. Left to themselves, its operators would each split
+every block among all cores and wait for the slowest: hundreds of times in a pass, and for milliseconds each where
+other processes want the cores as well. Which thread computes a block changes nothing, so results do not depend on
+their number.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ def pool_channels(x: Tensor, with_argmax: bool, c: Tensor) -> tuple[Tensor, Tens
         descriptor[ns, :1, ps] = top
         descriptor[ns, 1, ps] = u.mean(1)
         if with_argmax:
-            # Of the channels that equal the maximum the first has the highest number. Max with indices takes five times as long.
+            # Of the channels that equal the maximum the first has the highest number. Max with indices takes five
+            # times as long.
             first = channels - u.eq_(top).mul_(countdown).amax(1)
             if (first == channels).any():  # NaN equals nothing
                 first = (x[ns, :, ps] * c[ns, :, None]).max(1).indices
@@ -133,8 +136,8 @@ def backward_input(g: Tensor, c: Tensor, s: Tensor, dz: Tensor, j: Tensor, dpool
 def _in_blocks(x: Tensor, work: Callable, buffers: int = 1) -> None:
     """Call work(images, pixels, piece, *buffers) for every block of x, from several threads.
 
-    Images and pixels are slices, piece counts the blocks of an image, and the buffers have the block's shape and layout,
-    and the dtype to compute in.
+    Images and pixels are slices, piece counts the blocks of an image, and the buffers have the block's shape and
+    layout, and the dtype to compute in.
     """
     blocks = iter([*_blocks(*x.shape)])  # the threads draw from one iterator: who is slow gets less
     inference = torch.is_inference_mode_enabled()

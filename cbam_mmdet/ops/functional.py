@@ -70,11 +70,11 @@ def implementation(
 ) -> str:
     """What :func:`choose` takes for x: 'fused', the Triton kernels, or 'eager', PyTorch's operators.
 
-    'auto' takes the kernels for a CUDA tensor (of a GPU of compute capability 8.0 or more), where Triton is installed and
-    they support the variant: order 'channel-spatial', spatial 'pool', pools out of 'avg' and 'max', and any gate, norm,
-    kernel size, reduction, shape, layout and dtype. All else is eager: on a CPU in blocks (cpu_passes.py) for the same
-    variants, else one operator after the other. Under torch.export and torch.jit.trace, and without any element, it is
-    the equations: what leaves this process holds PyTorch's own operators.
+    'auto' takes the kernels for a CUDA tensor (of a GPU of compute capability 8.0 or more), where Triton is installed
+    and they support the variant: order 'channel-spatial', spatial 'pool', pools out of 'avg' and 'max', and any gate,
+    norm, kernel size, reduction, shape, layout and dtype. All else is eager: on a CPU in blocks (cpu_passes.py) for
+    the same variants, else one operator after the other. Under torch.export and torch.jit.trace, and without any
+    element, it is the equations: what leaves this process holds PyTorch's own operators.
 
     Raises:
         UserError: for impl='fused' where one of these does not hold.
@@ -83,24 +83,25 @@ def implementation(
         return 'eager'
     obstacle = not_covered(channel, spatial, order) or _no_kernels(x.device)
     if obstacle and impl == 'fused':
-        raise UserError(f"CBAM: impl='fused' {obstacle}; impl='auto' takes the kernels wherever they serve")
+        raise UserError(f"CBAM: impl='fused' {obstacle}; impl='auto' takes the kernels wherever they support it")
     return 'eager' if obstacle else 'fused'
 
 
 def not_covered(channel: ChannelBranch, spatial: SpatialBranch | None, order: str) -> str | None:
     """Why a variant cannot go by the six passes of passes.py; None if it can."""
     if order != 'channel-spatial':
-        return f"serves order='channel-spatial', not {order!r}"
+        return f"supports order='channel-spatial', not {order!r}"
     if spatial is None or spatial.reduce_weight is not None:
-        return f"serves spatial='pool', not {None if spatial is None else 'conv'!r}"
+        return f"supports spatial='pool', not {None if spatial is None else 'conv'!r}"
     if not set(channel.pools) <= {'avg', 'max'}:
-        return f"serves the pools 'avg' and 'max', not {channel.pools}"
+        return f"supports the pools 'avg' and 'max', not {channel.pools}"
     return None
 
 
 def _leaves_this_process() -> bool:
     """Whether what is traced now will run elsewhere, and so is to hold PyTorch's own operators."""
-    # Not torch.compiler.is_exporting(), which torch.compile takes for True. Where torch cannot tell the two apart, a compilation counts.
+    # Not torch.compiler.is_exporting(), which torch.compile takes for True. Where torch cannot tell the two apart, a
+    # compilation counts.
     exporting = getattr(torch.compiler, '_is_exporting_flag', None)
     return torch.jit.is_tracing() or (torch.compiler.is_compiling() if exporting is None else exporting)
 
@@ -130,9 +131,9 @@ def _passes_for(x: Tensor, chosen: str) -> Passes | None:
 def _in_passes(x: Tensor, channel: ChannelBranch, spatial: SpatialBranch, order: str, passes: Passes) -> Tensor:
     """CBAM by the six passes; they cover one order only.
 
-    For the backward pass x is kept, and maps of one or two planes: 18 to 22 bytes a pixel whatever C and dtype, so 4.4 %
-    of a bf16 x of 256 channels at most, and 17 % of one of 64. An x with gaps between its elements (a slice of another
-    tensor) is copied, and the copy kept.
+    For the backward pass x is kept, and maps of one or two planes: 18 to 22 bytes a pixel whatever C and dtype, so
+    4.4 % of a bf16 x of 256 channels at most, and 17 % of one of 64. An x with gaps between its elements (a slice of
+    another tensor) is copied, and the copy kept.
     """
     pixels = x.flatten(2)
     if not pixels.is_contiguous() and not pixels.transpose(1, 2).is_contiguous():

@@ -1,10 +1,11 @@
 """CBAM as six passes over x, with autograd between them: what the CPU path and the Triton kernels share.
 
-x is (N, C, P) with P = H * W; k is 1 for the sigmoid gate, 2 for the unit gate. Only reads and writes of tensors of x's size cost:
+x is (N, C, P) with P = H * W; k is 1 for the sigmoid gate, 2 for the unit gate. Only reads and writes of tensors of
+x's size cost:
 
     pool_pixels             read x      avg[n, c], max[n, c] over the pixels, and its argmax i[n, c]
         c = k * sigmoid(MLP(avg) + MLP(max))                                    small, under autograd
-    pool_channels           read x      max[n, p], mean[n, p] of x*c over the channels, and the maximum's channel j[n, p]
+    pool_channels           read x      max[n, p], mean[n, p] of x*c over the channels, and its argmax j[n, p]
         s = k * sigmoid(BN(conv([max, mean])))                                  small, under autograd
     refine                  read x      write y = x * c * s
 
@@ -14,12 +15,13 @@ x is (N, C, P) with P = H * W; k is 1 for the sigmoid gate, 2 for the unit gate.
         (davg, dmax) = gradient of [avg, max] for dc                            autograd
     backward_input          read g      write dx = (g*s + dmean/C + dtop where j == c) * c + davg/P + dmax where i == p
 
-Kept for the backward pass: x, which its producer keeps anyway, c, s, i, j, and what the small parts need. Of equal maxima the first is taken.
+Kept for the backward pass: x, which its producer keeps anyway, c, s, i, j, and what the small parts need. Of equal
+maxima the first is taken.
 
 Autograd would add up dx from three parts, each of x's size. Here one pass writes it, the last of the backward:
-:class:`_PoolPixels` returns, beside its descriptor, gradient carriers: empty tensors that the two later functions take as
-arguments and do not read. The "gradients" that those functions return for the carriers are what the last pass needs:
-g, c, s, (dtop, dmean), j. So they go through the graph itself, and whatever handles graphs (torch.compile,
+:class:`_PoolPixels` returns, beside its descriptor, gradient carriers: empty tensors that the two later functions
+take as arguments and do not read. The "gradients" that those functions return for the carriers are what the last pass
+needs: g, c, s, (dtop, dmean), j. So they go through the graph itself, and whatever handles graphs (torch.compile,
 checkpointing, hooks, a second backward) handles them.
 """
 
@@ -35,7 +37,9 @@ from torch.autograd import Function
 
 @dataclass(frozen=True)
 class Passes:
-    """One implementation of the six passes. x, g and y are (N, C, P) and contiguous or channels-last, c (N, C), s (N, P).
+    """One implementation of the six passes.
+
+    x, g and y are (N, C, P) and contiguous or channels-last, c is (N, C) and s (N, P).
 
     The small tensors are of `accumulate_dtype(x)`; descriptors and their gradients are (N, 2, C) and (N, 2, P).
     With a tail (fused_tail.py) x is scaled by alpha and beta, (N, C) both, in place of c, and refine adds an identity.
@@ -142,7 +146,7 @@ class _Refine(Function):
     @staticmethod
     def forward(ctx, x, passes, for_g, for_s, s, *inputs):
         y = passes.refine(x, s, *inputs)
-        # With a tail y tells where ReLU lets the gradient through; the identity is not needed any more.
+        # With a tail y shows where ReLU lets the gradient through; the identity is not needed any more.
         ctx.save_for_backward(x, s, *((*inputs[:-1], y) if passes.has_tail else inputs))
         ctx.passes = passes
         return y
@@ -188,7 +192,10 @@ SCHEMAS = dict(
 
 
 def as_operators(passes: Passes, prefix: str) -> Passes:
-    """The same passes as custom operators `cbam_mmdet::{prefix}_{pass}`, which torch.compile takes as they are, without a graph break."""
+    """The same passes as custom operators `cbam_mmdet::{prefix}_{pass}`.
+
+    torch.compile takes these as they are, without a graph break.
+    """
 
     def register(name):
         operator = torch.library.custom_op(

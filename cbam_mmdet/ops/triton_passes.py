@@ -1,12 +1,14 @@
 """The six passes of passes.py in Triton: each reads x (and g) once and writes at most one tensor of its size.
 
-A kernel works on tiles of one image, channels by pixels; which of the two lies side by side in memory only decides a tile's
-shape, so one kernel serves both layouts. Sums are taken in fp32 (fp64 for fp64). No atomics: where a sum is shared out among programs, each
-writes its part and a sum over the parts follows, so results are the same in every run.
+A kernel works on tiles of one image, channels by pixels; which of the two lies side by side in memory only decides a
+tile's shape, so one kernel supports both layouts. Sums are taken in fp32 (fp64 for fp64). No atomics: where a sum is
+shared out among programs, each writes its part and a sum over the parts follows, so results are the same in every
+run.
 
-Successive passes walk over the images in opposite directions: what one has read last, the next one reads first, and finds in the L2
-cache. With 60 MB of it (H200) that is most of a batch of two in a ResNet-50's first stage (68 MB in bf16), without the
-launches that working image by image takes, and also where BatchNorm's statistics keep the images together.
+Successive passes walk over the images in opposite directions: what one has read last, the next one reads first, and
+finds in the L2 cache. With 60 MB of it (H200) that is most of a batch of two in a ResNet-50's first stage (68 MB in
+bf16), without the launches that working image by image takes, and also where BatchNorm's statistics keep the images
+together.
 """
 
 import functools
@@ -43,10 +45,11 @@ def _offsets(rows, columns, row_stride, column_stride, WIDE: tl.constexpr):
 def _pool_kernel(
     x, gate, bias, sign, pooled, argmax,
     image, kept, reduced, kept_stride, reduced_stride, kept_blocks, splits, span,
-    GATED: tl.constexpr, BIASED: tl.constexpr, SIGNED: tl.constexpr, MEAN_FIRST: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    GATED: tl.constexpr, BIASED: tl.constexpr, SIGNED: tl.constexpr, MEAN_FIRST: tl.constexpr,
+    REVERSE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Mean and maximum, with its argmax, of x, or x * gate[r] + bias[r], over one dimension (r), for each index of the other (k).
+    """Mean, maximum and argmax of x, or of x * gate[r] + bias[r], over one dimension (r), for each k of the other.
 
     With a sign[k] the maximum is that of x * sign[k]; the mean is without.
     pooled: (N, splits, 2, kept), the mean as a part of it: sum over the span / reduced. argmax: (N, splits, kept).
@@ -120,7 +123,8 @@ def _refine_kernel(
 def _backward_maps_kernel(
     g, x, c, s, bias, y, dc, ds, dbias, h,
     image, channels, pixels, c_stride, p_stride, p_blocks, splits, span,
-    TAIL: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    TAIL: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """ds[p] = sum_c g*x*c and dc[c] = sum_p g*x*s, in parts: ds (N, splits, P), dc (N, p_blocks, C).
 
@@ -156,9 +160,13 @@ def _backward_maps_kernel(
 def _backward_pool_channels_kernel(
     x, dz, j, dc, dbias,
     image, channels, pixels, c_stride, p_stride, c_blocks, splits, span,
-    TAIL: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    TAIL: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dc[c] = sum_p x * (dmean / C + dtop where j == c), in parts: dc (N, splits, C). As a block's tail also dbias, without x."""
+    """dc[c] = sum_p x * (dmean / C + dtop where j == c), in parts: dc (N, splits, C).
+
+    As a block's tail also dbias, which is the same sum without x.
+    """
     program = _program(REVERSE)
     split = program % splits
     block = program // splits % c_blocks

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever kills the process."""
+"""Files that are complete or absent, whatever kills the process."""
 
 from __future__ import annotations
 

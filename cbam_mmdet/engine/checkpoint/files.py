@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from mmengine.logging import print_log
 from mmengine.runner import find_latest_checkpoint
 
 from cbam_mmdet.engine.checkpoint.content import run_state_lacking
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.errors import UserError, did_you_mean
+from cbam_mmdet.utils.files import AtomicLocalBackend
 
 
 def find_checkpoint(path: str) -> str:
@@ -119,3 +122,10 @@ def _iterations(path: Path, trust: bool, passed_over: list[str]) -> int | None:
         passed_over.append(f'checkpoint {path} lacks the state of the run ({", ".join(lacking)})')
         return None
     return checkpoint['meta'].get('iter', 0)
+
+
+def write_checkpoint(content: Mapping, path: str | Path) -> None:
+    """Write a checkpoint; the file is complete or absent, whatever kills the process."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    AtomicLocalBackend().put(buffer.getvalue(), path)

@@ -83,7 +83,7 @@ def test_resume_refuses_code(run_tool, evil, shapes, tmp_path, newest):
     result = run_tool('train.py', DEMO, '--resume', *([] if newest else [evil]), *options)
     if newest:
         assert result.code == 2 and 'no checkpoint in' in result.err
-        assert 'passed over' in result.out + result.err and 'holds more than tensors' in result.out + result.err
+        assert 'skipped' in result.out + result.err and 'holds more than tensors' in result.out + result.err
         assert not (tmp_path / 'written').exists()
     else:
         assert_refused(result, evil)
@@ -302,7 +302,7 @@ def test_resume_auto_does_not_start_anew_over_checkpoints_that_do_not_load(run_t
     assert result.code == 2 and 'move them away' in result.err and not (tmp_path / 'written').exists()
     result = run_tool('train.py', DEMO, '--resume', 'auto', '--trust-checkpoint', *options)
     assert result.code == 0, result.err[-2000:]
-    assert 'going on from' in result.out + result.err and (tmp_path / 'written').exists()
+    assert 'resuming from' in result.out + result.err and (tmp_path / 'written').exists()
 
 
 def test_resume_finds_checkpoints_of_another_folder_and_name(run_tool, shapes, tmp_path):
@@ -349,7 +349,7 @@ def test_resume_goes_on_from_the_newest_that_is_whole(run_tool, trained, shapes,
     result = run_tool('train.py', DEMO, '--resume', *options)
     printed = result.out + result.err
     assert result.code == 0, result.err[-2000:]
-    assert 'passed over' in printed and 'epoch_2.pth' in printed and f'going on from {work}/epoch_1.pth' in printed
+    assert 'skipped' in printed and 'epoch_2.pth' in printed and f'resuming from {work}/epoch_1.pth' in printed
     assert load_checkpoint(work / 'epoch_2.pth')['meta']['epoch'] == 2
     assert not list(work.glob('.*.unfinished'))
 
