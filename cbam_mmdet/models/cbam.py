@@ -137,16 +137,13 @@ class SpatialAttention(nn.Module):
         """(N, K, H, W) -> (N, 1, H, W), in the parameters' dtype whatever autocast says: these tensors are small."""
         with _without_autocast(descriptor.device.type):
             z = self.conv(descriptor.to(self.conv.weight.dtype))
-            return self.activation(z if self.bn is None else self._norm(z))
+            return self.activation(z if self.bn is None else self._norm(self.bn, z))
 
-    def _norm(self, z: Tensor) -> Tensor:
+    def _norm(self, bn: nn.Module, z: Tensor) -> Tensor:
         # One value has no variance and BatchNorm refuses it in training; the running statistics are taken instead.
         # Not where other processes wait for it.
-        bn = self.bn
-        alone = isinstance(bn, _BatchNorm) and not (
-            isinstance(bn, nn.SyncBatchNorm) and torch.distributed.is_initialized()
-        )
-        if alone and bn.training and bn.track_running_stats and z.numel() == 1:
+        waits = isinstance(bn, nn.SyncBatchNorm) and torch.distributed.is_initialized()
+        if isinstance(bn, _BatchNorm) and not waits and bn.training and bn.track_running_stats and z.numel() == 1:
             return F.batch_norm(z, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
         return bn(z)
 

@@ -22,13 +22,15 @@ without CBAM (norm, addition, ReLU, operator by operator) takes 4 and 3 forward,
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.models.cbam import CBAM
+from cbam_mmdet.models.cbam import CBAM, SpatialAttention
 from cbam_mmdet.models.plugins.apply_child import ApplyChild
 from cbam_mmdet.ops.functional import map_functions
 from cbam_mmdet.ops.passes import accumulate_dtype, apply, as_map
@@ -107,7 +109,8 @@ def tail(v: Tensor, identity: Tensor, norm: _BatchNorm, cbam: CBAM) -> Tensor:
     a = a if norm.weight is None else a * norm.weight.to(dtype)
     b = -norm.running_mean.to(dtype) * a
     b = b if norm.bias is None else b + norm.bias.to(dtype)
-    channel_gate, spatial_gate = map_functions(cbam.channel, cbam.spatial, v)
+    spatial = cast(SpatialAttention, cbam.spatial)  # the kernels support no CBAM without one
+    channel_gate, spatial_gate = map_functions(cbam.channel, spatial, v)
 
     def scales(descriptor: Tensor) -> tuple[Tensor, Tensor]:
         c = channel_gate(descriptor * a + b).to(dtype)
@@ -119,7 +122,7 @@ def tail(v: Tensor, identity: Tensor, norm: _BatchNorm, cbam: CBAM) -> Tensor:
     return as_map(y, v.shape)
 
 
-def _last_norm(block: nn.Module) -> nn.Module:
+def _last_norm(block: nn.Module) -> Any:
     return getattr(block, f'norm{LAST_NORM[type(block).forward]}')
 
 

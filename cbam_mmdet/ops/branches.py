@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -18,14 +19,16 @@ class ChannelBranch(Protocol):
     def map_parameters(self) -> list[nn.Parameter]:
         """The parameters between descriptor and map."""
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters."""
 
 
 class SpatialBranch(Protocol):
     """M_s: from a descriptor of the pixels to a map over them."""
 
-    reduce_weight: Tensor | None
+    @property
+    def reduce_weight(self) -> Tensor | None:
+        """(1, C, 1, 1), the 1x1 convolution; None for [max; mean]."""
 
     def map_of(self, descriptor: Tensor) -> Tensor:
         """(N, K, H, W) -> (N, 1, H, W)."""
@@ -33,5 +36,5 @@ class SpatialBranch(Protocol):
     def map_parameters(self) -> list[nn.Parameter]:
         """The parameters between descriptor and map: not the 1x1 convolution that makes the descriptor."""
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters, that convolution's included."""

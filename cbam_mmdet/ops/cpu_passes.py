@@ -143,7 +143,7 @@ def _in_blocks(x: Tensor, work: Callable, buffers: int = 1) -> None:
     inference = torch.is_inference_mode_enabled()
 
     def draw() -> None:
-        held = []
+        held: list[Tensor] = []
         with torch.inference_mode(inference), torch.no_grad():
             for ns, ps, piece in blocks:
                 block = x[ns, :, ps]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import abc
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,8 +25,7 @@ def recompute(x: Tensor, channel: ChannelBranch, spatial: SpatialBranch | None, 
     Returns:
         Of x's shape, dtype and layout.
     """
-    branches = [channel] if spatial is None else [channel, spatial]
-    parameters = [p for branch in branches for p in branch.parameters()]
+    parameters = [*channel.parameters(), *([] if spatial is None else spatial.parameters())]
     return as_map(_Recompute.apply(x.flatten(2), x.shape[2:], channel, spatial, order, *parameters), x.shape)
 
 
@@ -82,12 +84,20 @@ class _Recompute(torch.autograd.Function):
         return (grad_x, None, None, None, None, *(grads.get(id(p)) for p in ctx.parameters))
 
 
-class _Branch:
+class _Branch(abc.ABC):
     """One attention branch inside :class:`_Recompute`: pools, then its module's own gate under a graph of its own."""
 
     def __init__(self, module: ChannelBranch | SpatialBranch) -> None:
-        self.module = module
+        self.module: Any = module
         self.parameters = [p for p in module.map_parameters() if p.requires_grad]
+
+    @abc.abstractmethod
+    def pool(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The descriptor of u, (N, C, P), and the arguments of its maxima."""
+
+    @abc.abstractmethod
+    def compute_map(self, pooled: Tensor, shape: torch.Size) -> Tensor:
+        """From the descriptor to the map, (N, C, 1) or (N, 1, P)."""
 
     def attend(self, u: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         """The map for u, (N, C, P), as (N, C, 1) or (N, 1, P), of u's dtype; and the arguments of the maxima."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from cbam_mmdet.errors import UserError
 
-KEEP = object()  # `init_cfg` was not given
+KEEP: Any = object()  # `init_cfg` was not given
 
 
 def build_inner(what: str, cfg: Mapping, init_cfg: Mapping | None, others: Mapping) -> tuple[nn.Module, Mapping]:
