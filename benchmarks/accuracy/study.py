@@ -5,7 +5,7 @@
 
 The first command takes hours and continues where it stopped. The second prints the table of what is finished.
 
-For each seed, the detector is trained from scratch plain, with SE, with CBAM as in the paper, and with CBAM's unit gate.
+For each seed, the detector is trained from scratch plain, with SE, with CBAM as in the paper, and with the unit gate.
 Then each is put into the plain detector of the same seed, which is fine-tuned with it, and once more without anything,
 equally long. What is compared is always of one seed: the same initial weights of the plain part, and the same order of
 images.

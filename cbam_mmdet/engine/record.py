@@ -36,7 +36,7 @@ SETTINGS = tuple(
 
 
 class Setting(NamedTuple):
-    """A setting of a config by its dotted name, and its values before and after as Python writes them. None: not set."""
+    """A setting of a config by its dotted name, its values before and after as Python writes them (None: not set)."""
 
     name: str
     before: str | None
