@@ -1,6 +1,7 @@
 """What a training was: its command, config, versions and machine, written beside its log for tools/report.py to read.
 
-A work dir's copy of the config is whole: which base it stands on, and what it changes, is known only while it is loaded.
+A work dir's copy of the config is complete. Which base the config stands on, and what it changes, is known only while
+it is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cbam_mmdet.utils.files import AtomicLocalBackend
 
 RECORD = 'vis_data/run.json'
 PACKAGES = ('cbam_mmdet', 'torch', 'torchvision', 'mmcv', 'mmengine', 'mmdet')
-# What the Runner is built from, but for what says where and under which name; the config's other names are its own variables.
+# What the Runner is built from, but for what says where and under which name. The config's other names are variables.
 SETTINGS = tuple(
     name
     for name in inspect.signature(Runner.__init__).parameters
@@ -35,7 +36,7 @@ SETTINGS = tuple(
 
 
 class Setting(NamedTuple):
-    """A setting of a config by its dotted name, and its values before and after, as Python writes them; None: not set."""
+    """A setting of a config by its dotted name, its values before and after as Python writes them (None: not set)."""
 
     name: str
     before: str | None
@@ -70,8 +71,8 @@ def base_differences(cfg: Config, path: str) -> tuple[list[str], list[Setting]]:
         path: the file that it was read from.
 
     Returns:
-        The base's file (several for a list of bases, none if the config stands alone or is written as plain Python), and
-        the settings that differ.
+        The base's file (several for a list of bases, none if the config stands alone or is written as plain Python),
+        and the settings that differ.
     """
     bases = [_resolve(base, path) for base in Config._get_base_files(path)]
     if not bases:

@@ -100,12 +100,12 @@ def _merge(cfg: Config, cfg_options: dict, path: str) -> None:
 
 
 def set_default_scope(cfg: Config) -> None:
-    """Let MMEngine look names up in the scope that a config names, or in MMDetection's; the config names it from now on."""
+    """Let MMEngine look names up in the scope that a config names, or MMDetection's, which the config then names."""
     init_default_scope(cfg.setdefault('default_scope', 'mmdet'))
 
 
 def class_of(registry: Registry, type_: str | type | None) -> type | None:
-    """The class that a config's `type` stands for: a name in a registry, or the class itself; None for an unknown name."""
+    """The class that a config's `type` stands for: a name in a registry, or the class itself. None: not registered."""
     return registry.get(type_) if isinstance(type_, str) else type_
 
 
@@ -198,6 +198,7 @@ def check_evaluators(cfg: Config) -> None:
         for metric in evaluators_of(cfg, split):
             if metric.get('type') == 'FasterCocoMetric' and importlib.util.find_spec('faster_coco_eval') is None:
                 raise UserError(
-                    f'{split}_evaluator.type=FasterCocoMetric needs the package faster-coco-eval, which is not installed here '
-                    "(pip install 'cbam-mmdet[fast-eval]'); CocoMetric gives the same figures, in more time"
+                    f'{split}_evaluator.type=FasterCocoMetric needs the package faster-coco-eval, which is not '
+                    "installed here (pip install 'cbam-mmdet[fast-eval]'); CocoMetric gives the same figures, "
+                    'in more time'
                 )

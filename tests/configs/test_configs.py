@@ -63,7 +63,7 @@ def names_of_bases():
 
 
 def test_base_files_only_define_names():
-    """MMEngine refuses a key that two bases have: no name of theirs may be a setting, or one of MMDetection's variables."""
+    """MMEngine refuses a key that two bases have, so their names are no settings and no variables of MMDetection's."""
     settings = set(inspect.signature(Runner.__init__).parameters) | {'custom_imports', 'env_cfg', 'auto_scale_lr'}
     mmdet_configs = Path(mmdet.__file__).parent / '.mim/configs'
     taken = {
