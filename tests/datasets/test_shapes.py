@@ -380,6 +380,7 @@ def test_wrong_settings_are_named(tmp_path, wrong, message):
 
 def run_tool(monkeypatch, *args):
     monkeypatch.setattr(sys, 'argv', ['make_shapes.py', *map(str, args)])
+    monkeypatch.syspath_prepend(REPOSITORY / 'tools')  # as Python does for a script
     runpy.run_path(str(REPOSITORY / 'tools/make_shapes.py'), run_name='__main__')
 
 
