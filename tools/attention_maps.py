@@ -27,13 +27,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from cbam_mmdet.datasets.inputs import image_files
+    from cbam_mmdet.datasets.inputs import expand_to_images
     from cbam_mmdet.engine.checkpoint.files import find_checkpoint
     from cbam_mmdet.utils.config import load_config
 
     cfg = load_config(args.config, args.cfg_options)
     checkpoint = find_checkpoint(args.checkpoint)
-    files = image_files(args.inputs) if args.inputs else None
+    files = expand_to_images(args.inputs) if args.inputs else None
     from cbam_mmdet.apis.infer import load_detector  # MMDetection takes seconds to import
     from cbam_mmdet.datasets.pointing import validation_images
     from cbam_mmdet.visualization.attention import attend, markdown

@@ -44,13 +44,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    from cbam_mmdet.datasets.inputs import image_files
+    from cbam_mmdet.datasets.inputs import expand_to_images
     from cbam_mmdet.engine.checkpoint.files import find_checkpoint
     from cbam_mmdet.utils.config import load_config
 
     pairs = [(args.config, args.checkpoint), *([args.compare] if args.compare else [])]
     detectors = [(load_config(path, args.cfg_options), find_checkpoint(checkpoint)) for path, checkpoint in pairs]
-    files = image_files(args.inputs)
+    files = expand_to_images(args.inputs)
     from cbam_mmdet.apis.infer import load_detector  # MMDetection takes seconds to import
     from cbam_mmdet.visualization.gradcam_sheet import Choice, explain_images
 

@@ -1,4 +1,4 @@
-"""The built-in demo data set; needs neither torch nor mmdet."""
+"""The built-in demo data set. It imports neither torch nor mmdet."""
 
 from cbam_mmdet.datasets.shapes import (
     CLASSES,
@@ -9,8 +9,6 @@ from cbam_mmdet.datasets.shapes import (
     draw_image,
     draw_scene,
     ensure_shapes,
-    write_coco,
-    write_voc,
 )
 
 __all__ = [
@@ -22,6 +20,4 @@ __all__ = [
     'draw_image',
     'draw_scene',
     'ensure_shapes',
-    'write_coco',
-    'write_voc',
 ]

@@ -1,6 +1,6 @@
-"""Checks of a config's data before a detector is built: what is missing or wrong is named in one message.
+"""Checks of a config's data before a detector is built. One message names what is missing or wrong.
 
-MMDetection meets the same faults with a KeyError, drops boxes without a word, or trains on labels that are shifted by one.
+With the same faults MMDetection raises a KeyError, silently drops boxes, or trains on labels that are shifted by one.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import os
 import os.path as osp
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mmdet.datasets import CocoDataset, VOCDataset, XMLDataset
 from mmdet.registry import DATASETS
@@ -23,7 +23,7 @@ from mmengine.logging import print_log
 from tqdm import tqdm
 
 from cbam_mmdet.datasets.layouts import HELP, expected_layout, require_data_root
-from cbam_mmdet.datasets.voc import AnySuffixVOCDataset, image_files, voc_folder, voc_image_folder
+from cbam_mmdet.datasets.voc import AnySuffixVOCDataset, image_names_by_stem, voc_folder, voc_image_folder
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.utils.config import class_of, evaluators_of, split_datasets
 from cbam_mmdet.utils.text import abridge
@@ -31,7 +31,7 @@ from cbam_mmdet.utils.text import abridge
 
 @dataclass
 class Report:
-    """What was found in one annotation file."""
+    """What one annotation file holds."""
 
     ann_file: str
     split: str
@@ -43,21 +43,23 @@ class Report:
 
 
 def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
-    """Check every data set that the splits of a config read; log a line for each, and a warning for boxes that are dropped.
+    """Check every data set that the splits of a config read.
+
+    It logs a line for each annotation file, and a warning for boxes that are dropped.
 
     Args:
         cfg: the config, with its data roots as they will be used.
-        splits: of 'train', 'val', 'test'.
+        splits: names among 'train', 'val' and 'test'.
 
     Raises:
-        UserError: for a missing folder or file (with the layout expected), a malformed annotation file, no image, no usable
-            box, or class names that do not fit the config's.
+        UserError: for a missing folder or file (with the expected layout), a malformed annotation file, no image, no
+            usable box, or class names that do not fit the config's.
     """
     reports: dict[tuple, Report] = {}
     for split in splits:
         for dataset in split_datasets(cfg, split):
             if split == 'test' and all(metric.get('format_only') for metric in evaluators_of(cfg, split)):
-                continue  # no annotations needed
+                continue  # it needs no annotations
             _check_dataset(dataset, split, reports)
             _check_num_classes(cfg.model, dataset, where='model')
         for metric in evaluators_of(cfg, split):
@@ -70,7 +72,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
 
 
 def _check_num_classes(node: object, dataset: ConfigDict, where: str, inside_head: bool = False) -> None:
-    """Every box head of the model must have as many classes as the data set; a head with fewer fails inside its loss."""
+    """Refuse a box head of the model that has another number of classes than the data set: it fails inside its loss."""
     if isinstance(node, (list, tuple)):
         for i, item in enumerate(node):
             _check_num_classes(item, dataset, f'{where}[{i}]', inside_head)
@@ -79,15 +81,16 @@ def _check_num_classes(node: object, dataset: ConfigDict, where: str, inside_hea
         count = node.get('num_classes')
         if inside_head and classes and isinstance(count, int) and count != len(classes):
             raise UserError(
-                f'{where}.num_classes={count}, but the data set ({dataset.get("ann_file")}) has {len(classes)} classes: '
-                f'[{abridge(classes, 8, quoted=True)}]. Set {where}.num_classes={len(classes)}, or metainfo=dict(classes=(...)) in each data set.'
+                f'{where}.num_classes={count}, but the data set ({dataset.get("ann_file")}) has {len(classes)} '
+                f'classes: [{abridge(classes, 8, quoted=True)}]. Set {where}.num_classes={len(classes)}, '
+                'or metainfo=dict(classes=(...)) in each data set.'
             )
         for key, value in node.items():
             _check_num_classes(value, dataset, f'{where}.{key}', inside_head=key == 'bbox_head')
 
 
 def annotation_format(dataset: ConfigDict) -> str | None:
-    """'coco' or 'voc'; None for other kinds (LVIS, panoptic, ...), which have formats of their own, and for remote files."""
+    """'coco' or 'voc'. None for other kinds (LVIS, panoptic, ...), whose formats differ, and for remote files."""
     if '://' in annotation_file(dataset):
         return None
     kind = class_of(DATASETS, dataset['type'])
@@ -97,7 +100,7 @@ def annotation_format(dataset: ConfigDict) -> str | None:
 
 
 def annotation_file(dataset: ConfigDict) -> str:
-    """The path of a data set's annotation file, which for VOC is the list of its images."""
+    """The path of a data set's annotation file. For VOC this is the list of its images."""
     return osp.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
 
 
@@ -105,7 +108,7 @@ def require_annotation_file(dataset: ConfigDict, split: str) -> str:
     """The path of a data set's annotation file.
 
     Raises:
-        UserError: if it is not there, with the layout expected.
+        UserError: if it does not exist. The message shows the expected layout.
     """
     require_data_root(dataset, split)
     path = annotation_file(dataset)
@@ -118,13 +121,13 @@ def _check_dataset(dataset: ConfigDict, split: str, done: dict[tuple, Report]) -
     style = annotation_format(dataset)
     if style is None:
         return
-    path, root = require_annotation_file(dataset, split), dataset.get('data_root') or ''
+    path = require_annotation_file(dataset, split)
     classes = dataset_classes(dataset)
     key = (path, split == 'train', classes, str(dataset.get('data_prefix')))
     if key in done:
         return
     print_log(f'checking {path} ...', logger='current')
-    report = (_check_coco if style == 'coco' else _check_voc)(path, root, dataset, classes, split)
+    report = (_check_coco if style == 'coco' else _check_voc)(path, dataset, classes, split)
     if not report.images:
         raise UserError(f'annotation file {path} lists no image.')
     if not report.boxes:
@@ -135,12 +138,12 @@ def _check_dataset(dataset: ConfigDict, split: str, done: dict[tuple, Report]) -
         )
     done[key] = report
     if style == 'voc' and split == 'train' and report.degenerate:
-        # MMDetection would train on them; this marks them as to be ignored.
+        # MMDetection would train on these boxes. With this filter it ignores them.
         dataset.setdefault('filter_cfg', ConfigDict()).setdefault('bbox_min_size', 1)
 
 
 def dataset_classes(dataset: ConfigDict) -> tuple[str, ...]:
-    """The class names of a data set's config: its metainfo's, else those of its type."""
+    """The class names of a data set's config: those of its metainfo, or else those of its type."""
     meta = dataset.get('metainfo') or {}
     classes = meta.get('classes')
     if classes is None:
@@ -153,7 +156,7 @@ def read_coco(path: str) -> dict:
     """The content of an annotation file in COCO's format.
 
     Raises:
-        UserError: if it is not JSON, or lacks a list.
+        UserError: if it is not JSON, or lacks one of the lists.
     """
     try:
         with open(path, encoding='utf-8') as file:
@@ -172,8 +175,35 @@ def read_coco(path: str) -> dict:
     return content
 
 
-def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
-    content, report = read_coco(path), Report(path, split)
+class COCOObject(NamedTuple):
+    """An object of a COCO data set. Its box is x1, y1, x2, y2 in pixels."""
+
+    id: object
+    name: str
+    box: tuple[float, float, float, float]
+    area: float
+    image_size: tuple[float, float]
+
+
+def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
+    content = read_coco(path)
+    images, names = _coco_images_and_names(path, content)
+    _compare_classes(path, list(names.values()), classes)
+    if len(images) < len(content['images']):
+        raise UserError(
+            f'annotation file {path}: {len(content["images"]) - len(images)} images share their id with another'
+        )
+    report = Report(path, split, images=len(images))
+    for item in _coco_objects(path, content['annotations'], images, names, needs_iscrowd=split != 'train'):
+        if item.name in classes:
+            _count(report, item.id, item.name, item.box, item.image_size, item.area > 0)
+    folder = osp.join(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img', ''))
+    _check_image_files(path, split, folder, [image['file_name'] for image in images.values()])
+    return report
+
+
+def _coco_images_and_names(path: str, content: dict) -> tuple[dict[Any, dict], dict[Any, str]]:
+    """The images and the names of the categories, by their ids."""
     try:
         images = {image['id']: image for image in content['images']}
         names = {category['id']: category['name'] for category in content['categories']}
@@ -183,42 +213,40 @@ def _check_coco(path: str, root: str, dataset: ConfigDict, classes: tuple[str, .
             image['file_name'].strip()
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f'annotation file {path}: an image or category is malformed ({type(error).__name__}: {error}). Each image needs '
-            'id, file_name, width and height, each category id and name.'
+            f'annotation file {path}: an image or category is malformed ({type(error).__name__}: {error}). '
+            'Each image needs id, file_name, width and height, each category id and name.'
         ) from error
-    _compare_classes(path, list(names.values()), classes)
+    return images, names
 
-    if len(images) < len(content['images']):
-        raise UserError(
-            f'annotation file {path}: {len(content["images"]) - len(images)} images share their id with another'
-        )
 
-    report.images = len(images)
+def _coco_objects(
+    path: str, annotations: list, images: dict[Any, dict], names: dict[Any, str], needs_iscrowd: bool
+) -> Iterator[COCOObject]:
+    """The annotations of a COCO file, each checked."""
     ids: set = set()
-    for annotation in content['annotations']:
+    for annotation in annotations:
         try:
             if annotation['id'] in ids:
                 raise ValueError('its id is given twice')
             ids.add(annotation['id'])
-            if split != 'train':
-                _number(annotation['iscrowd'])  # the metric needs it
-            name, image = names[annotation['category_id']], images[annotation['image_id']]
-            x, y, width, height = (_number(value) for value in annotation['bbox'])
-            area = _number(annotation['area'])
+            item = _coco_object(annotation, images, names, needs_iscrowd)
         except (KeyError, TypeError, ValueError) as error:
+            which = annotation.get('id') if isinstance(annotation, dict) else repr(annotation)
             raise UserError(
-                f'annotation file {path}: annotation id={annotation.get("id") if isinstance(annotation, dict) else annotation!r} '
-                f'is malformed ({type(error).__name__}: {error}). Each needs bbox=[x, y, width, height], area, id, iscrowd=0 or 1, and the ids of an '
-                'image and a category that the file lists.'
+                f'annotation file {path}: annotation id={which} is malformed ({type(error).__name__}: {error}). '
+                'Each needs bbox=[x, y, width, height], area, id, iscrowd=0 or 1, and the ids of an image and a '
+                'category that the file lists.'
             ) from error
-        if name not in classes:
-            continue
-        _count(
-            report, annotation.get('id'), name, (x, y, x + width, y + height), image['width'], image['height'], area > 0
-        )
-    prefix = osp.join(root, (dataset.get('data_prefix') or {}).get('img', ''))
-    _check_image_files(path, split, prefix, [image['file_name'] for image in images.values()])
-    return report
+        yield item
+
+
+def _coco_object(annotation: dict, images: dict[Any, dict], names: dict[Any, str], needs_iscrowd: bool) -> COCOObject:
+    if needs_iscrowd:
+        _number(annotation['iscrowd'])  # the metric reads it
+    name, image = names[annotation['category_id']], images[annotation['image_id']]
+    x, y, width, height = (_number(value) for value in annotation['bbox'])
+    box, area = (x, y, x + width, y + height), _number(annotation['area'])
+    return COCOObject(annotation['id'], name, box, area, (image['width'], image['height']))
 
 
 def _number(value: object) -> float:
@@ -228,7 +256,11 @@ def _number(value: object) -> float:
 
 
 def read_voc_ids(path: str) -> list[str]:
-    """The names of the images, without suffix, that a VOC image set lists."""
+    """The names of the images, without suffix, that a VOC image set lists.
+
+    Raises:
+        UserError: if it is not a text file.
+    """
     try:
         with open(path, encoding='utf-8') as file:
             return [line.strip() for line in file if line.strip()]
@@ -237,7 +269,10 @@ def read_voc_ids(path: str) -> list[str]:
 
 
 class VOCObject(NamedTuple):
-    """An object of a VOC data set; its box is xmin, ymin, xmax, ymax in pixels counted from 1, the last one inside."""
+    """An object of a VOC data set.
+
+    Its box is xmin, ymin, xmax, ymax in pixels counted from 1. The last pixels are inside.
+    """
 
     name: str
     box: tuple[float, float, float, float]
@@ -245,15 +280,15 @@ class VOCObject(NamedTuple):
 
 
 def read_voc(dataset: ConfigDict, path: str, image_id: str) -> tuple[tuple[float, float], list[VOCObject]]:
-    """One XML file of a VOC data set.
+    """Read one XML file of a VOC data set.
 
     Args:
         dataset: the data set's config.
-        path: the image set that lists the image, for the error.
+        path: the image set that lists the image. The error names it.
         image_id: the image's name without suffix.
 
     Returns:
-        (width, height), infinite where not given, and the objects.
+        The image's (width, height), infinite where the file does not give them, and the objects.
 
     Raises:
         UserError: if the file is missing or not in VOC's format.
@@ -278,34 +313,53 @@ def _voc_object(item: ET.Element) -> VOCObject:
     return VOCObject(name, box, difficult=bool(int(item.findtext('difficult') or 0)))
 
 
-def _check_voc(path: str, root: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
-    report, ids = Report(path, split), read_voc_ids(path)
-    report.images = len(ids)
-    found: dict[str, None] = {}
-    for image_id in tqdm(ids, desc='reading annotations', disable=None):
-        (width, height), objects = read_voc(dataset, path, image_id)
-        for name, (x1, y1, x2, y2), _ in objects:
-            found[name] = None
-            if name in classes:
-                _count(report, image_id, name, (x1 - 1, y1 - 1, x2 - 1, y2 - 1), width, height, True)
+def _check_voc(path: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
+    ids = read_voc_ids(path)
+    report = Report(path, split, images=len(ids))
+    found = _count_voc_objects(report, dataset, ids, classes)
     if ids:
-        _compare_classes(path, list(found), classes, ordered=False)
-    images = voc_image_folder(dataset)
-    files = image_files(images) if osp.isdir(images) else {}
-    others = [files[i] for i in ids if not files.get(i, '.jpg').endswith('.jpg')]
-    if others and dataset['type'] in ('XMLDataset', XMLDataset):
-        raise UserError(
-            f"{len(others)} images that {path} lists are not .jpg (the first: {others[0]}), and MMDetection's XMLDataset reads no "
-            "other: set type='VOCDataset' in the data set, for which the tools read any suffix, or convert the images."
-        )
-    _check_image_files(path, split, images, [files.get(i, f'{i}.jpg') for i in ids])
+        _compare_classes(path, found, classes, ordered=False)
+    folder = voc_image_folder(dataset)
+    names = image_names_by_stem(folder) if osp.isdir(folder) else {}
+    files = [names.get(image_id, f'{image_id}.jpg') for image_id in ids]
+    if dataset['type'] in ('XMLDataset', XMLDataset):
+        _require_jpg(path, files)
+    _check_image_files(path, split, folder, files)
     return report
 
 
+def _count_voc_objects(report: Report, dataset: ConfigDict, ids: list[str], classes: tuple[str, ...]) -> list[str]:
+    """Count the objects of the images, and return the names of all classes that occur."""
+    found: dict[str, None] = {}
+    for image_id in tqdm(ids, desc='reading annotations', disable=None):
+        size, objects = read_voc(dataset, report.ann_file, image_id)
+        for name, (x1, y1, x2, y2), _ in objects:
+            found[name] = None
+            if name in classes:
+                _count(report, image_id, name, (x1 - 1, y1 - 1, x2 - 1, y2 - 1), size, True)
+    return list(found)
+
+
+def _require_jpg(path: str, files: list[str]) -> None:
+    others = [name for name in files if not name.endswith('.jpg')]
+    if others:
+        raise UserError(
+            f'{len(others)} images that {path} lists are not .jpg (the first: {others[0]}), '
+            "and MMDetection's XMLDataset reads no other: set type='VOCDataset' in the data set, "
+            'for which the tools read any suffix, or convert the images.'
+        )
+
+
 def _count(
-    report: Report, name_of_box: object, label: str, box: tuple, width: float, height: float, has_area: bool
+    report: Report,
+    name_of_box: object,
+    label: str,
+    box: tuple[float, float, float, float],
+    image_size: tuple[float, float],
+    has_area: bool,
 ) -> None:
-    x1, y1, x2, y2 = box
+    """Count a box as usable, degenerate, or outside its image."""
+    (x1, y1, x2, y2), (width, height) = box, image_size
     if not has_area or x2 - x1 < 1 or y2 - y1 < 1:
         report.degenerate.append(name_of_box)
     elif min(x2, width) <= max(x1, 0) or min(y2, height) <= max(y1, 0):
@@ -316,12 +370,15 @@ def _count(
 
 
 def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], ordered: bool = True) -> None:
-    """MMDetection numbers the classes in the file's order, and names them in the config's: both must be the same."""
+    """Refuse other classes, or another order: MMDetection numbers by the file's order and names by the config's."""
     shared = [name for name in found if name in classes]
-    what = f'annotation file {path} has the classes [{abridge(found, 8, quoted=True)}], the config expects [{abridge(classes, 8, quoted=True)}]'
+    what = (
+        f'annotation file {path} has the classes [{abridge(found, 8, quoted=True)}], '
+        f'the config expects [{abridge(classes, 8, quoted=True)}]'
+    )
     fix = (
-        "Give --classes auto (or their names), or set metainfo=dict(classes=(...)) in each dataset to the file's names, and num_classes in "
-        "the model's heads to their number."
+        "Give --classes auto (or their names), or set metainfo=dict(classes=(...)) in each dataset to the file's "
+        "names, and num_classes in the model's heads to their number."
     )
     if not shared:
         hints = [did_you_mean(name, found, n=1) for name in classes[:20]]
@@ -330,9 +387,8 @@ def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], orde
         return
     lacking = [name for name in classes if name not in found]
     if lacking:
-        raise UserError(
-            f'{what}: [{abridge(lacking, 8, quoted=True)}] are not in the file{did_you_mean(lacking[0], found, n=1)}. {fix}'
-        )
+        hint = did_you_mean(lacking[0], found, n=1)
+        raise UserError(f'{what}: [{abridge(lacking, 8, quoted=True)}] are not in the file{hint}. {fix}')
     if shared != list(classes):
         raise UserError(f"{what}: in another order, and the file's order is the one that numbers them. {fix}")
 
@@ -345,9 +401,12 @@ def _check_image_files(path: str, split: str, folder: str, names: list[str]) -> 
     if names and len(missing) == len(names):
         raise UserError(f'none of the {len(names)} images that {path} lists is in {folder} (the first: {names[0]}).')
     if missing:
-        what = f'{len(missing)} of the {len(names)} images that {path} lists are not in {folder}: [{abridge(missing, quoted=True)}]'
+        what = (
+            f'{len(missing)} of the {len(names)} images that {path} lists are not in {folder}: '
+            f'[{abridge(missing, quoted=True)}]'
+        )
         if split != 'train':
-            raise UserError(f'{what}. Without them the score would not be that of the whole {split} set.')
+            raise UserError(f'{what}. Without them the score would not be that of the complete {split} set.')
         print_log(what, logger='current', level=logging.WARNING)
 
 

@@ -1,4 +1,4 @@
-"""Own classes: `--classes` sets every key of a config that depends on them."""
+"""A config for the user's own classes: `--classes` sets every key that depends on them."""
 
 from __future__ import annotations
 
@@ -27,19 +27,23 @@ AUTO = 'auto'
 
 
 def set_classes(cfg: Config, classes: str | Sequence[str]) -> tuple[str, ...]:
-    """Make a config detect other classes than its own: the heads' num_classes and the data sets' metainfo; log what was set.
+    """Make a config detect other classes than its own, and log what was set.
+
+    It sets the heads' num_classes and the data sets' metainfo.
 
     Args:
         cfg: the config, with its data roots as they will be used.
-        classes: names, also as 'a,b,c'; or 'auto' for those of the training annotations: of VOC data sets all that occur, sorted,
-            of COCO data sets the file's categories. MMDetection numbers COCO's classes in the file's order whatever metainfo
-            says, so names given in another order are put in that one.
+        classes: names, also as 'a,b,c', or 'auto' for the classes of the training annotations. For VOC data sets these
+            are all names that occur, sorted. For COCO data sets they are the file's categories. MMDetection numbers
+            COCO's classes in the file's order whatever metainfo says, so names in another order are sorted into that
+            one.
 
     Returns:
-        The names, in the order that numbers them.
+        The names, in the order in which MMDetection numbers them.
 
     Raises:
-        UserError: for a name that the annotations lack, for training files that disagree, and for what cannot be read.
+        UserError: for a name that the annotations do not have, for training files with different classes, and for files
+            that cannot be read.
     """
     asked = None if classes == AUTO else _parse(classes)
     found = _find(cfg, required=asked is None)
@@ -50,19 +54,22 @@ def set_classes(cfg: Config, classes: str | Sequence[str]) -> tuple[str, ...]:
     keys = _set_num_classes(cfg.model, len(names), 'model')
     if not keys:
         raise UserError(
-            f'--classes: the model has no head that takes num_classes: set its number of classes ({len(names)}) by --cfg-options'
+            '--classes: the model has no head that takes num_classes: '
+            f'set its number of classes ({len(names)}) by --cfg-options'
         )
     splits = [split for split in SPLITS if split_datasets(cfg, split)]
     for dataset in (dataset for split in splits for dataset in split_datasets(cfg, split)):
         _set_metainfo(dataset, names)
     origin = f'read from {sources}' if asked is None else 'as given'
     log(
-        f'--classes: {len(names)} classes, {origin}: {", ".join(names)}. Set: {", ".join(f"{key}={len(names)}" for key in keys)}, '
+        f'--classes: {len(names)} classes, {origin}: {", ".join(names)}. '
+        f'Set: {", ".join(f"{key}={len(names)}" for key in keys)}, '
         f'and metainfo.classes of the data sets for {", ".join(splits)}'
     )
     if asked is not None and names != asked:
         log(
-            f'--classes: in the order of {sources}, which numbers the classes, and not in that given ({", ".join(asked)})'
+            f'--classes: in the order of {sources}, which numbers the classes, '
+            f'and not in that given ({", ".join(asked)})'
         )
     for path, has in dict.fromkeys((path, has) for files in found.values() for path, _, has in files):
         unknown = [name for name in has if name not in names]
@@ -79,8 +86,9 @@ def _parse(classes: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _find(cfg: Config, required: bool) -> dict[str, list[tuple[str, str, tuple[str, ...]]]]:
-    """For each split its annotation files, each with its format and the classes in it; files that are not there are left out,
-    but for those of training if they are required.
+    """For each split its annotation files, each with its format and the classes in it.
+
+    Files that do not exist are left out, except those of the training set if they are required.
     """
     found: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {split: [] for split in SPLITS}
     read: dict[str, tuple[str, ...]] = {}
@@ -90,7 +98,8 @@ def _find(cfg: Config, required: bool) -> dict[str, list[tuple[str, str, tuple[s
             if required and split == 'train':
                 if style is None:
                     raise UserError(
-                        f'--classes auto: the training data set is a {dataset["type"]}, of which the classes cannot be read; name them'
+                        f'--classes auto: the training data set is a {dataset["type"]}, '
+                        'of which the classes cannot be read; name them'
                     )
                 require_annotation_file(dataset, split)
             if style is None or not osp.isfile(path):
@@ -125,7 +134,7 @@ def _voc_classes(dataset: ConfigDict, path: str) -> tuple[str, ...]:
 def _choose(
     asked: tuple[str, ...] | None, files: list[tuple[str, str, tuple[str, ...]]], split: str
 ) -> tuple[str, ...]:
-    """The classes in the order that numbers them, from what was asked for and what the annotation files of a split have."""
+    """The classes in the order in which MMDetection numbers them, from the user's and those of a split's files."""
     if not files:
         return asked
     coco = [(path, names) for path, style, names in files if style == 'coco']
@@ -134,7 +143,8 @@ def _choose(
     if lacking:
         where = ' and '.join(path for path, _, _ in files)
         raise UserError(
-            f'--classes: {where} ({split}) has no {lacking[0]!r}{did_you_mean(lacking[0], available) or "."} It has: {", ".join(available)}'
+            f'--classes: {where} ({split}) has no {lacking[0]!r}{did_you_mean(lacking[0], available) or "."} '
+            f'It has: {", ".join(available)}'
         )
     if not available:
         raise UserError(f'--classes: {" and ".join(path for path, _, _ in files)} holds no object, hence no class')
@@ -143,15 +153,16 @@ def _choose(
     if len(set(orders.values())) > 1 or (asked is None and len({has for _, has in coco}) > 1):
         lists = '; '.join(f'{path}: {", ".join(has)}' for path, has in coco)
         raise UserError(
-            f'--classes: the {split} annotation files disagree on the classes or their order, which numbers them ({lists})'
+            f'--classes: the {split} annotation files disagree on the classes or their order, '
+            f'which numbers them ({lists})'
         )
     return next(iter(orders.values())) if coco else names
 
 
 def _set_num_classes(node: object, count: int, where: str) -> list[str]:
-    """Set num_classes in every head below a part of the model that has one, or whose class takes one.
+    """Set num_classes in every head in a part of the model that has this key, or whose class takes it.
 
-    Heads of proposals (which know one class) and of semantic segmentation (whose classes are others) are left alone.
+    Heads of proposals (which have one class) and of semantic segmentation (which has other classes) stay as they are.
 
     Returns:
         The keys that were set.
@@ -180,7 +191,7 @@ def _takes_num_classes(head: ConfigDict) -> bool:
 
 
 def _reset_num_classes(head: ConfigDict, count: int, where: str) -> list[str]:
-    """Some losses inside a head state the number, too."""
+    """Set it in losses inside a head, too: some of them take it."""
     keys = []
     for name, value in head.items():
         if isinstance(value, dict):
@@ -196,6 +207,6 @@ def _set_metainfo(dataset: ConfigDict, names: tuple[str, ...]) -> None:
     kind = class_of(DATASETS, dataset['type'])
     palette = meta.pop('palette', None) or getattr(kind, 'METAINFO', {}).get('palette')
     if not isinstance(palette, list) or len(palette) < len(names):
-        # MMDetection draws no picture with fewer colours than classes.
+        # MMDetection cannot draw a picture with fewer colours than classes.
         palette = [tuple(map(int, colour)) for colour in get_palette('random', len(names))]
     dataset['metainfo'] = dict(meta, palette=palette[: len(names)])

@@ -1,8 +1,9 @@
-"""Annotations from Pascal VOC's format to COCO's and back, with the difficult objects.
+"""Conversion of annotations from Pascal VOC's format to COCO's and back, with the difficult objects.
 
-A box that spans the pixels xmin to xmax, counted from 1, is COCO's x = xmin - 1 with width xmax - xmin + 1. A difficult object
-is a crowd (`iscrowd`): MMDetection and pycocotools then ignore it, where they would take COCO's `ignore` for background.
-There and back again gives the same classes, boxes and flags; boxes that are not of whole pixels are rounded for VOC.
+A box that spans the pixels xmin to xmax, counted from 1, becomes COCO's x = xmin - 1 with width = xmax - xmin + 1. A
+difficult object becomes a crowd (`iscrowd`), which MMDetection and pycocotools ignore. They would take an object with
+COCO's `ignore` for background. A conversion and its reverse give the same classes, boxes and flags, but VOC rounds
+coordinates to integers.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from tqdm import tqdm
 
 from cbam_mmdet.datasets.checks import read_coco, read_voc, read_voc_ids
 from cbam_mmdet.datasets.transforms.loading import read_image
-from cbam_mmdet.datasets.voc import image_files, voc_image_folder
+from cbam_mmdet.datasets.voc import image_names_by_stem, voc_image_folder
 from cbam_mmdet.errors import UserError
 
 
 def convert(source: str, target: str) -> int:
-    """Write the annotations of one format in the other.
+    """Convert annotations from one format to the other.
 
     Args:
-        source: what to read: VOC's image set 'DIR/ImageSets/Main/NAME.txt', or COCO's 'FILE.json'.
-        target: what to write, the other of the two. VOC's XML files go to DIR/Annotations. No image is copied.
+        source: the file to read: VOC's image set 'DIR/ImageSets/Main/NAME.txt', or COCO's 'FILE.json'.
+        target: the file to write, of the other format. VOC's XML files go to DIR/Annotations. No image is copied.
 
     Returns:
         The number of images.
@@ -37,7 +38,8 @@ def convert(source: str, target: str) -> int:
     suffixes = Path(source).suffix, Path(target).suffix
     if suffixes not in (('.txt', '.json'), ('.json', '.txt')):
         raise UserError(
-            f'{source} to {target}: expected an image set of VOC (DIR/ImageSets/Main/NAME.txt) and a .json of COCO, or the reverse'
+            f'{source} to {target}: expected an image set of VOC (DIR/ImageSets/Main/NAME.txt) and a .json of COCO, '
+            'or the reverse'
         )
     if not osp.isfile(source):
         raise UserError(f'{source} does not exist')
@@ -54,7 +56,7 @@ def convert(source: str, target: str) -> int:
 def voc_to_coco(image_set: str) -> dict:
     """The content of a COCO annotation file for one image set of VOC.
 
-    The categories are those of all XML files in the folder, sorted, so that every image set of it gets the same.
+    The categories are the sorted classes of all XML files in the folder, so every image set in it gets the same ones.
 
     Args:
         image_set: path of DIR/ImageSets/Main/NAME.txt.
@@ -68,16 +70,18 @@ def voc_to_coco(image_set: str) -> dict:
     names = sorted({item.name for image_id in everything for item in read_voc(dataset, image_set, image_id)[1]})
     number = {name: i for i, name in enumerate(names, start=1)}
     images_dir = voc_image_folder(dataset)
-    files = image_files(images_dir) if osp.isdir(images_dir) else {}
+    files = image_names_by_stem(images_dir) if osp.isdir(images_dir) else {}
     images, annotations = [], []
     for image_id in tqdm(read_voc_ids(image_set), desc='converting', disable=None):
         size, objects = read_voc(dataset, image_set, image_id)
         file_name = files.get(image_id, f'{image_id}.jpg')
         if float('inf') in size:
             size = read_image(osp.join(images_dir, file_name)).shape[1::-1]
-        images.append(dict(id=len(images) + 1, file_name=file_name, width=_whole(size[0]), height=_whole(size[1])))
+        images.append(
+            dict(id=len(images) + 1, file_name=file_name, width=_as_integer(size[0]), height=_as_integer(size[1]))
+        )
         for name, (x1, y1, x2, y2), difficult in objects:
-            x, y, width, height = (_whole(v) for v in (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1))
+            x, y, width, height = (_as_integer(v) for v in (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1))
             annotations.append(
                 dict(
                     id=len(annotations) + 1,
@@ -94,13 +98,13 @@ def voc_to_coco(image_set: str) -> dict:
 
 
 def coco_to_voc(content: dict) -> dict[str, ET.Element]:
-    """The content of VOC's XML files, by the names of the images without suffix, for a COCO annotation file.
+    """The content of VOC's XML files for a COCO annotation file, by the names of the images without suffix.
 
     Args:
-        content: a COCO annotation file's.
+        content: that of the COCO annotation file.
 
     Raises:
-        UserError: for an annotation that is malformed, and for images whose names differ only by folder or suffix.
+        UserError: for a malformed annotation, and for images whose names differ only in folder or suffix.
     """
     try:
         names = {category['id']: category['name'] for category in content['categories']}
@@ -153,5 +157,6 @@ def _add_object(root: ET.Element, name: str, box: list[float], difficult: bool) 
         ET.SubElement(corners, key).text = str(round(value))
 
 
-def _whole(value: float) -> int | float:
+def _as_integer(value: float) -> int | float:
+    """An integer, where the value is one."""
     return int(value) if value == int(value) else value

@@ -1,7 +1,7 @@
-"""ImageNet-1K classification (the paper's section 4.2), by the same tools: configs of mmpretrain, whose default_scope is 'mmpretrain'.
+"""ImageNet-1K classification (the paper's section 4.2) by the same tools, with configs of mmpretrain.
 
-Data: a folder for each split with a folder of images for each class, as torchvision's ImageFolder takes it. The backbone is MMDetection's, so its
-checkpoint goes straight into a detector.
+Their default_scope is 'mmpretrain'. Each split has a folder, with a folder of images for each class in it, as in
+torchvision's ImageFolder. The backbone is MMDetection's, so a detector can load its checkpoint as it is.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from cbam_mmdet.utils.text import abridge
 
 
 def point_at_folders(cfg: Config, data_root: str | None, classes: str | Sequence[str] | None) -> None:
-    """What --data-root and --classes do to a classifier's config, in place.
+    """Apply --data-root and --classes to a classifier's config, in place.
 
     Args:
-        data_root: the folder that holds the folders of the splits.
-        classes: 'auto' takes as many classes as the (training) data has folders; names must be those of the folders.
+        cfg: the config.
+        data_root: the folder that holds the folders of the splits. None keeps the config's own.
+        classes: 'auto' takes as many classes as the training data have folders. Names must be those of the folders.
+            None keeps the config's own.
 
     Raises:
-        UserError: if the folders are not there, or their names are not the classes.
+        UserError: if the folders do not exist, or their names are not the classes.
     """
     if data_root:
         set_data_root(cfg, data_root)
@@ -47,10 +49,11 @@ def point_at_folders(cfg: Config, data_root: str | None, classes: str | Sequence
 
 
 def check_image_folders(cfg: Config, splits: Sequence[str]) -> None:
-    """Check the folders of every split, and tell how many classes and images they hold.
+    """Check the folders of every split, and log how many classes they hold.
 
     Raises:
-        UserError: for a folder that is missing or empty, another number of classes than the head's, or classes that differ between splits.
+        UserError: for a folder that is missing or empty, another number of classes than the head's, or splits with
+            different classes.
     """
     known: list[str] | None = None
     for split in splits:
@@ -69,10 +72,10 @@ def check_image_folders(cfg: Config, splits: Sequence[str]) -> None:
 
 
 def class_folders(dataset: ConfigDict, split: str) -> list[str]:
-    """The names of a data set's class folders, sorted: class i is the i-th.
+    """The sorted names of a data set's class folders. Class i is the i-th.
 
     Raises:
-        UserError: that says which layout is expected.
+        UserError: if there are none. The message shows the expected layout.
     """
     folder = _folder(dataset)
     names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
@@ -90,5 +93,5 @@ def _folder(dataset: ConfigDict) -> Path:
 
 
 def is_classifier(cfg: Config) -> bool:
-    """Is this a config of mmpretrain, which is imported only then?"""
+    """Whether this is a config of mmpretrain, the only case in which that package is imported."""
     return cfg.get('default_scope') == 'mmpretrain'

@@ -1,4 +1,4 @@
-"""Image files, folders of them and videos, as people give them to a tool."""
+"""Image files, folders of images, and videos, as people give them to a tool."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from pathlib import Path
 
 from cbam_mmdet.errors import UserError
 
-IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
-
-
+IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')  # the suffixes, everywhere in the package
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.mpg', '.mpeg')
 
 
-def image_files(inputs: Iterable[str]) -> list[Path]:
+def expand_to_images(inputs: Iterable[str]) -> list[Path]:
     """The images among files and folders, for tools that take no videos.
 
     Raises:
-        UserError: if an input does not exist, or holds no image.
+        UserError: if an input does not exist, or if there is no image among them.
     """
     files = [file for source in inputs for file in expand_inputs(Path(source))]
     images = [file for file in files if file.suffix.lower() not in VIDEOS]
@@ -27,10 +25,10 @@ def image_files(inputs: Iterable[str]) -> list[Path]:
 
 
 def expand_inputs(source: Path) -> list[Path]:
-    """A file itself; of a folder, the images and videos in it and below, sorted.
+    """A file as it is, or the sorted images and videos in a folder and below it.
 
     Raises:
-        UserError: if it does not exist, or is a folder without any.
+        UserError: if the source does not exist, or is a folder without images and videos.
     """
     if source.is_dir():
         files = sorted(p for p in source.rglob('*') if p.suffix.lower() in IMAGES + VIDEOS)
@@ -43,7 +41,7 @@ def expand_inputs(source: Path) -> list[Path]:
 
 
 def unique_names(files: list[Path]) -> list[str]:
-    """A name for each file's picture: its stem, or, where several share it, with a number behind it."""
+    """A name for each file's picture: the file's stem, with a number behind it where several files share it."""
     names: dict[str, None] = {}
     for file in files:
         name, i = file.stem, 1

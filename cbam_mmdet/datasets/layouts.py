@@ -1,4 +1,7 @@
-"""The folders that COCO's and Pascal VOC's data sets lie in. It imports no MMDetection: a missing folder is found early."""
+"""The folder layouts of COCO's and Pascal VOC's data sets.
+
+This module does not import MMDetection, so the tools report a missing folder early.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ LAYOUTS = {
 
 
 def expected_layout(dataset: ConfigDict) -> str | None:
-    """What a data set's folder is to look like, in lines; None for other kinds (LVIS, panoptic, ...)."""
+    """The expected layout of a data set's folder as text, or None for other kinds (LVIS, panoptic, ...)."""
     kind = dataset.get('type')
     layout = LAYOUTS.get(kind if isinstance(kind, str) else getattr(kind, '__name__', ''))
     root = (dataset.get('data_root') or '').rstrip('/') or '.'
@@ -37,10 +40,10 @@ def expected_layout(dataset: ConfigDict) -> str | None:
 
 
 def require_data_root(dataset: ConfigDict, split: str) -> None:
-    """Look for the folder of a data set, of which nothing else is read.
+    """Check that the folder of a data set exists, without reading it.
 
     Raises:
-        UserError: if it does not exist, with the layout expected.
+        UserError: if it does not exist. The message shows the expected layout.
     """
     root, layout = dataset.get('data_root') or '', expected_layout(dataset)
     if root and layout and '://' not in root and not osp.isdir(root):

@@ -1,4 +1,4 @@
-"""What --data-root and --classes do to a config."""
+"""Apply --data-root and --classes to a config."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cbam_mmdet.utils.config import set_data_root, set_default_scope, split_data
 
 
 def point_at_data(cfg: Config, data_root: str | None, classes: str | Sequence[str] | None) -> None:
-    """What --data-root and --classes do to a config, in place; None leaves the config's own.
+    """Apply --data-root and --classes to a config, in place. None keeps the config's own.
 
     Raises:
-        UserError: see config.set_data_root, datasets.voc.fit_layout and datasets.classes.set_classes; for a classifier
-            classification.point_at_folders.
+        UserError: as utils.config.set_data_root and datasets.classes.set_classes, or for a classifier as
+            datasets.image_folders.point_at_folders.
     """
     if is_classifier(cfg):
         return point_at_folders(cfg, data_root, classes)
@@ -37,14 +37,12 @@ def validation_images(cfg: Config, data_root: str | None = None) -> list[Path]:
     """The images of a config's validation set, in its order.
 
     Args:
-        cfg: the config; a data root given here re-points it (see run.point_at_data).
+        cfg: the config. A data root changes it in place (see point_at_data).
         data_root: the folder of the data set, in place of the config's.
 
     Raises:
         UserError: if the config has no validation set, or its data do not pass the check.
     """
-    from cbam_mmdet.datasets.pointing import point_at_data
-
     if not split_datasets(cfg, 'val'):
         raise UserError('the config has no validation set (val_dataloader): give images or folders')
     set_default_scope(cfg)

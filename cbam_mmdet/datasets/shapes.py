@@ -1,21 +1,21 @@
-"""Shapes: a small detection data set that draws itself.
+"""Shapes: a small detection data set that the package draws by itself.
 
-Toy-like circles, squares, triangles, stars, rings and crosses lie over textured clutter, in any colour, turned any way,
-from small to large and partly behind each other. Nothing is downloaded: :func:`ensure_shapes` draws the pictures and
-writes them in the layout of COCO or of Pascal VOC, in seconds, so that a detector can be trained from scratch at once.
+Circles, squares, triangles, stars, rings and crosses of any colour, orientation and size lie over a textured background
+and partly cover each other. Nothing is downloaded: :func:`ensure_shapes` draws the pictures in seconds and writes them
+in the layout of COCO or of Pascal VOC, so that a detector can be trained from scratch at once.
 
 What is annotated:
 
-- Boxes, areas and masks cover the *visible* pixels, as in COCO. No shape is placed so that it would hide more than
-  ``MAX_OCCLUDED`` of another one, hence every shape in a picture is annotated, and nothing annotated is a mere sliver.
-- Pascal VOC's ``difficult`` marks shapes that are hidden by more than ``DIFFICULT_OCCLUDED``; ``truncated`` marks those
-  that the edge of the picture cuts. COCO has neither flag: there all shapes count alike.
+- Boxes, areas and masks cover the *visible* pixels, as in COCO. No shape hides more than ``MAX_OCCLUDED`` of another
+  one, so every shape in a picture is annotated, and a good part of it is visible.
+- Pascal VOC's ``difficult`` marks shapes that are hidden by more than ``DIFFICULT_OCCLUDED``. Its ``truncated`` marks
+  those that the edge of the picture cuts. COCO has neither flag, so all shapes count alike there.
 
-Picture ``k`` of a split depends on ``(seed, split, k)`` alone, not on how many there are. Pixels and annotations are
-the same on every machine: the drawing consists of sums, products, quotients and square roots of whole arrays, which
-IEEE 754 defines to the last bit, and what comes from the C library (sines, powers) is rounded first, see :func:`_snap`.
-The files are JPEG, because MMDetection's VOC reader asks for that, at high quality and with unreduced colour; only
-there may another version of the codec change a pixel by a hair.
+Picture ``k`` of a split depends on ``(seed, split, k)`` alone, not on the number of pictures. Pixels and annotations
+are the same on every machine: the drawing consists of sums, products, quotients and square roots of arrays, which
+IEEE 754 defines to the last bit. Values from the C library (sines, powers) are rounded first, see :func:`_snap`. The
+files are JPEG of high quality with unreduced colour, because MMDetection's VOC data set reads JPEG only. Another
+version of the codec may change their pixels slightly.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 CLASSES = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
-# Colours (RGB) for drawing boxes; the shapes themselves have any colour, so colour tells nothing of the class.
+# Colours (RGB) for drawing boxes. The shapes themselves have random colours, which do not depend on the class.
 PALETTE = [(230, 60, 70), (60, 120, 230), (50, 180, 90), (245, 190, 40), (170, 80, 210), (30, 190, 200)]
 METAINFO = dict(classes=CLASSES, palette=PALETTE)
 
@@ -49,18 +49,18 @@ SIZE_RANGE = (0.15, 0.6)  # diameter of a shape's circumscribed circle, as a sha
 MAX_OCCLUDED = 0.6
 DIFFICULT_OCCLUDED = 0.4
 
-# Goes into the stamp: raise it whenever the drawing changes, so that sets drawn by older code are made anew.
+# It is part of the stamp: raise it whenever the drawing changes, so that sets from older code are drawn again.
 DRAWING_VERSION = 1
 STAMP = 'shapes.json'
 
 
 @dataclass(frozen=True)
 class ShapeObject:
-    """One shape of a picture, as far as it can be seen.
+    """The visible part of one shape in a picture.
 
     Attributes:
         category: One of ``CLASSES``.
-        bbox: ``(x1, y1, x2, y2)`` of the visible pixels; x2 and y2 lie one past the last pixel: the width is x2 - x1.
+        bbox: ``(x1, y1, x2, y2)`` of the visible pixels. x2 and y2 lie one past the last pixel: the width is x2 - x1.
         area: Number of visible pixels.
         occluded: Share of the whole shape's pixels, 0 to ``MAX_OCCLUDED``, that cannot be seen: covered by other shapes
             or beyond the edge of the picture.
@@ -77,16 +77,19 @@ class ShapeObject:
 
     @property
     def difficult(self) -> bool:
-        """Whether so much is hidden that Pascal VOC would neither reward nor punish finding it."""
+        """Whether so much is hidden that Pascal VOC ignores the shape and its detections."""
         return self.occluded > DIFFICULT_OCCLUDED
 
     @property
     def segmentation(self) -> dict:
-        """The mask as COCO's uncompressed RLE: lengths of runs down the columns, the first one outside the mask."""
+        """The mask as COCO's uncompressed RLE: lengths of runs along the columns, the first one outside the mask."""
         column_wise = self.mask.ravel(order='F')
         changes = np.flatnonzero(column_wise[1:] != column_wise[:-1]) + 1
         runs = np.diff(np.concatenate([[0], changes, [column_wise.size]])).tolist()
         return dict(size=list(self.mask.shape), counts=[0, *runs] if column_wise[0] else runs)
+
+
+Scene = tuple[str, np.ndarray, list[ShapeObject]]  # a picture's name, its pixels and its shapes
 
 
 def ensure_shapes(
@@ -98,27 +101,28 @@ def ensure_shapes(
     style: str = 'coco',
     progress: bool = True,
 ) -> Path:
-    """Make sure that a complete data set of these settings is at ``root``; draw it only where it is not.
+    """Make sure that ``root`` holds a complete data set with these settings. Draw it only if it does not.
 
-    A set whose writing was interrupted, that lacks files, or that was made with other settings is made anew. Both
-    styles can live at the same root. ``root/shapes.json`` tells what is there. Several processes may call this at once:
-    each writes whole files with the same content.
+    A set that is incomplete or was drawn with other settings is drawn again. ``root`` may hold both styles, and
+    ``root/shapes.json`` records what it holds. Several processes may call this at once: each writes complete files with
+    the same content.
 
     Args:
-        root: Folder of the data set; made if missing.
+        root: Folder of the data set. It is created if it does not exist.
         num_train: Number of training pictures.
         num_val: Number of validation pictures.
         image_size: Side of the square pictures in pixels.
         seed: The same seed gives the same pictures.
-        style: 'coco' or 'voc', see :func:`write_coco` and :func:`write_voc`.
-        progress: Show a progress bar (only ever on a terminal).
+        style: 'coco' for ``root/{train,val}2017/*.jpg`` and ``root/annotations/instances_{train,val}2017.json``, or
+            'voc' for ``root/VOC2007``, where train is ``trainval`` and val is ``test``.
+        progress: Show a progress bar if the output is a terminal.
 
     Returns:
         ``root``.
 
     Raises:
         ValueError: A setting is out of range.
-        FileExistsError: ``root`` holds data in the same layout that this module did not write; it is left untouched.
+        FileExistsError: ``root`` holds data in the same layout that this module did not write. They stay intact.
         NotADirectoryError: ``root`` is a file.
         OSError: ``root`` cannot be written.
     """
@@ -127,93 +131,70 @@ def ensure_shapes(
     if style not in STYLES:
         raise ValueError(f'style is {style!r}; expected one of {", ".join(STYLES)}')
     if not _is_complete(root, style, settings):
-        write = write_coco if style == 'coco' else write_voc
-        write(root, **settings, progress=progress)
+        _write(root, style, settings, progress)
     return root
 
 
-def write_coco(
-    root: str | os.PathLike,
-    num_train: int = 320,
-    num_val: int = 100,
-    image_size: int = 128,
-    seed: int = 0,
-    progress: bool = True,
-) -> Path:
-    """Draw the data set and write it in COCO's layout, replacing one that this module wrote there before.
+def _write(root: Path, style: str, settings: dict[str, int], progress: bool) -> None:
+    """Draw the data set and write it, in place of one that this module wrote there before."""
+    _begin(root, style, settings)
+    write_split = _write_coco_split if style == 'coco' else _write_voc_split
+    objects = {split: write_split(root, split, _scenes(split, settings, progress)) for split in SPLITS}
+    _finish(root, style, settings, objects)
 
-    ``root/{train,val}2017/*.jpg`` and ``root/annotations/instances_{train,val}2017.json``, whose segmentations are the
-    exact masks, as RLE. Arguments, return value and errors are those of :func:`ensure_shapes`.
+
+def _write_coco_split(root: Path, split: str, scenes: Iterator[Scene]) -> Counter:
+    """Write ``{split}2017/*.jpg`` and ``annotations/instances_{split}2017.json``; count the objects of each class.
+
+    The segmentations are the exact masks, as RLE.
     """
-    root = Path(root)
-    settings = _check_settings(num_train, num_val, image_size, seed)
-    _begin(root, 'coco', settings)
-    objects = {}
-    for split in SPLITS:
-        images, annotations = [], []
-        for name, image, shapes in _scenes(split, settings, progress):
-            _write_file(root / f'{split}2017/{name}.jpg', _jpeg(image))
-            height, width = image.shape[:2]
-            images.append(dict(id=len(images) + 1, file_name=f'{name}.jpg', height=height, width=width))
-            for shape in shapes:
-                x1, y1, x2, y2 = shape.bbox
-                annotations.append(
-                    dict(
-                        id=len(annotations) + 1,
-                        image_id=len(images),
-                        category_id=CLASSES.index(shape.category) + 1,
-                        bbox=[x1, y1, x2 - x1, y2 - y1],
-                        area=shape.area,
-                        iscrowd=0,
-                        segmentation=shape.segmentation,
-                    )
+    images, annotations = [], []
+    for name, image, shapes in scenes:
+        _write_file(root / f'{split}2017/{name}.jpg', _jpeg(image))
+        height, width = image.shape[:2]
+        images.append(dict(id=len(images) + 1, file_name=f'{name}.jpg', height=height, width=width))
+        for shape in shapes:
+            x1, y1, x2, y2 = shape.bbox
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=len(images),
+                    category_id=CLASSES.index(shape.category) + 1,
+                    bbox=[x1, y1, x2 - x1, y2 - y1],
+                    area=shape.area,
+                    iscrowd=0,
+                    segmentation=shape.segmentation,
                 )
-        categories = [dict(id=i, name=name, supercategory='shape') for i, name in enumerate(CLASSES, start=1)]
-        info = dict(description='Shapes, drawn by cbam_mmdet.datasets.shapes', version=str(DRAWING_VERSION))
-        content = dict(info=info, licenses=[], images=images, annotations=annotations, categories=categories)
-        _write_file(root / f'annotations/instances_{split}2017.json', json.dumps(content).encode())
-        objects[split] = Counter(CLASSES[annotation['category_id'] - 1] for annotation in annotations)
-    _finish(root, 'coco', settings, objects)
-    return root
+            )
+    categories = [dict(id=i, name=name, supercategory='shape') for i, name in enumerate(CLASSES, start=1)]
+    info = dict(description='Shapes, drawn by cbam_mmdet.datasets.shapes', version=str(DRAWING_VERSION))
+    content = dict(info=info, licenses=[], images=images, annotations=annotations, categories=categories)
+    _write_file(root / f'annotations/instances_{split}2017.json', json.dumps(content).encode())
+    return Counter(CLASSES[annotation['category_id'] - 1] for annotation in annotations)
 
 
-def write_voc(
-    root: str | os.PathLike,
-    num_train: int = 320,
-    num_val: int = 100,
-    image_size: int = 128,
-    seed: int = 0,
-    progress: bool = True,
-) -> Path:
-    """Draw the data set and write it in Pascal VOC's layout, replacing one that this module wrote there before.
+def _write_voc_split(root: Path, split: str, scenes: Iterator[Scene]) -> Counter:
+    """Write a split into ``VOC2007/{JPEGImages,Annotations,ImageSets/Main}``; count the objects of each class.
 
-    ``root/VOC2007/{JPEGImages,Annotations}`` and ``ImageSets/Main/{trainval,test}.txt`` for train and val. Coordinates
-    count from 1 and ``xmax``, ``ymax`` are the last pixels inside, as in VOC; the pictures are those of COCO's style,
-    byte for byte. Arguments, return value and errors are those of :func:`ensure_shapes`.
+    Coordinates count from 1 and ``xmax``, ``ymax`` are the last pixels inside, as in VOC. The pictures are those of
+    COCO's style, byte for byte.
     """
-    root = Path(root)
-    settings = _check_settings(num_train, num_val, image_size, seed)
-    _begin(root, 'voc', settings)
-    objects = {}
-    for split in SPLITS:
-        names, counter = [], Counter()
-        for name, image, shapes in _scenes(split, settings, progress):
-            _write_file(root / f'VOC2007/JPEGImages/{name}.jpg', _jpeg(image))
-            _write_file(root / f'VOC2007/Annotations/{name}.xml', _voc_xml(name, image.shape[0], shapes))
-            names.append(name)
-            counter.update(shape.category for shape in shapes)
-        id_list = ''.join(f'{name}\n' for name in names)
-        _write_file(root / f'VOC2007/ImageSets/Main/{VOC_SPLITS[split]}.txt', id_list.encode())
-        objects[split] = counter
-    _finish(root, 'voc', settings, objects)
-    return root
+    names, counter = [], Counter()
+    for name, image, shapes in scenes:
+        _write_file(root / f'VOC2007/JPEGImages/{name}.jpg', _jpeg(image))
+        _write_file(root / f'VOC2007/Annotations/{name}.xml', _voc_xml(name, image.shape[0], shapes))
+        names.append(name)
+        counter.update(shape.category for shape in shapes)
+    id_list = ''.join(f'{name}\n' for name in names)
+    _write_file(root / f'VOC2007/ImageSets/Main/{VOC_SPLITS[split]}.txt', id_list.encode())
+    return counter
 
 
 def count_objects(root: str | os.PathLike, style: str = 'coco') -> dict[str, dict[str, int]]:
-    """How many objects of each class each split of a complete set has: ``{'train': {'circle': 201, ...}, ...}``.
+    """The number of objects of each class in each split: ``{'train': {'circle': 201, ...}, ...}``.
 
     Raises:
-        FileNotFoundError: There is no complete set of that style at ``root``.
+        FileNotFoundError: ``root`` holds no complete set of that style.
     """
     entry = _read_stamp(Path(root)).get(style)
     if not entry or not entry.get('complete'):
@@ -227,10 +208,10 @@ def draw_image(seed: int, split: str, index: int, image_size: int = 128) -> tupl
 
 
 def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[ShapeObject]]:
-    """Draw one picture: clutter, then one to ``MAX_OBJECTS`` shapes, later ones on top of earlier ones.
+    """Draw one picture: a background, then one to ``MAX_OBJECTS`` shapes, later ones on top of earlier ones.
 
     Args:
-        rng: Where all the choices come from.
+        rng: The generator that makes all random choices.
         size: Side of the picture in pixels.
 
     Returns:
@@ -238,11 +219,11 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[Sh
     """
     dark = rng.random() < 0.4
     canvas = _draw_background(rng, size, dark)
-    # Which shape each pixel belongs to; -1 is background.
+    # The index of the shape that each pixel belongs to. -1 is the background.
     owner = np.full((size, size), -1)
     stencils: list[_Stencil] = []
     for _ in range(rng.integers(1, MAX_OBJECTS + 1)):
-        # A full picture may have no room for a large shape: try a few, then leave it at those that are there.
+        # A full picture may have no room for a large shape: draw a few candidates, then give up.
         for _ in range(12):
             stencil = _random_stencil(rng, size)
             attempt = owner.copy()
@@ -258,7 +239,7 @@ def draw_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[Sh
 
 
 def _describe(owner: np.ndarray, index: int, stencil: _Stencil) -> ShapeObject:
-    """What there is to see of shape ``index`` in the finished picture."""
+    """The visible part of shape ``index`` in the finished picture."""
     mask = owner == index
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     _, inside = _overlap(owner, stencil.distance < 0, stencil.left, stencil.top)
@@ -276,8 +257,8 @@ def _occluded(owner: np.ndarray, index: int, stencil: _Stencil) -> float:
     return 1 - int((owner == index).sum()) / stencil.area
 
 
-# The classes are signed distances: how far each point is outside (> 0) or inside (< 0) of the outline. One such array
-# gives the mask, the smooth edge, the rim and the shadow. The circumscribed circle has radius 1 and the centre (0, 0).
+# Each class is a signed distance: how far a point is outside (> 0) or inside (< 0) of the outline. One such array gives
+# the mask, the smooth edge, the rim and the shadow. The circumscribed circle has radius 1 and the centre (0, 0).
 
 
 def _circle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -289,10 +270,10 @@ def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _polygon(*vertices: tuple[float, float]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """The signed distance to a simple polygon, its corners rounded a little.
+    """The signed distance to a simple polygon with slightly rounded corners.
 
-    The nearest point of the outline is the nearest of all its edges; each edge that a ray from the point towards +v
-    crosses flips inside and outside.
+    The nearest point of the outline is the nearest point of all edges. Each edge that a ray from the point towards +v
+    crosses changes between inside and outside.
     """
 
     def distance(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -311,7 +292,7 @@ def _polygon(*vertices: tuple[float, float]) -> Callable[[np.ndarray, np.ndarray
 
 
 def _on_circle(count: int, *radii: float) -> list[tuple[float, float]]:
-    """``count`` vertices at equal angles from the top on, the radii taken in turn."""
+    """``count`` vertices at equal angles, beginning at the top, with the radii in turn."""
     angles = [2 * math.pi * k / count for k in range(count)]
     return [
         (_snap(radii[k % len(radii)] * math.sin(a)), _snap(-radii[k % len(radii)] * math.cos(a)))
@@ -320,7 +301,7 @@ def _on_circle(count: int, *radii: float) -> list[tuple[float, float]]:
 
 
 def _snap(value: float) -> float:
-    """Round to a multiple of 2^-12: the last bits of a sine or power differ between C libraries."""
+    """Round to a multiple of 2^-12, because the last bits of a sine or power differ between C libraries."""
     return round(value * 4096) / 4096
 
 
@@ -342,8 +323,8 @@ _DISTANCES = dict(
 class _Stencil:
     """A shape at its place, before it is painted.
 
-    ``u`` and ``v`` are the coordinates in the shape's own frame and ``distance`` the signed distance in pixels, all of
-    shape (h, w); element [0, 0] lies at pixel (``left``, ``top``), which may be outside of the picture.
+    ``u`` and ``v`` are the coordinates in the shape's own frame, and ``distance`` is the signed distance in pixels, all
+    of shape (h, w). Element [0, 0] lies at pixel (``left``, ``top``), which may be outside of the picture.
     """
 
     category: str
@@ -356,16 +337,16 @@ class _Stencil:
 
     @property
     def area(self) -> int:
-        """Pixels of the whole shape, also of what is covered or beyond the edge."""
+        """The number of pixels of the complete shape, with those that are covered or beyond the edge."""
         return int((self.distance < 0).sum())
 
 
 def _random_stencil(rng: np.random.Generator, size: int) -> _Stencil:
     category = CLASSES[rng.integers(len(CLASSES))]
     smallest, largest = SIZE_RANGE
-    # Log-uniform: as many from 15 to 30 percent of the side as from 30 to 60.
+    # Log-uniform: as many shapes of 15 to 30 percent of the side as of 30 to 60 percent.
     radius = _snap(size / 2 * smallest * (largest / smallest) ** rng.random())
-    # The centre may come so near to the edge that a little of the shape is cut.
+    # The centre may be so near to the edge that the edge cuts a little of the shape.
     low, high = 0.8 * radius, size - 0.8 * radius
     x0, y0 = _snap(low + (high - low) * rng.random()), _snap(low + (high - low) * rng.random())
     angle = 2 * math.pi * rng.random()
@@ -380,7 +361,7 @@ def _random_stencil(rng: np.random.Generator, size: int) -> _Stencil:
 
 
 def _overlap(picture: np.ndarray, patch: np.ndarray, left: int, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """Views of the parts of both that meet when ``patch`` lies at (``left``, ``top``) of ``picture``."""
+    """Views of the overlapping parts of both when ``patch`` lies at (``left``, ``top``) of ``picture``."""
     height, width = picture.shape[:2]
     y1, y2 = max(top, 0), min(top + patch.shape[0], height)
     x1, x2 = max(left, 0), min(left + patch.shape[1], width)
@@ -388,7 +369,7 @@ def _overlap(picture: np.ndarray, patch: np.ndarray, left: int, top: int) -> tup
 
 
 def _paint(rng: np.random.Generator, canvas: np.ndarray, stencil: _Stencil, dark: bool) -> None:
-    """Paint a shape onto the canvas: a soft shadow, then a vivid body with light from the upper left, and a rim."""
+    """Paint a shape onto the canvas: a soft shadow, then a bright body with light from the upper left, and a rim."""
     radius, distance, u, v = stencil.radius, stencil.distance, stencil.u, stencil.v
     offset = max(1, round(0.1 * radius))
     under, shadow = _overlap(canvas, distance, stencil.left + offset, stencil.top + offset)
@@ -396,7 +377,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, stencil: _Stencil, dark
     under *= 1 - 0.5 * np.clip(0.5 - shadow / softness, 0, 1)[..., None]
 
     body = _colour(rng.random(), 0.6 + 0.35 * rng.random(), 0.78 + 0.22 * rng.random())
-    # A light rim on dark ground and a dark one on light ground: the outline shows whatever the two colours are.
+    # A light rim on dark ground and a dark one on light ground: the outline is visible whatever the two colours are.
     rim = 0.8 + 0.2 * body if dark else 0.28 * body
     height, width = distance.shape
     diagonal = (np.arange(width) + np.arange(height)[:, None]) / (height + width)
@@ -415,7 +396,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, stencil: _Stencil, dark
 
 
 def _draw_background(rng: np.random.Generator, size: int, dark: bool) -> np.ndarray:
-    """Clutter without any of the classes, in dull colours: texture, islands, strokes and grain.
+    """A background in dull colours without any of the classes: texture, islands, strokes and grain.
 
     Returns:
         RGB in 0 to 1, float64 of shape (size, size, 3).
@@ -424,7 +405,7 @@ def _draw_background(rng: np.random.Generator, size: int, dark: bool) -> np.ndar
     hue = rng.random()
 
     def dull_colour() -> np.ndarray:
-        # Neighbouring hues: a background of colours from all around the circle looks like a stain.
+        # The hues are neighbours, because a background with all hues looks like a stain.
         near = (hue + 0.3 * (rng.random() - 0.5)) % 1
         if dark:
             return _colour(near, 0.15 + 0.35 * rng.random(), 0.14 + 0.26 * rng.random())
@@ -457,12 +438,12 @@ def _draw_background(rng: np.random.Generator, size: int, dark: bool) -> np.ndar
 
 
 def _clouds(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Noise of several scales, each half as strong as the one before; 0 to 1, of shape (size, size)."""
+    """Noise, 0 to 1, of several scales, each half as strong as the one before, of shape (size, size)."""
     return sum(_noise(rng, size, 3 * 2**octave) / 2**octave for octave in range(4)) / 1.875
 
 
 def _noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """Random values on a grid of ``cells`` x ``cells`` with smooth transitions; 0 to 1, of shape (size, size)."""
+    """Random values, 0 to 1, on a grid of ``cells`` x ``cells`` with smooth transitions, of shape (size, size)."""
     grid = rng.random((cells + 1, cells + 1))
     position = (np.arange(size) + 0.5) / size * cells
     cell = position.astype(int)
@@ -478,7 +459,7 @@ def _wave(t: np.ndarray) -> np.ndarray:
 
 
 def _soft_step(t: np.ndarray) -> np.ndarray:
-    """0 below, 1 above, and a short slope around zero."""
+    """0 below zero, 1 above it, with a short slope in between."""
     return np.clip(0.5 + 4 * t, 0, 1)
 
 
@@ -487,7 +468,7 @@ def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def _check_settings(num_train: int, num_val: int, image_size: int, seed: int) -> dict[str, int]:
-    """The settings as plain integers; ValueError for what makes no sense."""
+    """The settings as plain integers. A ValueError names one that is out of range."""
     limits = dict(num_train=(1, 999_999), num_val=(1, 999_999), image_size=(32, 2048), seed=(0, 2**32 - 1))
     settings = dict(num_train=num_train, num_val=num_val, image_size=image_size, seed=seed)
     for name, (low, high) in limits.items():
@@ -504,9 +485,7 @@ def _names(split: str, settings: dict[str, int]) -> list[str]:
     return [f'shapes_{split}_{index:06d}' for index in range(settings[f'num_{split}'])]
 
 
-def _scenes(
-    split: str, settings: dict[str, int], progress: bool
-) -> Iterator[tuple[str, np.ndarray, list[ShapeObject]]]:
+def _scenes(split: str, settings: dict[str, int], progress: bool) -> Iterator[Scene]:
     """Name, picture and shapes of every picture of a split, with a progress bar."""
     names = _names(split, settings)
     for index, name in enumerate(tqdm(names, f'drawing {split}', unit='image', disable=None if progress else True)):
@@ -514,7 +493,7 @@ def _scenes(
 
 
 def _jpeg(image: np.ndarray) -> bytes:
-    # Colour at full resolution: the usual halving smears small vivid shapes.
+    # Colour has full resolution, because the usual half resolution blurs small bright shapes.
     options = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     return cv2.imencode('.jpg', image[..., ::-1], options)[1].tobytes()
 
@@ -540,7 +519,7 @@ def _voc_xml(name: str, image_size: int, shapes: list[ShapeObject]) -> bytes:
 
 
 def _files(style: str, settings: dict[str, int]) -> set[str]:
-    """Every file of a set, relative to its root."""
+    """All files of a set, relative to its root."""
     files = set()
     for split in SPLITS:
         names = _names(split, settings)
@@ -555,14 +534,14 @@ def _files(style: str, settings: dict[str, int]) -> set[str]:
 
 
 def _existing_files(root: Path, style: str) -> set[str]:
-    """The files in a style's folders, relative to ``root``; those without content do not count."""
+    """The files in a style's folders, relative to ``root``, without empty ones."""
     tops = ('train2017', 'val2017', 'annotations') if style == 'coco' else ('VOC2007',)
     paths = [path for top in tops for path in (root / top).rglob('*')]
     return {path.relative_to(root).as_posix() for path in paths if path.is_file() and path.stat().st_size}
 
 
 def _read_stamp(root: Path) -> dict:
-    """``root/shapes.json``: for each style its settings, whether it is complete, and then its number of objects."""
+    """The content of ``root/shapes.json``: for each style whether it is complete, its settings and object counts."""
     try:
         content = json.loads((root / STAMP).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -583,11 +562,11 @@ def _is_complete(root: Path, style: str, settings: dict[str, int]) -> bool:
 
 
 def _begin(root: Path, style: str, settings: dict[str, int]) -> None:
-    """Claim the folder, mark the set as unfinished, and remove the pictures of an older, larger one."""
+    """Mark the set as unfinished, and remove the pictures of an older, larger one."""
     if root.is_file():
         raise NotADirectoryError(f"'{root}' is a file; expected a folder, which may be missing")
     existing = _existing_files(root, style)
-    # The real COCO or VOC, say: the stamp, written before anything else, is what tells our files from another's.
+    # They may be the real COCO or VOC. The stamp, which is written first, distinguishes our files from others.
     if existing and style not in _read_stamp(root):
         raise FileExistsError(
             f"'{root}' already holds data in the style '{style}' that was not made here, such as '{min(existing)}'; "
@@ -606,7 +585,7 @@ def _finish(root: Path, style: str, settings: dict[str, int], objects: dict[str,
 
 
 def _write_file(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or not there at all, whatever kills the process or writes beside it."""
+    """Write a file completely or not at all, even if the process is killed or another one writes the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
     unfinished.write_bytes(content)

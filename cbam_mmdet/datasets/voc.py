@@ -1,4 +1,4 @@
-"""Pascal VOC's layout as one's own data have it: one year only, a flat folder, other splits, other images than .jpg."""
+"""Pascal VOC's layout as people's own data have it: one year only, a flat folder, other splits, other image formats."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from mmdet.datasets import VOCDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
 
+from cbam_mmdet.datasets.inputs import IMAGES
 from cbam_mmdet.utils.config import SPLITS, split_datasets
 from cbam_mmdet.utils.logging import log
-
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 
 def voc_folder(dataset: ConfigDict) -> str:
@@ -25,22 +24,22 @@ def voc_image_folder(dataset: ConfigDict) -> str:
     return osp.join(voc_folder(dataset), dataset.get('img_subdir', 'JPEGImages'))
 
 
-def image_files(folder: str) -> dict[str, str]:
-    """The image files in a folder by their names without suffix; of several with one name, the .jpg."""
+def image_names_by_stem(folder: str) -> dict[str, str]:
+    """The names of the image files in a folder, by their names without suffix. A .jpg goes before other formats."""
     stems: dict[str, str] = {}
     for name in sorted(os.listdir(folder)):
         stem, suffix = osp.splitext(name)
-        if suffix.lower() in SUFFIXES and (stem not in stems or suffix == '.jpg'):
+        if suffix.lower() in IMAGES and (stem not in stems or suffix == '.jpg'):
             stems[stem] = name
     return stems
 
 
 @DATASETS.register_module()
 class AnySuffixVOCDataset(VOCDataset):
-    """MMDetection's VOCDataset for images of any suffix; the original takes each image to be a .jpg."""
+    """MMDetection's VOCDataset for images with any suffix. The original expects every image to be a .jpg."""
 
     def load_data_list(self) -> list[dict]:
-        self.files = image_files(osp.join(self.sub_data_root, self.img_subdir))
+        self.files = image_names_by_stem(osp.join(self.sub_data_root, self.img_subdir))
         return super().load_data_list()
 
     def parse_data_info(self, img_info: dict) -> dict:
@@ -50,40 +49,40 @@ class AnySuffixVOCDataset(VOCDataset):
 
 
 def fit_image_suffix(cfg: Config) -> None:
-    """Have VOC data sets that hold images with another suffix than .jpg read by :class:`AnySuffixVOCDataset`."""
+    """Let :class:`AnySuffixVOCDataset` read the VOC data sets that hold images with another suffix than .jpg."""
     changed = set()
     for split in SPLITS:
         for dataset in split_datasets(cfg, split):
             folder = voc_image_folder(dataset)
             if dataset['type'] not in ('VOCDataset', VOCDataset) or not osp.isdir(folder):
                 continue
-            others = {osp.splitext(name)[1] for name in image_files(folder).values()} - {'.jpg'}
+            others = {osp.splitext(name)[1] for name in image_names_by_stem(folder).values()} - {'.jpg'}
             if others:
                 dataset['type'] = 'AnySuffixVOCDataset'
                 changed.add((folder, ', '.join(sorted(others))))
     if changed:
         imports = cfg.setdefault('custom_imports', ConfigDict(imports=[]))
-        imports['imports'] = [*imports['imports'], __name__]  # for programs that read the work dir's copy
+        imports['imports'] = [*imports['imports'], __name__]  # for programs that read the work dir's config
     for folder, suffixes in sorted(changed):
         log(f'{folder} holds {suffixes}: read by AnySuffixVOCDataset')
 
 
 def fit_layout(cfg: Config) -> None:
-    """Fit a config's VOC data sets to what is in the folder that --data-root gave; log a line for each change.
+    """Fit a config's VOC data sets to the content of the folder that --data-root gave, and log a line for each change.
 
-    - A flat folder (Annotations/, ImageSets/, JPEGImages/ directly in it) serves for any year.
-    - A training set whose year is not there is left out, if another one is there.
-    - A validation or test set whose year is not there is taken from the year that is.
-    - Where ImageSets/Main has no test.txt but a val.txt, val.txt is tested on, and train.txt trained on in place of trainval.txt;
-      where it has no trainval.txt, train.txt is trained on.
+    - A flat folder (Annotations/, ImageSets/, JPEGImages/ directly in it) stands for any year.
+    - A training set whose year does not exist is left out, if another year exists.
+    - A validation or test set whose year does not exist is taken from the year that exists.
+    - Where ImageSets/Main has a val.txt but no test.txt, val.txt takes the place of test.txt, and train.txt that of
+      trainval.txt. Where it has no trainval.txt, train.txt takes its place.
 
-    What still lacks after that is left to `check_data`, which names it.
+    `check_data` names what is still missing after that.
     """
     notes: dict[str, None] = {}
     for split in SPLITS:
         for dataset in _voc_datasets(cfg, split):
             if not osp.isdir(voc_folder(dataset)) and _is_flat(dataset.data_root):
-                _move(dataset, '')
+                _point_at_folder(dataset, '')
                 notes[f'{dataset.data_root} holds JPEGImages/ itself: read as one VOC data set'] = None
     if cfg.get('train_dataloader'):
         _prune(cfg.train_dataloader.dataset, notes)
@@ -92,7 +91,7 @@ def fit_layout(cfg: Config) -> None:
         for dataset in _voc_datasets(cfg, split):
             if years and not osp.isdir(voc_folder(dataset)):
                 notes[f'no {voc_folder(dataset)}: validation and test use {years[0]}'] = None
-                _move(dataset, years[0])
+                _point_at_folder(dataset, years[0])
     _fit_image_sets(cfg, notes)
     for note in notes:
         log(f'--data-root: {note}')
@@ -106,14 +105,14 @@ def _is_flat(root: str) -> bool:
     return all(osp.isdir(osp.join(root, folder)) for folder in ('Annotations', 'ImageSets'))
 
 
-def _move(dataset: ConfigDict, folder: str) -> None:
-    """Re-point a data set at another folder below its root."""
+def _point_at_folder(dataset: ConfigDict, folder: str) -> None:
+    """Point a data set at another folder below its root."""
     dataset.ann_file = folder + dataset.ann_file.removeprefix(dataset.data_prefix.sub_data_root)
     dataset.data_prefix.sub_data_root = folder
 
 
 def _prune(node: ConfigDict, notes: dict[str, None]) -> None:
-    """Take what is not there, or is there twice, out of a ConcatDataset, unless nothing would remain."""
+    """Remove data sets that do not exist or occur twice from a ConcatDataset, unless none would remain."""
     if node.get('dataset'):
         _prune(node.dataset, notes)
     if not node.get('datasets'):

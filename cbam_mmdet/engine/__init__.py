@@ -1,1 +1,1 @@
-"""What happens during a run: hooks, checkpoints, several processes, mixed precision, and the record of it."""
+"""What a run consists of: hooks, checkpoints, several processes, mixed precision, and its record."""

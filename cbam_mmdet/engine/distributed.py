@@ -1,7 +1,7 @@
 """Training on several processes: the process group, with or without GPUs.
 
-torchrun starts the processes (tools/dist_train.sh), and MMEngine's Runner works in them. What is ours is a process group
-without a GPU, where MMEngine knows only CUDA's, and work that one process does for all.
+torchrun starts the processes (tools/dist_train.sh), and MMEngine's Runner works in them. This module adds a process
+group without a GPU, where MMEngine only supports CUDA's, and work that one process does for all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.dist import broadcast_object_list, get_rank, init_dist, is_distributed
-from torch import distributed
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from torch import distributed, nn
 
 from cbam_mmdet.errors import UserError
 
@@ -27,14 +28,14 @@ HOW = 'start several processes by tools/dist_train.sh CONFIG GPUS, tools/dist_te
 
 
 def join_processes(cfg: Config, launcher: str) -> None:
-    """Make the process group, before anything is built; on CPUs with gloo.
+    """Make the process group before anything is built, on CPUs with gloo.
 
     Args:
-        cfg: the config; on CPUs its model wrapper is told that there are no devices to name.
+        cfg: the config. On CPUs its model wrapper gets device_ids=None.
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:
-        UserError: if the launcher is not there, or there are fewer GPUs than processes.
+        UserError: if the launcher did not start this process, or there are fewer GPUs than processes.
     """
     if launcher == 'none':
         if int(os.environ.get('WORLD_SIZE', 1)) > 1 and 'TORCHELASTIC_RUN_ID' in os.environ:
@@ -60,7 +61,7 @@ def join_processes(cfg: Config, launcher: str) -> None:
 
 
 def _name_no_devices(cfg: Config) -> None:
-    # MMEngine passes device_ids=[LOCAL_RANK] to DDP, which refuses them on a CPU.
+    # MMEngine passes device_ids=[LOCAL_RANK] to DDP, which refuses device_ids on a CPU.
     wrapper = ConfigDict(type='MMDistributedDataParallel', broadcast_buffers=False, device_ids=None)
     if cfg.get('runner_type') == 'FlexibleRunner':
         strategy = cfg.setdefault('strategy', ConfigDict(type='DDPStrategy'))
@@ -72,16 +73,16 @@ def _name_no_devices(cfg: Config) -> None:
 
 
 def in_first_process(function: Callable[[], T]) -> T:
-    """Call a function in the first process only, and give its result, or its UserError, to all.
+    """Call a function in the first process only, and pass its result or its UserError to all processes.
 
     Args:
-        function: what to do; its result must be picklable.
+        function: the function. Its result must be picklable.
 
     Returns:
         The result, in every process.
 
     Raises:
-        UserError: that the function raised, in every process.
+        UserError: in every process, if the function raised one.
     """
     if not is_distributed():
         return function()
@@ -98,16 +99,24 @@ def in_first_process(function: Callable[[], T]) -> T:
     return result
 
 
-def end_process(code: int) -> NoReturn:
-    """End this process, one of several, as multiprocessing ends its own: after the exit functions, without finalizing Python.
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of several processes (DDP and others) and of test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
-    Gloo's threads may hold the tensors of the last collective a moment longer than the caller. Freeing one takes the GIL; a thread
-    that asks for it while Python finalizes is unwound instead, through C++ that forbids it: 'terminate called without an active
-    exception' and exit code 134 after all work was done (pytorch/pytorch#190489). To destroy the process group joins these threads
-    only where no DDP module holds it.
+
+def end_process(code: int) -> NoReturn:
+    """End this process, one of several, after the exit functions but without finalizing Python.
+
+    multiprocessing ends its own processes in the same way. Gloo's threads may hold the tensors of the last collective
+    slightly longer than the caller, and a thread needs the GIL to free them. If it asks for the GIL while Python
+    finalizes, its stack is unwound through C++ code that forbids this. The process then ends with 'terminate called
+    without an active exception' and exit code 134, although all work is done (pytorch/pytorch#190489).
+    destroy_process_group joins these threads only if no DDP module holds the group.
 
     Args:
-        code: the exit code; 0 says that all processes have come to their end, and the process group is destroyed.
+        code: the exit code. With 0, which says that all processes have finished, the process group is destroyed.
     """
     if code == 0 and distributed.is_initialized():
         distributed.destroy_process_group()

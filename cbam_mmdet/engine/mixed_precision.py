@@ -1,4 +1,4 @@
-"""Mixed precision in bfloat16, on CPU and GPU."""
+"""Mixed precision in bfloat16, on CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import nn
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """The forward pass under bfloat16 autocast.
+    """Run the forward pass under bfloat16 autocast.
 
-    It has fp32's range, so no loss is scaled: that, and that it works on a CPU, is what differs from MMEngine's AmpOptimWrapper.
+    bfloat16 has the range of float32, so the loss is not scaled. This wrapper also works on a CPU. These are the two
+    differences from MMEngine's AmpOptimWrapper.
     """
 
     @contextlib.contextmanager

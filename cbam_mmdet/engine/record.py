@@ -1,7 +1,7 @@
-"""What a training was: its command, config, versions and machine, written beside its log for tools/report.py to read.
+"""The record of a training: its command, config, versions and machine, written beside its log for tools/report.py.
 
-A work dir's copy of the config is complete. Which base the config stands on, and what it changes, is known only while
-it is loaded.
+The copy of the config in a work dir has no bases any more. So which base a config inherits from, and what it changes,
+is only known while the original is loaded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cbam_mmdet.utils.files import AtomicLocalBackend
 
 RECORD = 'vis_data/run.json'
 PACKAGES = ('cbam_mmdet', 'torch', 'torchvision', 'mmcv', 'mmengine', 'mmdet')
-# What the Runner is built from, but for what says where and under which name. The config's other names are variables.
+# The arguments of the Runner, without those for folders and names. Other names in a config are its own variables.
 SETTINGS = tuple(
     name
     for name in inspect.signature(Runner.__init__).parameters
@@ -36,7 +36,7 @@ SETTINGS = tuple(
 
 
 class Setting(NamedTuple):
-    """A setting of a config by its dotted name, its values before and after as Python writes them (None: not set)."""
+    """A setting of a config by its dotted name, and the repr of its values before and after. None means not set."""
 
     name: str
     before: str | None
@@ -44,11 +44,11 @@ class Setting(NamedTuple):
 
 
 def write_record(cfg: Config, folder: str | Path) -> None:
-    """Write `run.json` into the log folder of a training that begins.
+    """Write `run.json` into the log folder of a training at its start.
 
     Args:
-        cfg: the config as it is trained with; its `filename` is the one that was given.
-        folder: where the training writes its log.
+        cfg: the config of the training. Its `filename` is the file that the user gave.
+        folder: the folder into which the training writes its log.
     """
     bases, changes = base_differences(cfg, cfg.filename) if cfg.filename and osp.isfile(cfg.filename) else ([], [])
     record = dict(
@@ -64,15 +64,15 @@ def write_record(cfg: Config, folder: str | Path) -> None:
 
 
 def base_differences(cfg: Config, path: str) -> tuple[list[str], list[Setting]]:
-    """What a config changes against the base that its file names.
+    """The settings in which a config differs from the base that its file names.
 
     Args:
-        cfg: the config, with whatever options were merged into it.
+        cfg: the config, with all options that were merged into it.
         path: the file that it was read from.
 
     Returns:
-        The base's file (several for a list of bases, none if the config stands alone or is written as plain Python),
-        and the settings that differ.
+        The files of the bases, none if the config has no base or is written as pure Python, and the settings that
+        differ.
     """
     bases = [_resolve(base, path) for base in Config._get_base_files(path)]
     if not bases:
@@ -82,10 +82,10 @@ def base_differences(cfg: Config, path: str) -> tuple[list[str], list[Setting]]:
 
 
 def differences(before: Config, after: Config) -> list[Setting]:
-    """The settings that differ between two configs; those alike for validation and test are one."""
+    """The settings that differ between two configs. Equal ones for validation and test are listed as one."""
     old, new = ({key: v for name in SETTINGS for key, v in _flat(cfg.get(name), name)} for cfg in (before, after))
     names = sorted(old.keys() | new.keys(), key=lambda name: (SETTINGS.index(name.split('.')[0]), name))
-    # To be unset and to be None is the same to nearly all that is built from a config.
+    # Nearly everything that is built from a config treats a missing setting like None.
     changed = {name: (old.get(name), new.get(name)) for name in names if old.get(name, 'None') != new.get(name, 'None')}
     settings = []
     for name, values in changed.items():
@@ -99,7 +99,7 @@ def differences(before: Config, after: Config) -> list[Setting]:
 
 
 def shipped_config(name: str) -> str | None:
-    """The path of the config of this file name that the package ships, if there is just one."""
+    """The path of the shipped config with this file name, if there is exactly one."""
     found = [path for path in shipped_configs() if Path(path).name == name]
     return config_path(found[0]) if len(found) == 1 else None
 
@@ -114,12 +114,12 @@ def _resolve(base: str, path: str) -> str:
 
 
 def _flat(value: object, name: str) -> list[tuple[str, str]]:
-    """(dotted name, value) of each leaf; a list of plain values is one."""
+    """(dotted name, value) of each leaf. A list of plain values is one leaf."""
     if isinstance(value, dict) and value:
         return [leaf for key, item in value.items() if key != '_scope_' for leaf in _flat(item, f'{name}.{key}')]
     if isinstance(value, (list, tuple)) and any(isinstance(item, dict) for item in value):
         return [leaf for i, item in enumerate(value) for leaf in _flat(item, f'{name}.{i}')]
-    # A list in one config file is a tuple in another.
+    # Where one config file has a list, another one may have a tuple.
     return [(name, repr(list(value) if isinstance(value, tuple) else value))]
 
 

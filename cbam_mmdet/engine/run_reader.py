@@ -1,4 +1,4 @@
-"""What lies in a work dir of tools/train.py and tools/test.py, read back: scalars, config, record, detections."""
+"""Read the content of a work dir of tools/train.py and tools/test.py: scalars, config, record, detections."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class TrainingRecord:
     """A training, as its work dir records it.
 
     Args:
-        name: a short name that none of the trainings compared with it has.
+        name: a short name that differs from those of the other trainings.
         work_dir: its folder.
         trained: the config of the training.
         tested: the config in the work dir, which names the test data.
         train: the rows of losses, in the order of their `step` (iterations).
-        validations: the rows of metrics; their `step` is the iteration after which they were measured.
-        facts: what was run, in words: the config, the data, the seed, the versions, the machine.
+        validations: the rows of metrics. Their `step` is the iteration after which they were measured.
+        facts: a description of the run: the config, the data, the seed, the versions, the machine.
         bases: the configs that its config inherits from.
-        changes: the settings that differ from these; None if they are unknown.
+        changes: the settings that differ from those of the bases, or None if they are unknown.
     """
 
     name: str
@@ -47,10 +47,11 @@ class TrainingRecord:
 
 
 def read_runs(work_dirs: Sequence[str | Path]) -> list[TrainingRecord]:
-    """Read work dirs; each training gets a name that distinguishes it.
+    """Read work dirs. Each training gets a name of its own.
 
     Raises:
-        UserError: for a path that is not a folder, a folder without a training's log or without a config, and one given twice.
+        UserError: for a path that is not a folder, a folder without a training's log or without a config, and a folder
+            that is given twice.
     """
     paths = [Path(os.path.abspath(path)) for path in work_dirs]
     for path in paths:
@@ -66,10 +67,10 @@ def read_runs(work_dirs: Sequence[str | Path]) -> list[TrainingRecord]:
 
 
 def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
-    """The scalars that MMEngine logged of the newest training in a work dir; of a resumed one, from its start.
+    """The scalars that MMEngine logged for the newest training in a work dir, from its start even if it was resumed.
 
     Returns:
-        The rows of losses, and the rows of metrics; the `step` of both counts iterations.
+        The rows of losses, and the rows of metrics. The `step` of both counts iterations.
 
     Raises:
         UserError: if the work dir holds no log of a training.
@@ -141,7 +142,7 @@ def _training_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
 
 
 def _join(logs: list[tuple[Path, list[dict]]]) -> tuple[list[dict], list[dict]]:
-    """The newest training; what comes before its first step is taken from those that it resumed."""
+    """The rows of the newest training. Those before its first step come from the trainings that it resumed."""
     train, validations, first = [], [], float('inf')
     for _, rows in reversed(logs):
         at, earlier, measured = 0, [], []

@@ -1,8 +1,8 @@
-"""What MMEngine logged of a training: the rows of `TIMESTAMP/vis_data/scalars.json` in its work dir.
+"""What MMEngine logged for a training: the rows of `TIMESTAMP/vis_data/scalars.json` in its work dir.
 
-A file holds rows of three kinds. A training's row has the losses, and its `step` counts iterations. A row of
-GateStatisticsHook has the figures of the gates, and its `step` counts iterations too. A validation's row has the
-metrics, none of them where nothing was detected, and its `step` counts epochs or, in a loop of iterations, iterations.
+A file holds rows of three kinds. A row of the training has the losses, and its `step` counts iterations. A row of
+GateStatisticsHook has the figures of the gates, and its `step` counts iterations, too. A row of a validation has the
+metrics, or none of them if nothing was detected. Its `step` counts epochs, or iterations in an IterBasedTrainLoop.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ NOT_METRICS = ('step', 'time', 'data_time', 'memory')
 
 
 def scalar_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
-    """(log folder, rows) of each start of a training in a work dir, by time."""
+    """(log folder, rows) of each start of a training in a work dir, in the order of time."""
     return [(path.parent.parent, json_lines(path)) for path in sorted(Path(work_dir).glob(f'*/{SCALARS}'))]
 
 
 def json_lines(path: Path) -> list[dict]:
-    """The lines of a log that hold JSON objects; a kill may have cut the last one."""
+    """The lines of a log that hold JSON objects. The last one may be incomplete if the process was killed."""
     rows = []
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         with contextlib.suppress(json.JSONDecodeError):
@@ -48,11 +48,11 @@ def final_metrics(work_dir: str | Path, last_step: int) -> dict[str, float] | No
     """The metrics of the validation that ended a training.
 
     Args:
-        work_dir: where the training wrote.
-        last_step: its last epoch, or iteration where validations count these.
+        work_dir: the work dir of the training.
+        last_step: its last epoch, or its last iteration if validations count iterations.
 
     Returns:
-        The metrics, none of them where nothing was detected; None if the training has not come to this validation.
+        The metrics, an empty dict if nothing was detected, or None if the training has not reached this validation.
     """
     for _, rows in reversed(scalar_logs(work_dir)):
         for row in reversed(rows):

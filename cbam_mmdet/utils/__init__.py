@@ -1,1 +1,1 @@
-"""Configs loaded, checked and re-pointed; tables written three ways; files written whole."""
+"""Helpers for configs, tables, files, log lines and messages, which all later rooms use."""

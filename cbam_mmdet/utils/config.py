@@ -1,4 +1,4 @@
-"""Loading, checking and re-pointing MMEngine configs, for the tools and for notebooks."""
+"""Load and check MMEngine configs, and point them at other data: for the tools and for notebooks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREFIX = 'cbam_mmdet::'
 
 
 def shipped_configs() -> list[str]:
-    """The names of the configs that the package ships: all but `_base_/`, whose files define names for others."""
+    """The names of the configs that the package ships, except `_base_/`, whose files only define names for others."""
     names = (path.relative_to(CONFIG_DIR).as_posix() for path in CONFIG_DIR.rglob('*.py'))
     return sorted(name for name in names if not name.startswith('_base_/'))
 
@@ -30,7 +30,7 @@ def config_path(name: str) -> str:
     """The path of a config that the package ships, e.g. 'faster_rcnn_r50_cbam.py'.
 
     Raises:
-        UserError: for a name that is not shipped, with near ones.
+        UserError: for an unknown name. The message suggests similar names.
     """
     path = CONFIG_DIR / name
     if not path.is_file():
@@ -50,7 +50,7 @@ def load_config(path: str, cfg_options: dict | None = None, check: Callable[[Con
         check: is called with the config before its `custom_imports` are imported, which may take seconds.
 
     Raises:
-        UserError: if the file is missing, is not a config, or an option does not fit.
+        UserError: if the file is missing or is not a config, or if an option does not fit.
     """
     if path.startswith(PREFIX):
         path = config_path(path[len(PREFIX) :])
@@ -74,7 +74,7 @@ def load_config(path: str, cfg_options: dict | None = None, check: Callable[[Con
 def _readable(path: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # a config is code: anything may happen in it
+    except Exception as error:  # a config is code, which may raise anything
         raise UserError(f'config {path!r} cannot be read: {type(error).__name__}: {error}') from error
 
 
@@ -100,17 +100,17 @@ def _merge(cfg: Config, cfg_options: dict, path: str) -> None:
 
 
 def set_default_scope(cfg: Config) -> None:
-    """Let MMEngine look names up in the scope that a config names, or MMDetection's, which the config then names."""
+    """Let MMEngine look up names in a config's default scope. A config without one gets MMDetection's."""
     init_default_scope(cfg.setdefault('default_scope', 'mmdet'))
 
 
 def class_of(registry: Registry, type_: str | type | None) -> type | None:
-    """The class that a config's `type` stands for: a name in a registry, or the class itself. None: not registered."""
+    """The class that a config's `type` means: a name in a registry, or the class itself. None for an unknown name."""
     return registry.get(type_) if isinstance(type_, str) else type_
 
 
 def datasets_of(dataset: ConfigDict | list | None) -> Iterator[ConfigDict]:
-    """The data sets that hold data, inside whatever wrappers (RepeatDataset, ConcatDataset, MultiImageMixDataset)."""
+    """The data sets that hold data, inside all wrappers (RepeatDataset, ConcatDataset, MultiImageMixDataset)."""
     for candidate in dataset if isinstance(dataset, (list, tuple)) else [dataset]:
         if not candidate:
             continue
@@ -136,10 +136,10 @@ def evaluators_of(cfg: Config, split: str) -> list[ConfigDict]:
 
 
 def set_data_root(cfg: Config, data_root: str) -> None:
-    """Re-point every dataloader and every evaluator of a config at another folder of the same layout.
+    """Point every dataloader and every evaluator of a config at another folder with the same layout.
 
     Raises:
-        UserError: if an evaluator's annotation file is not below the data root that it would have to leave.
+        UserError: if an evaluator's annotation file is not below the config's data root.
     """
     new = data_root.rstrip('/') + '/'
     old_roots = set()
@@ -149,15 +149,15 @@ def set_data_root(cfg: Config, data_root: str) -> None:
                 old_roots.add(dataset.data_root.rstrip('/') + '/')
             dataset.data_root = new
             if dataset.get('ann_file'):
-                dataset.ann_file = _move(dataset.ann_file, old_roots, new)
+                dataset.ann_file = _below_new_root(dataset.ann_file, old_roots, new)
             for key, folder in (dataset.get('data_prefix') or {}).items():
-                dataset.data_prefix[key] = _move(folder, old_roots, new)
+                dataset.data_prefix[key] = _below_new_root(folder, old_roots, new)
     for split in SPLITS:
         for metric in evaluators_of(cfg, split):
             ann_file = metric.get('ann_file')
             if not ann_file:
                 continue
-            metric.ann_file = _move(ann_file, old_roots, new)
+            metric.ann_file = _below_new_root(ann_file, old_roots, new)
             if metric.ann_file == ann_file and not ann_file.startswith(new):
                 raise UserError(
                     f"--data-root: {split}_evaluator's ann_file {ann_file!r} is not below the config's data_root "
@@ -167,7 +167,8 @@ def set_data_root(cfg: Config, data_root: str) -> None:
         cfg.data_root = new
 
 
-def _move(path: str, old_roots: set[str], new: str) -> str:
+def _below_new_root(path: str, old_roots: set[str], new: str) -> str:
+    """The path below the new data root, if it lies below one of the old ones. Other paths stay as they are."""
     for root in sorted(old_roots, key=len, reverse=True):
         if path.startswith(root):
             return new + path[len(root) :]
@@ -175,10 +176,10 @@ def _move(path: str, old_roots: set[str], new: str) -> str:
 
 
 def check_optimizer(cfg: Config) -> None:
-    """Check `optim_wrapper.optimizer.type`, of which MMEngine says only that None is not callable.
+    """Check `optim_wrapper.optimizer.type`. For an unknown one MMEngine only says that None is not callable.
 
     Raises:
-        UserError: that names near ones.
+        UserError: for an unknown type. The message suggests similar names.
     """
     name = (cfg.get('optim_wrapper') or {}).get('optimizer', {}).get('type')
     if isinstance(name, str) and OPTIMIZERS.get(name) is None:
@@ -189,16 +190,16 @@ def check_optimizer(cfg: Config) -> None:
 
 
 def check_evaluators(cfg: Config) -> None:
-    """Check that what an evaluator needs is installed: FasterCocoMetric would find out after the last image.
+    """Check that the packages of the evaluators are installed. FasterCocoMetric would fail after the last image only.
 
     Raises:
-        UserError: that says what to install.
+        UserError: if one is not. The message says what to install.
     """
     for split in ('val', 'test'):
         for metric in evaluators_of(cfg, split):
             if metric.get('type') == 'FasterCocoMetric' and importlib.util.find_spec('faster_coco_eval') is None:
                 raise UserError(
-                    f'{split}_evaluator.type=FasterCocoMetric needs the package faster-coco-eval, which is not '
-                    "installed here (pip install 'cbam-mmdet[fast-eval]'); CocoMetric gives the same figures, "
-                    'in more time'
+                    f'{split}_evaluator.type=FasterCocoMetric needs the package faster-coco-eval, '
+                    "which is not installed here (pip install 'cbam-mmdet[fast-eval]'); "
+                    'CocoMetric gives the same figures, in more time'
                 )

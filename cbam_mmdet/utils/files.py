@@ -1,4 +1,4 @@
-"""Files that are complete or absent, whatever kills the process."""
+"""Files that are written completely or not at all, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from mmengine.fileio import LocalBackend
 
 
 class AtomicLocalBackend(LocalBackend):
-    """MMEngine's way to the disk, by which it writes checkpoints: beside their place, then moved there when they are on the disk.
+    """A file backend for MMEngine that writes checkpoints and other files atomically.
 
-    A process that is killed at any moment, or a disk that is full, leaves what was there before.
+    It writes a file under another name, waits until it is on the disk, and then renames it. If the process is killed at
+    any moment, or the disk is full, the earlier file stays intact.
     """
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
@@ -31,12 +32,12 @@ class AtomicLocalBackend(LocalBackend):
             raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name, too
+            os.fsync(folder)  # so that the new name is on the disk, too
         finally:
             os.close(folder)
 
 
 def remove_unfinished(work_dir: str) -> None:
-    """Remove what a killed process left half written in a folder."""
+    """Remove the unfinished files of a killed process from a folder."""
     for path in Path(work_dir).glob('.*.unfinished'):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A table once, written three ways: in the report's HTML, as Markdown, as CSV."""
+"""A table that can be written as HTML for the report, as Markdown, and as CSV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 
 class Change(float):
-    """A difference between two runs, shown with its sign."""
+    """A difference between two runs. It is shown with its sign."""
 
 
 Cell = str | int | float | None
@@ -22,13 +22,13 @@ MINUS, NOTHING = '\N{MINUS SIGN}', '\N{EN DASH}'
 
 @dataclass(frozen=True)
 class Column:
-    """The header of a column, and how HTML and Markdown show its cells. CSV has them unrounded.
+    """The header of a column, and the format of its cells in HTML and Markdown. CSV has unrounded numbers.
 
     Args:
         name: the header.
-        style: a format specification of its numbers, such as '.2f', or a function that writes any of its cells; by
-            default a float has three decimals.
-        number: whether the cells are aligned at the right; by default they are if all of them are numbers.
+        style: a format specification for numbers, such as '.2f', or a function that formats a cell. By default a float
+            has three decimals.
+        number: whether the cells are aligned to the right. By default they are if all of them are numbers.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Column:
     number: bool | None = None
 
     def text(self, cell: Cell) -> str:
-        """A cell that is not empty, as people read it."""
+        """The text of a cell that is not empty."""
         if callable(self.style):
             return self.style(cell)
         if isinstance(cell, Change):
@@ -48,15 +48,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a header; None is an empty cell.
+    """Rows of cells below a header. None is an empty cell.
 
     Args:
-        header: the columns, or the names of those without a format of their own.
-        rows: as long as the header each.
-        name: of its files, without suffix.
+        header: the columns, or just the names of those without a format of their own.
+        rows: lists of cells, each as long as the header.
+        name: the name of the files, without suffix.
         caption: one line that says what the table shows.
-        better: whether a greater number is a better one, so that a change has a colour besides its sign.
-        nothing: how HTML and Markdown show an empty cell.
+        better: whether a greater number is better, so that a change has a colour besides its sign.
+        nothing: the text of an empty cell in HTML and Markdown.
     """
 
     header: Sequence[str | Column]
@@ -68,11 +68,11 @@ class Table:
 
     @classmethod
     def of(cls, records: Iterable, columns: Mapping[str | Column, Callable[[Any], Cell]], **how: Any) -> Table:
-        """A row for each record.
+        """Make a table with a row for each record.
 
         Args:
-            records: anything.
-            columns: for each column how its cell is taken from a record.
+            records: objects of any type.
+            columns: for each column a function that takes a record and returns its cell.
             how: the other arguments of a table.
         """
         return cls(list(columns), [[cell(record) for cell in columns.values()] for record in records], **how)
@@ -83,7 +83,7 @@ class Table:
         return [column if isinstance(column, Column) else Column(column) for column in self.header]
 
     def html(self) -> Markup:
-        """The table in a frame that scrolls, by keyboard too, where the page is narrower."""
+        """The table in a frame that scrolls, also by keyboard, if the page is narrower."""
         head = ''.join(
             f'<th scope="col"{" class=number" if self._numeric(i) else ""}>{escape(column.name)}</th>'
             for i, column in enumerate(self.columns)
@@ -96,7 +96,7 @@ class Table:
         )
 
     def markdown(self) -> str:
-        """The table as GitHub shows it, numbers at the right."""
+        """The table as GitHub's Markdown, with numbers aligned to the right."""
         columns = self.columns
         rows = [[column.name for column in columns]]
         rows += [['---:' if self._numeric(i) else '---' for i in range(len(columns))]]
@@ -105,7 +105,7 @@ class Table:
         return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
     def csv(self) -> str:
-        """The table with unrounded numbers, and nothing in an empty cell."""
+        """The table with unrounded numbers. An empty cell has no text."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator='\n')
         writer.writerow([column.name for column in self.columns])
@@ -113,7 +113,7 @@ class Table:
         return out.getvalue()
 
     def write(self, folder: Path) -> None:
-        """Write NAME.csv, and NAME.md with the caption, into a folder that exists."""
+        """Write NAME.csv, and NAME.md with the caption, into an existing folder."""
         (folder / f'{self.name}.csv').write_text(self.csv(), encoding='utf-8')
         (folder / f'{self.name}.md').write_text(f'{self.caption}\n\n{self.markdown()}', encoding='utf-8')
 
@@ -135,15 +135,15 @@ class Table:
             return number
         if any(not isinstance(row[index], (int, float, type(None))) for row in self.rows):
             return False
-        # A column of a table of numbers may be empty.
+        # A column without any number is a column of words.
         return any(isinstance(cell, (int, float)) for row in self.rows for cell in row)
 
 
 def code(cell: Cell) -> str:
-    """A cell in the type of code, by Markdown."""
+    """A cell as code in Markdown."""
     return f'`{cell}`'
 
 
 def change(before: float | None, after: float | None) -> Change | None:
-    """The second less the first; None if one of them is unknown."""
+    """The difference after - before, or None if one of them is unknown."""
     return None if before is None or after is None else Change(after - before)

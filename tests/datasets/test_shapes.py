@@ -380,12 +380,15 @@ def test_wrong_settings_are_named(tmp_path, wrong, message):
 
 def run_tool(monkeypatch, *args):
     monkeypatch.setattr(sys, 'argv', ['make_shapes.py', *map(str, args)])
-    runpy.run_path(str(REPOSITORY / 'tools/make_shapes.py'), run_name='__main__')
+    monkeypatch.syspath_prepend(REPOSITORY / 'tools')  # as Python does for a script
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(str(REPOSITORY / 'tools/make_shapes.py'), run_name='__main__')
+    return exit_info.value.code
 
 
 def test_command_writes_both_styles_and_reports(tmp_path, monkeypatch, capsys):
     out = tmp_path / 'out'
-    run_tool(monkeypatch, out, '--style', 'both', '--num-train', 3, '--num-val', 2, '--image-size', 32)
+    assert run_tool(monkeypatch, out, '--style', 'both', '--num-train', 3, '--num-val', 2, '--image-size', 32) == 0
     report = capsys.readouterr().out
     assert f'coco style in {out}' in report and f'voc style in {out}' in report
     counts = count_objects(out)['train']
@@ -403,8 +406,7 @@ def test_command_writes_both_styles_and_reports(tmp_path, monkeypatch, capsys):
 )
 def test_command_refuses_in_one_line(tmp_path, monkeypatch, capsys, args, message):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(SystemExit) as exit_info:
-        run_tool(monkeypatch, tmp_path / args[0], *args[1:])
+    code = run_tool(monkeypatch, tmp_path / args[0], *args[1:])
     error = capsys.readouterr().err
-    assert exit_info.value.code == 2 and error.count('\n') == 1
+    assert code == 2 and error.count('\n') == 1
     assert re.search(message, error)

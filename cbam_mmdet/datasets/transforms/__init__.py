@@ -1,1 +1,1 @@
-"""Reading an image, from a file or from memory."""
+"""Transforms that load an image from a file or from memory."""

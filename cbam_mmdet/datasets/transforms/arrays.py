@@ -1,4 +1,4 @@
-"""The test pipeline for images that are in memory."""
+"""The test pipeline for images in memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from mmengine.config import Config
 
 
 def array_pipeline(cfg: Config) -> Compose:
-    """The test pipeline, for images that are read already."""
+    """The test pipeline of a config for images in memory: it takes dict(img=(H, W, 3) BGR, ...)."""
     pipeline = get_test_pipeline_cfg(cfg.copy())
     return Compose([dict(type='mmdet.LoadImageFromNDArray'), *pipeline[1:]])

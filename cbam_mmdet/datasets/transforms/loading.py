@@ -1,4 +1,4 @@
-"""Loading an image, or saying which one cannot be loaded."""
+"""Load an image, or name the one that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from cbam_mmdet.errors import UserError
 
-# How a complete JPEG and a complete PNG end.
+# The last bytes of a complete JPEG and of a complete PNG.
 END_MARKERS = (b'\xff\xd9', b'IEND\xaeB`\x82')
 
 
@@ -23,15 +23,16 @@ END_MARKERS = (b'\xff\xd9', b'IEND\xaeB`\x82')
 class LoadCheckedImage(LoadImageFromFile):
     """MMCV's LoadImageFromFile, which names the file when it is missing, truncated or not an image.
 
-    OpenCV fills what a truncated JPEG lacks with grey and reports nothing, so a file without its end marker is decoded once
-    more, by Pillow, which reports it.
+    OpenCV fills the missing part of a truncated JPEG with grey and reports nothing. So a file without its end marker is
+    decoded a second time by Pillow, which reports it.
 
     Args:
-        on_error: 'raise', or 'skip': name the file once and return None, for which MMEngine's data sets take another image.
-        **kwargs: as LoadImageFromFile's.
+        on_error: 'raise', or 'skip' to log the file's name once and return None, for which MMEngine's data sets take
+            another image.
+        **kwargs: those of LoadImageFromFile.
 
     Raises:
-        UserError: in `transform`, for an image that cannot be read, under 'raise'.
+        UserError: in `transform`, for an image that cannot be read, if on_error is 'raise'.
     """
 
     def __init__(self, on_error: str = 'raise', **kwargs) -> None:
@@ -41,7 +42,7 @@ class LoadCheckedImage(LoadImageFromFile):
 
     @classmethod
     def like(cls, loader: LoadImageFromFile, on_error: str) -> LoadCheckedImage:
-        """One that reads as another loader does."""
+        """A transform with the settings of another loader."""
         keys = ('to_float32', 'color_type', 'imdecode_backend', 'backend_args')
         return cls(on_error, **{key: getattr(loader, key) for key in keys})
 
@@ -63,22 +64,22 @@ class LoadCheckedImage(LoadImageFromFile):
 
 
 def _check_size(path: str, image: np.ndarray, annotated: dict) -> None:
-    # Either orientation: OpenCV turns an image as its EXIF data says, annotation files may give it unturned.
+    # Both orientations pass, because OpenCV rotates an image by its EXIF data and annotation files may not.
     expected = annotated.get('height'), annotated.get('width')
     if None not in expected and sorted(expected) != sorted(image.shape[:2]):
         raise UserError(
-            f'image {path} has {image.shape[1]}x{image.shape[0]} pixels, its annotation says {expected[1]}x{expected[0]}: '
-            'was one of them resized? The boxes would not fit.'
+            f'image {path} has {image.shape[1]}x{image.shape[0]} pixels, '
+            f'its annotation says {expected[1]}x{expected[0]}: was one of them resized? The boxes would not fit.'
         )
 
 
 def read_image(
     path: str, color_type: str = 'color', backend: str = 'cv2', backend_args: dict | None = None
 ) -> np.ndarray:
-    """The image at path: (H, W, 3) uint8, BGR.
+    """Read an image, by default as (H, W, 3) uint8, BGR.
 
     Raises:
-        UserError: that names the file and says whether it is missing, truncated or not an image.
+        UserError: if the file is missing, truncated or not an image. The message names it.
     """
     try:
         data = fileio.get(path, backend_args=backend_args)
@@ -107,5 +108,5 @@ def _is_complete(path: str, data: bytes) -> bool:
 
 
 def _opencv_alone_reads(data: bytes) -> bool:
-    """For formats that OpenCV knows and Pillow does not (HDR, EXR, PFM)."""
+    """Whether OpenCV reads an image whose format Pillow does not know (HDR, EXR, PFM)."""
     return mmcv.imfrombytes(data) is not None

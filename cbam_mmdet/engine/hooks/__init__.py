@@ -1,4 +1,8 @@
-"""Hooks of a training or test; the tools put them on the Runner, so a work dir's config works without them."""
+"""Hooks for training and testing.
+
+The tools register them on the Runner and not in the config, so the config in a work dir works without this package's
+hooks.
+"""
 
 from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
 from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook

@@ -1,4 +1,4 @@
-"""Name the image that cannot be read."""
+"""A hook that lets the pipelines name an image that cannot be read."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cbam_mmdet.errors import UserError
 
 @HOOKS.register_module()
 class CheckImagesHook(Hook):
-    """Let every pipeline name the image that it cannot read, in place of MMCV's loader, which fails inside OpenCV.
+    """Let every pipeline name an image that it cannot read. MMCV's own loader fails inside OpenCV.
 
-    In validation and test a broken image always raises: leaving it out would change the score.
+    In validation and test a broken image always raises an error, because leaving it out would change the score.
 
     Args:
-        broken_images: for training images: 'skip' (name it, and take another) or 'raise'.
+        broken_images: for training images, 'skip' (name the image and take another one) or 'raise'.
 
     Raises:
-        UserError: if broken_images is neither; in the run, for a broken image.
+        UserError: if broken_images is neither, and during the run for a broken image.
     """
 
     def __init__(self, broken_images: str = 'skip') -> None:

@@ -1,4 +1,4 @@
-"""Refuse a checkpoint that does not fit the model."""
+"""A hook that refuses a checkpoint which does not fit the model."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from mmengine.runner import Runner
 
 from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
 from cbam_mmdet.engine.checkpoint.content import run_state_lacking
-from cbam_mmdet.engine.hooks.unwrapped import unwrapped
+from cbam_mmdet.engine.distributed import unwrapped
 from cbam_mmdet.errors import UserError
 
 
 @HOOKS.register_module()
 class CheckpointFitHook(Hook):
-    """Refuse a checkpoint that does not fit the model, where MMEngine would go on with random weights.
+    """Refuse a checkpoint that does not fit the model. MMEngine would continue with random weights.
 
     Args:
-        strict: every key must fit, as for a test or a resumed run. Otherwise (`load_from`, to fine-tune) heads and new layers
-            may differ, and only a checkpoint of which nothing fits is refused.
+        strict: whether every key must fit, as for a test or a resumed run. Otherwise (`load_from`, to fine-tune) heads
+            and new layers may differ, and only a checkpoint without any key that fits is refused.
 
     Raises:
-        UserError: that names keys which are missing, left over or of another shape.
+        UserError: for a checkpoint that does not fit. The message names keys that are missing, unexpected, or of
+            another shape.
     """
 
     priority = 'VERY_HIGH'
@@ -36,6 +37,6 @@ class CheckpointFitHook(Hook):
         lacking = run_state_lacking(checkpoint)
         if runner._resume and lacking:
             raise UserError(
-                f'--resume: {name} holds weights, but not the state of a training run ({", ".join(lacking)}). To start from '
-                f'these weights: --cfg-options load_from={name}'
+                f'--resume: {name} holds weights, but not the state of a training run ({", ".join(lacking)}). '
+                f'To start from these weights: --cfg-options load_from={name}'
             )

@@ -1,7 +1,4 @@
-"""Hooks that stop a run which has gone wrong, with a message, before it costs days, keep its checkpoints, and log what the gates do.
-
-The tools put them on the Runner, not into the config: the copy that a work dir keeps works without them too.
-"""
+"""A hook that logs statistics of the gates during a training."""
 
 from __future__ import annotations
 
@@ -13,20 +10,21 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from cbam_mmdet.engine.hooks.unwrapped import unwrapped
+from cbam_mmdet.engine.distributed import unwrapped
 from cbam_mmdet.models.gates import find_cbams, gate_figures, record_gates
 
 
 @HOOKS.register_module()
 class GateStatisticsHook(Hook):
-    """Log what the gates of each CBAM do, in the iterations in which the losses are logged, to the same places (TensorBoard, scalars.json).
+    """Log statistics of the gates of each CBAM whenever the losses are logged, to the same visualizer backends.
 
-    For each CBAM and gate: `gates/NAME/channel_mean`, `..._spread`, `..._saturated`, `..._distance`, and the same for `spatial`, as
-    gates.gate_figures defines them, over the images of that iteration, their padding included. With several processes it is the first
-    one's images. Other iterations run without any hook on the model, and without CBAMs it does nothing.
+    For each CBAM these are `gates/NAME/channel_mean`, `..._spread`, `..._saturated` and `..._distance`, and the same
+    for `spatial`, as models.gates.gate_figures defines them. They cover the images of that iteration with their
+    padding, and with several processes those of the first process. In other iterations the model has no hook. In a
+    model without CBAMs nothing is logged.
     """
 
-    priority = 'LOW'  # after LoggerHook: the losses' line comes first
+    priority = 'LOW'  # after LoggerHook, so that the losses are logged first
 
     def __init__(self) -> None:
         self.losses_logger: LoggerHook | None = None
@@ -34,8 +32,10 @@ class GateStatisticsHook(Hook):
         self.gates = None
 
     def before_train(self, runner: Runner) -> None:
-        serves = is_main_process() and find_cbams(unwrapped(runner.model))
-        self.losses_logger = next((h for h in runner.hooks if isinstance(h, LoggerHook)), None) if serves else None
+        if is_main_process() and find_cbams(unwrapped(runner.model)):
+            self.losses_logger = next((hook for hook in runner.hooks if isinstance(hook, LoggerHook)), None)
+        else:
+            self.losses_logger = None
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         if self._is_logged(runner, batch_idx):
@@ -68,7 +68,7 @@ class GateStatisticsHook(Hook):
             runner.logger.warning('no gate statistics: a compiled model (torch.compile) runs no hooks')
             return
         scalars = {}
-        # One transfer for all, so a GPU is waited for once.
+        # All figures are transferred at once, to wait for the GPU only once.
         for name, (mean, spread, closed, opened, distance) in zip(names, torch.stack(figures).tolist(), strict=True):
             scalars |= {f'{name}_mean': mean, f'{name}_spread': spread}
             scalars |= {f'{name}_saturated': closed + opened, f'{name}_distance': distance}

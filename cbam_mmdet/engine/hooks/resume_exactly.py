@@ -1,8 +1,9 @@
-"""Training that goes on after a stop as if there had been none: the same batches, the same random numbers, the same losses.
+"""Resume a training exactly: with the same batches, the same random numbers and the same losses as without a stop.
 
-What is random in an iteration depends on the seed, the rank and the number of the iteration alone, and what is random in an image on
-its place in the run's sequence of images. So nothing of it needs saving, and a run can be taken up in the middle of an epoch, with
-another number of workers, too. MMEngine, left alone, repeats the epoch from its start, and with other random numbers.
+The random numbers of an iteration depend only on the seed, the rank and the number of the iteration. Those of an image
+depend only on its place in the run's sequence of images. So a checkpoint needs no random state, and a run can resume in
+the middle of an epoch, also with another number of workers. MMEngine on its own repeats the epoch from its start, with
+other random numbers.
 """
 
 from __future__ import annotations
@@ -23,17 +24,22 @@ from torch.utils.data import DataLoader
 
 from cbam_mmdet.compat.torch import loader_parts
 from cbam_mmdet.engine.checkpoint.content import meta_of
-from cbam_mmdet.engine.hooks.between_steps import between_steps
 
-# Streams of random numbers that must not meet.
+# Keys that keep the two streams of random numbers apart.
 IN_ITERATION, IN_IMAGE = 0, 1
 
-# In a checkpoint's meta: batches of its epoch that are done, and batches of an epoch.
+# The key in a checkpoint's meta for the number of finished batches of its epoch, and the number of batches of an epoch.
 EPOCH_PROGRESS = 'epoch_progress'
 
 
+def between_steps(runner: Runner) -> bool:
+    """Whether all gradients so far have been applied to the weights, so a gradient accumulation is not in progress."""
+    wrapper = runner.optim_wrapper
+    return not hasattr(wrapper, 'should_update') or wrapper.should_update()
+
+
 def seed_all(*key: int) -> None:
-    """Seed Python, numpy and torch (the CPU, and the GPU if one is in use) by several numbers."""
+    """Seed Python, NumPy and torch (the CPU, and the GPU if one is in use) with several numbers."""
     words = np.random.SeedSequence(key).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
@@ -41,7 +47,7 @@ def seed_all(*key: int) -> None:
 
 
 class PlacedIndex(int):
-    """The index of an image, and the key of the random numbers that its transforms draw."""
+    """The index of an image, with the key of the random numbers that its transforms draw."""
 
     key: tuple[int, ...]
 
@@ -51,23 +57,23 @@ class PlacedIndex(int):
         return made
 
     def __reduce__(self) -> tuple:
-        return PlacedIndex, (int(self), self.key)  # to the workers
+        return PlacedIndex, (int(self), self.key)  # workers receive it by pickle
 
 
 class PlacedBatches:
-    """A batch sampler whose indices know their place in the run; it can begin behind the batches that are done.
+    """A batch sampler whose indices know their place in the run. It can start after the batches that are done.
 
     Args:
         batches: the batch sampler of a data loader.
-        seed: the run's.
-        rank: of this process.
+        seed: the seed of the run.
+        rank: the rank of this process.
     """
 
     def __init__(self, batches: Any, seed: int, rank: int) -> None:
         self.batches, self.seed, self.rank = batches, seed, rank
         self.skip = 0
-        self.first = 0  # the number of the next batch, where the sampler itself has passed over the others
-        self.epoch = 0  # counted here, unless a loop of epochs sets it
+        self.first = 0  # the number of the next batch, if the sampler itself has skipped the others
+        self.epoch = 0  # counted here, unless an EpochBasedTrainLoop sets it
 
     def __iter__(self) -> Iterator[list[PlacedIndex]]:
         skip, self.skip, first, self.first = self.skip, 0, self.first, 0
@@ -81,13 +87,13 @@ class PlacedBatches:
         return len(self.batches)
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'batches':  # not there yet while a copy is being made
+        if name == 'batches':  # it does not exist yet while a copy is made
             raise AttributeError(name)
         return getattr(self.batches, name)
 
 
 class PlacedImages:
-    """A data set that seeds the random numbers before it loads an image, by the image's place in the run."""
+    """A data set that seeds the random numbers with an image's place in the run before it loads the image."""
 
     def __init__(self, dataset: Any) -> None:
         vars(self).update(placed=dataset)
@@ -110,9 +116,9 @@ class PlacedImages:
 
 
 class ResumeExactlyHook(Hook):
-    """Make a training run one that can be taken up anywhere; see this module's docstring.
+    """Make a training resume exactly at any iteration, see this module's docstring.
 
-    The data loader is changed in place, when it is there. Loaders without a batch sampler are left as they are.
+    It changes the data loader in place for the time of the training. A loader without a batch sampler stays as it is.
     """
 
     priority = 'VERY_HIGH'
@@ -120,10 +126,10 @@ class ResumeExactlyHook(Hook):
     def __init__(self) -> None:
         self.batches: PlacedBatches | None = None
         self.seed = 0
-        self.told = False
-        self.resumed: dict | None = None  # how far into its epoch the run was that goes on
-        self.epoch = self.epoch_began_at = 0  # the present epoch, and the iteration of its first batch
-        self.changes = contextlib.ExitStack()  # of the loader, for the training's time
+        self.warned = False
+        self.resumed: dict | None = None  # the progress of the resumed run in its epoch
+        self.epoch = self.epoch_began_at = 0  # the current epoch, and the iteration of its first batch
+        self.changes = contextlib.ExitStack()  # undoes the changes of the loader after the training
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self.resumed = meta_of(checkpoint).get(EPOCH_PROGRESS)
@@ -140,12 +146,12 @@ class ResumeExactlyHook(Hook):
                 self.epoch, self.epoch_began_at = runner.epoch, runner.iter - self.batches.skip
                 if self.batches.skip:
                     print_log(
-                        f'going on behind the first {self.batches.skip} batches of epoch {runner.epoch + 1}',
+                        f'resuming after the first {self.batches.skip} batches of epoch {runner.epoch + 1}',
                         logger='current',
                     )
             elif hasattr(runner.train_loop, 'dataloader_iterator'):
-                # A loop of iterations may have begun to load. It will pass over the batches that are done by itself: by drawing
-                # them, or (MMEngine 0.10.12) by telling the sampler, and then they are not counted here.
+                # An IterBasedTrainLoop may have begun to load. It skips the batches that are done by itself: it draws
+                # them, or (MMEngine 0.10.12) makes the sampler skip them, so that they are not counted here.
                 loader._iterator = None
                 iterator = type(runner.train_loop.dataloader_iterator)(loader)
                 runner.train_loop.dataloader_iterator = iterator
@@ -162,9 +168,10 @@ class ResumeExactlyHook(Hook):
                 self.epoch, self.epoch_began_at = runner.epoch, runner.iter
 
     def _batches_done(self, runner: Runner, length: int) -> int:
-        """Batches of the present epoch, which has length of them, that were trained before the run was stopped.
+        """The number of batches of the current epoch that were trained before the run was stopped.
 
-        Where an epoch had another number of batches then (batch size, processes or data), it is the same share of the epoch.
+        An epoch has `length` batches. If it had another number before (other batch size, processes or data), the result
+        is the same share of the epoch.
         """
         if runner.iter == 0:  # not resumed, though weights may have been loaded
             return 0
@@ -174,16 +181,18 @@ class ResumeExactlyHook(Hook):
             done, before = runner.iter - runner.epoch * length, length
             if not 0 <= done <= length:
                 print_log(
-                    f'the checkpoint does not say how far into epoch {runner.epoch + 1} it was, and {runner.iter} iterations are not '
-                    f'{runner.epoch} epochs of {length}: the epoch is trained from its start',
+                    f'the checkpoint does not say how far into epoch {runner.epoch + 1} it was, '
+                    f'and {runner.iter} iterations are not {runner.epoch} epochs of {length}: '
+                    'the epoch is trained from its start',
                     logger='current',
                     level=logging.WARNING,
                 )
                 return 0
         if before != length:
             print_log(
-                f'an epoch had {before} batches, and now has {length} (other batch size, processes or data): what goes on is not the same run. '
-                'Of an epoch that was begun, the share that is done is passed over; schedules counted in iterations keep their lengths.',
+                f'an epoch had {before} batches, and now has {length} (other batch size, processes or data): '
+                'the resumed run is not the same run. It skips the share of the current epoch that is done. '
+                'Schedules counted in iterations keep their lengths.',
                 logger='current',
                 level=logging.WARNING,
             )
@@ -194,11 +203,12 @@ class ResumeExactlyHook(Hook):
             meta = checkpoint['meta']
             done = meta['iter'] - self.epoch_began_at if meta['epoch'] == self.epoch else 0
             meta[EPOCH_PROGRESS] = dict(done=done, batches=len(runner.train_dataloader))
-        if not self.told and not between_steps(runner):
-            self.told = True
+        if not self.warned and not between_steps(runner):
+            self.warned = True
             print_log(
-                'this checkpoint falls between two steps of the optimizer (accumulative_counts): gradients that are gathered by now are not in it, '
-                'and a run that goes on from it will differ. Let the checkpoint interval be a multiple of accumulative_counts.',
+                'this checkpoint falls between two steps of the optimizer (accumulative_counts): it does not hold the '
+                'gradients that are accumulated so far, and a run that resumes from it will differ. '
+                'Let the checkpoint interval be a multiple of accumulative_counts.',
                 logger='current',
                 level=logging.WARNING,
             )

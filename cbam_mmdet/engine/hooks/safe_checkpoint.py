@@ -1,4 +1,4 @@
-"""An old checkpoint is removed when the new one is there."""
+"""A checkpoint hook that removes an old checkpoint only after the new one is written."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mmengine.runner import Runner
 
 
 class SafeCheckpointHook(CheckpointHook):
-    """MMEngine's CheckpointHook, but an old checkpoint is removed when the new one is there, not before.
+    """MMEngine's CheckpointHook, except that it removes an old checkpoint after the new one is written, not before.
 
-    With max_keep_ckpts=1, or save_best, a kill or a full disk between the two would leave none. A training puts it in the
-    place of MMEngine's own (compat.mmengine.hooks_of_class).
+    With max_keep_ckpts=1 or save_best, a kill or a full disk between the two steps would leave no checkpoint. A
+    training uses this hook in place of MMEngine's own (compat.mmengine.hooks_of_class).
     """
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
@@ -24,9 +24,9 @@ class SafeCheckpointHook(CheckpointHook):
             return super()._save_checkpoint_with_step(runner, step, meta)
         before = list(self.keep_ckpt_ids)
         if step not in before:
-            self.keep_ckpt_ids.append(step)  # and forgets its first, if it is full
+            self.keep_ckpt_ids.append(step)  # a full deque drops its first step
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
-        self.max_keep_ckpts = -1  # for MMEngine: remove nothing
+        self.max_keep_ckpts = -1  # so that MMEngine removes nothing
         try:
             super()._save_checkpoint_with_step(runner, step, meta)
         finally:
@@ -36,7 +36,7 @@ class SafeCheckpointHook(CheckpointHook):
                 path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
                 if self.file_backend.isfile(path):
                     self.file_backend.remove(path)
-                elif self.file_backend.isdir(path):  # DeepSpeed's are folders
+                elif self.file_backend.isdir(path):  # DeepSpeed's checkpoints are folders
                     self.file_backend.rmtree(path)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
@@ -51,7 +51,7 @@ class SafeCheckpointHook(CheckpointHook):
 
 
 class RemovesLater:
-    """A file backend of MMEngine that removes nothing before remove_all."""
+    """A file backend of MMEngine that delays all removals until remove_all."""
 
     def __init__(self, backend: BaseStorageBackend) -> None:
         self.backend = backend
@@ -64,7 +64,7 @@ class RemovesLater:
         self.removals.append((self.backend.rmtree, path))
 
     def remove_all(self, but: set[str | None]) -> None:
-        """Remove what was to be removed, but not the paths that have been written anew."""
+        """Do the delayed removals, except those of the paths in `but`, which were written again."""
         for remove, path in self.removals:
             if path not in but:
                 remove(path)

@@ -1,4 +1,4 @@
-"""On SIGTERM or Ctrl-C: finish the iteration, save a checkpoint, end."""
+"""A hook that saves a checkpoint when the job gets SIGTERM or Ctrl-C, and then ends the training."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from cbam_mmdet.engine.hooks.between_steps import between_steps
+from cbam_mmdet.engine.hooks.resume_exactly import between_steps
 from cbam_mmdet.errors import Stopped
 
 
 class LeaveSignalsToMain:
-    """What a data-loading worker does first: it leaves SIGTERM and Ctrl-C, which often go to all processes, to the main one.
+    """A worker_init_fn that lets a data-loading worker ignore SIGTERM and Ctrl-C, which often go to all processes.
 
-    Otherwise the batches would end before the checkpoint is saved.
+    Otherwise the workers would end before the main process has saved its checkpoint.
 
     Args:
         before: the loader's own worker_init_fn, or None.
-        training: shared with the main process; when it is 0, SIGTERM ends the worker, as when the program ends.
+        training: a value shared with the main process. When it is 0, SIGTERM ends the worker.
     """
 
     def __init__(self, before: Callable[[int], None] | None, training: Any) -> None:
@@ -43,31 +43,31 @@ class LeaveSignalsToMain:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.training.value:
-            os._exit(0)  # as PyTorch's own workers do when the main process tells them to
+            os._exit(0)  # as PyTorch's own workers do when the main process ends them
 
 
 class StopSignalHook(Hook):
-    """On SIGTERM (a cluster's notice of preemption) or Ctrl-C: finish the iteration, save a checkpoint, end.
+    """On SIGTERM (a cluster's notice of preemption) or Ctrl-C finish the iteration, save a checkpoint, and end.
 
-    The signal may go to the main process alone, to its group, or to every process of a job. Another one after GRACE seconds ends
-    at once, without saving.
+    The signal may go to the main process alone, to its group, or to every process of a job. Another signal after more
+    than GRACE seconds ends the process immediately, without a checkpoint.
 
     Args:
-        interval: with several processes, iterations between two looks whether one of them was told to stop.
+        interval: with several processes, the number of iterations after which they ask each other for a signal.
 
     Raises:
-        Stopped: that names the checkpoint; its exit code is 128 + the signal's number, as a shell has it.
+        Stopped: after the checkpoint is saved, with its name. The exit code is 128 + the signal's number, as in a shell.
     """
 
     priority = 'LOWEST'
-    # The same notice comes by two ways within moments: from Slurm, and once more from torchrun, which passes its own on.
+    # A process may get the same notice twice within moments: from Slurm, and from torchrun, which forwards its own.
     GRACE = 2.0
 
     def __init__(self, interval: int = 10) -> None:
         self.interval = interval
-        self.received: int | None = None  # by this process
+        self.received: int | None = None  # the signal that this process received
         self.received_at = 0.0
-        self.agreed: int | None = None  # by all
+        self.agreed: int | None = None  # the signal that all processes know of
         self.before: dict[int, Any] = {}
         self.process = os.getpid()
         self.training = multiprocessing.RawValue('b', 0)
@@ -87,7 +87,7 @@ class StopSignalHook(Hook):
         self.restore()
 
     def restore(self) -> None:
-        """Put the handlers back that were there; the workers heed SIGTERM again."""
+        """Restore the earlier handlers. SIGTERM ends the workers again."""
         self.training.value = 0
         while self.before:
             signal.signal(*self.before.popitem())
@@ -113,17 +113,17 @@ class StopSignalHook(Hook):
             self._agree(runner)
             if self.agreed is not None and between_steps(runner):
                 for hook in runner.hooks:
-                    if isinstance(hook, EMAHook):  # the model has the averaged weights during a validation
+                    if isinstance(hook, EMAHook):  # during a validation the model holds the averaged weights
                         hook.after_val_epoch(runner)
                 self._stop(runner, runner.iter)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
-            return  # a worker that has not begun to load
+            return  # a worker before its worker_init_fn
         now = time.monotonic()
         if self.received is None:
             self.received, self.received_at = number, now
-            if is_main_process():  # not by print: the signal may have come in the middle of one
+            if is_main_process():  # not with print, which the signal may have interrupted
                 name = signal.Signals(number).name
                 os.write(2, f'{name}: stopping at the end of this iteration, with a checkpoint\n'.encode())
         elif now - self.received_at > self.GRACE:
@@ -133,11 +133,11 @@ class StopSignalHook(Hook):
 
     def _agree(self, runner: Runner) -> None:
         """Let every process know of a signal that one of them received."""
-        number = self.received or 0  # a signal may come at any moment: it is read once, and never written here
+        number = self.received or 0  # a signal may come at any moment, so it is read once and never written here
         if get_world_size() > 1:
-            told = torch.tensor(number, device=next(runner.model.parameters()).device)
-            all_reduce(told, 'max')
-            number = int(told)
+            highest = torch.tensor(number, device=next(runner.model.parameters()).device)
+            all_reduce(highest, 'max')
+            number = int(highest)
         if number and self.agreed is None:
             self.agreed, self.received_at = number, time.monotonic()
 
@@ -150,8 +150,8 @@ class StopSignalHook(Hook):
             Path(runner.work_dir, 'last_checkpoint').write_text(str(path))
             hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
             if hooks and all(hook.by_epoch and hook.max_keep_ckpts > 0 for hook in hooks):
-                for earlier in Path(runner.work_dir).glob('iter_*.pth'):  # of earlier stops
+                for earlier in Path(runner.work_dir).glob('iter_*.pth'):  # checkpoints of earlier stops
                     if earlier != path:
                         earlier.unlink()
-        barrier()  # torchrun ends all processes when the first one ends
+        barrier()  # torchrun ends all processes as soon as one ends
         raise Stopped(self.agreed, str(path))

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.engine.hooks import resume_exactly as resume
+from cbam_mmdet.engine.hooks import stop_signal
 from cbam_mmdet.engine.hooks.resume_exactly import PlacedBatches, PlacedImages
 
 EPOCHS, ITERATIONS = 3, 4  # of an epoch: 8 images in batches of 2
@@ -287,7 +288,6 @@ def test_stopped_in_a_validation(uninterrupted, shapes, tmp_path):
 def test_one_of_two_processes_is_told_to_stop(shapes, tmp_path):
     """And the first one writes the checkpoint slowly: the other must wait."""
     slow = (
-        'from cbam_mmdet.engine.hooks.resume_exactly import StopSignalHook\n'
         'import mmengine.runner.runner as r, time\n'
         'save = r.Runner.save_checkpoint\n'
         'def slowly(*args, **kwargs):\n'
@@ -297,7 +297,10 @@ def test_one_of_two_processes_is_told_to_stop(shapes, tmp_path):
     )
     (tmp_path / 'slow_saving.py').write_text(slow)
     hook = f"[dict(type='SignalHook', at=5, number={int(signal.SIGTERM)}, rank=1)]"
-    more = "custom_imports = dict(imports=['cbam_mmdet', 'signal_hook', 'slow_saving'])\ndefault_hooks = dict(checkpoint=dict(by_epoch=False, interval=100), logger=dict(interval=1))\n"
+    more = (
+        "custom_imports = dict(imports=['cbam_mmdet', 'signal_hook', 'slow_saving'])\n"
+        'default_hooks = dict(checkpoint=dict(by_epoch=False, interval=100), logger=dict(interval=1))\n'
+    )
     code = start(tmp_path, shapes, hook, processes=2, more=more).wait(timeout=300)
     log = (tmp_path / 'log').read_text()
     assert code == 143 and 'iter_10.pth is saved' in log, log[-2000:]
@@ -307,17 +310,17 @@ def test_one_of_two_processes_is_told_to_stop(shapes, tmp_path):
 
 def test_a_signal_is_not_lost_while_the_processes_agree(monkeypatch):
     """It comes after this process has said that it has none, before it knows what the others say."""
-    hook = resume.StopSignalHook()
+    hook = stop_signal.StopSignalHook()
     model = torch.nn.Linear(1, 1)
 
     def all_reduce(tensor, _):
         hook._receive(signal.SIGTERM, None)
 
-    monkeypatch.setattr(resume, 'get_world_size', lambda: 2)
-    monkeypatch.setattr(resume, 'all_reduce', all_reduce)
+    monkeypatch.setattr(stop_signal, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(stop_signal, 'all_reduce', all_reduce)
     hook._agree(SimpleNamespace(model=model))
     assert hook.agreed is None
-    monkeypatch.setattr(resume, 'all_reduce', lambda tensor, _: None)
+    monkeypatch.setattr(stop_signal, 'all_reduce', lambda tensor, _: None)
     hook._agree(SimpleNamespace(model=model))
     assert hook.agreed == signal.SIGTERM
 
