@@ -1,11 +1,14 @@
 """Does CBAM help, and how should it be put in? The study behind the README's figures.
 
-    python benchmarks/accuracy/study.py run --data shapes --data-root data/shapes --seeds 0 1 2      # hours; goes on where it stopped
-    python benchmarks/accuracy/study.py table                                                        # what is there so far
+    python benchmarks/accuracy/study.py run --data shapes --data-root data/shapes --seeds 0 1 2
+    python benchmarks/accuracy/study.py table
 
-For each seed, the detector is trained from scratch plain, with SE, with CBAM as in the paper, and with CBAM's unit gate. Then each is put into the plain
-detector of the same seed, which is fine-tuned with it, and once more without anything, equally long. What is compared is always of
-one seed: the same initial weights of the plain part, the same order of images.
+`run` takes hours, and continues where it stopped. `table` shows what is there so far.
+
+For each seed, the detector is trained from scratch plain, with SE, with CBAM as in the paper, and with CBAM's unit
+gate. Then each of these is put into the plain detector of the same seed, which is fine-tuned with it. The plain
+detector is also fine-tuned equally long without anything. Only trainings of one seed are compared: they have the
+same initial weights of the plain part and the same order of images.
 """
 
 import argparse

@@ -50,7 +50,8 @@ def read_runs(work_dirs: Sequence[str | Path]) -> list[TrainingRecord]:
     """Read work dirs; each training gets a name that distinguishes it.
 
     Raises:
-        UserError: for a path that is not a folder, a folder without a training's log or without a config, and one given twice.
+        UserError: for a path that is not a folder, a folder without a training's log or without a config, and one given
+            twice.
     """
     paths = [Path(os.path.abspath(path)) for path in work_dirs]
     for path in paths:
