@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from coco_records import coco_records
 from conftest import DEMO, ROOT, forget_earlier_runs, tiny
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -88,13 +89,7 @@ def table(compared, name):
 def truth(compared, shapes):
     """pycocotools' own evaluation of the detections in CBAM's results.pkl."""
     objects = COCO(str(shapes / 'annotations/instances_val2017.json'))
-    records = []
-    for sample in pickle.loads((compared / 'cbam/results.pkl').read_bytes()):
-        found = sample['pred_instances']
-        for (x1, y1, x2, y2), score, label in zip(found['bboxes'], found['scores'], found['labels'], strict=True):
-            box = [float(v) for v in (x1, y1, x2 - x1, y2 - y1)]
-            records.append(dict(image_id=sample['img_id'], category_id=int(label) + 1, bbox=box, score=float(score)))
-    evaluation = COCOeval(objects, objects.loadRes(records), 'bbox')
+    evaluation = COCOeval(objects, objects.loadRes(coco_records(compared / 'cbam/results.pkl')), 'bbox')
     evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
     return evaluation
 
