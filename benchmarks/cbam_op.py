@@ -1,14 +1,18 @@
 """CBAM alone, side by side in one run: time, memory, and bytes kept for the backward pass.
 
-    python benchmarks/cbam_op.py [--shapes C2 C3 C4 C5] [--batch 2] [--dtypes float32 bfloat16] [--out benchmarks/results/NAME]
+    python benchmarks/cbam_op.py [--shapes C2 C3 C4 C5] [--batch 2] [--dtypes float32 bfloat16]
+                                 [--out benchmarks/results/NAME]
 
-Compared are the equations in plain PyTorch (`textbook`, plain_cbam.py), timm's CbamModule where timm is installed, torch.compile of the
-textbook, and ours, eager and fused (on a GPU; with TRITON_INTERPRET=1 on a CPU, to try the script). Times are medians of rounds that alternate between them, so that a slow moment of the machine meets
-all; on a GPU they are taken by events. The ratios are what counts; milliseconds belong to one machine. `bandwidth` is that of the forward
-pass, counted at 3 reads and 1 write of x, as a share of what copying x reaches here.
+It compares the equations in plain PyTorch (`textbook`, plain_cbam.py), torch.compile of these, timm's CbamModule where
+timm is installed, and our CBAM, eager and fused. `fused` needs a GPU; TRITON_INTERPRET=1 tries the script on a CPU.
+
+Times are medians of rounds that alternate between the contenders, so that a slow moment of the machine meets all. On a
+GPU they are taken by events. The ratios are what counts; milliseconds belong to one machine. `bandwidth` is that of the
+forward pass, counted at 3 reads and 1 write of x, as a share of what copying x reaches here.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +26,7 @@ from tqdm import tqdm
 from cbam_mmdet import CBAM
 from cbam_mmdet.ops.functional import INTERPRETED
 
-# The four stages of a ResNet-50 for images of 800x1333, the first at the size of the project's first measurements, and SSD300's maps.
+# The four stages of a ResNet-50 for images of 800x1333, the first of them at half that size too, and SSD300's maps.
 SHAPES = {
     'C2': (256, 200, 334), 'C3': (512, 100, 167), 'C4': (1024, 50, 84), 'C5': (2048, 25, 42), 'C2half': (256, 100, 168),
     'SSD38': (512, 38, 38), 'SSD19': (1024, 19, 19), 'SSD10': (512, 10, 10), 'SSD5': (256, 5, 5),
@@ -152,8 +156,10 @@ def main() -> None:
         *(['fused'] if device.type == 'cuda' or INTERPRETED else []),
     ]
     facts = machine('benchmarks/cbam_op.py', 'timm', 'triton')
-    cases = [dict(shape=shape, batch=batch, dtype=dtype, layout=layout)
-             for shape in args.shapes for batch in args.batch for dtype in args.dtypes for layout in args.layouts]  # fmt: skip
+    cases = [
+        dict(shape=shape, batch=batch, dtype=dtype, layout=layout)
+        for shape, batch, dtype, layout in itertools.product(args.shapes, args.batch, args.dtypes, args.layouts)
+    ]
     rows = []
     for case in tqdm(cases, disable=None):
         torch._dynamo.reset()
@@ -165,7 +171,9 @@ def main() -> None:
                  for name in dict.fromkeys(row['what'] for row in rows)}  # fmt: skip
     record = dict(facts, threads=torch.get_num_threads(), rounds=args.rounds, geometric_mean_speedup=means, rows=rows)
     labels = ['\n'.join(map(str, case.values())) for case in cases]
-    bars = {name: [row['forward_backward_ms'] for row in rows if row['what'] == name] for name in names if any(r['what'] == name for r in rows)}  # fmt: skip
+    bars = {}
+    for row in rows:
+        bars.setdefault(row['what'], []).append(row['forward_backward_ms'])
     write(record, args.out, labels, bars, 'ms, forward + backward')
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/coco_eval.py [--images 5000] [--detections 100] [--out benchmarks/results/NAME]
 
-Both through MMDetection's metrics, as a test of a detector takes them: `CocoMetric`, and `FasterCocoMetric` of the maintained fork. The data
-are drawn here: boxes of 80 classes, some of them crowds, and detections that find them more or less well or not at all. The
-time is that of `compute_metrics`, from collected results to the table.
+Both are called through MMDetection's metrics, as a test of a detector does: `CocoMetric`, and `FasterCocoMetric` of
+the maintained fork. The data are drawn here: boxes of 80 classes, some of them crowds, and detections that find
+them more or less well or not at all. The time is that of `compute_metrics`, from collected results to the table.
 """
 
 import argparse
@@ -23,13 +23,16 @@ from mmdet.registry import METRICS
 from record import machine, write
 
 CLASSES, SIZE = 80, (640, 480)
-LIMITS = (
-    1,
-    10,
-    100,
-)  # COCO's own; MMDetection's default is 100, 300, 1000, and its metric names the recalls after those
-METRIC_ITEMS = ['mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l', 'AR@100', 'AR@300', 'AR@1000', 'AR_s@1000', 'AR_m@1000', 'AR_l@1000']  # fmt: skip
-FIGURES = ['AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large', 'AR@1', 'AR@10', 'AR@100', 'AR_small', 'AR_medium', 'AR_large']  # fmt: skip
+# COCO's own; MMDetection's default is 100, 300, 1000, and its metric names the recalls after those.
+LIMITS = (1, 10, 100)
+METRIC_ITEMS = [
+    'mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l',
+    'AR@100', 'AR@300', 'AR@1000', 'AR_s@1000', 'AR_m@1000', 'AR_l@1000',
+]  # fmt: skip
+FIGURES = [
+    'AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
+    'AR@1', 'AR@10', 'AR@100', 'AR_small', 'AR_medium', 'AR_large',
+]  # fmt: skip
 
 
 def draw_boxes(random: np.random.Generator, count: int) -> np.ndarray:
@@ -46,13 +49,15 @@ def draw(images: int, detections: int) -> tuple[dict, list[dict]]:
     for image in range(1, images + 1):
         truth, labels = draw_boxes(random, count := random.poisson(7)), random.integers(CLASSES, size=count)
         for (x1, y1, x2, y2), label, crowd in zip(truth, labels, random.random(count) < 0.01, strict=True):
-            annotations.append(dict(id=len(annotations) + 1, image_id=image, category_id=int(label) + 1, iscrowd=int(crowd),
-                                    bbox=[x1, y1, x2 - x1, y2 - y1], area=(x2 - x1) * (y2 - y1)))  # fmt: skip
+            width, height = x2 - x1, y2 - y1
+            annotation = dict(id=len(annotations) + 1, image_id=image, category_id=int(label) + 1, iscrowd=int(crowd))
+            annotations.append(dict(annotation, bbox=[x1, y1, width, height], area=width * height))
         near = np.repeat(truth, 3, 0)[:detections]
         near = near + random.normal(0, 0.08, near.shape) * np.tile(near[:, 2:] - near[:, :2], 2)
         near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
         found = np.vstack([near, draw_boxes(random, detections - len(near))])
-        known = np.where(random.random(len(near)) < 0.8, np.repeat(labels, 3)[: len(near)], random.integers(CLASSES, size=len(near)))  # fmt: skip
+        right = random.random(len(near)) < 0.8
+        known = np.where(right, np.repeat(labels, 3)[: len(near)], random.integers(CLASSES, size=len(near)))
         guessed = np.concatenate([known, random.integers(CLASSES, size=detections - len(near))])
         # In half precision scores tie, as a detector's do.
         scores = np.concatenate([random.beta(3, 2, len(near)), random.beta(1, 6, detections - len(near))]).astype('f2')
@@ -102,10 +107,16 @@ def main() -> None:
     ]
     record = dict(
         **machine('benchmarks/coco_eval.py', 'pycocotools', 'faster-coco-eval', 'onedl-mmdetection'),
-        images=args.images, detections=args.detections, annotations=len(truth['annotations']),
-        pycocotools_seconds=round(slow[0], 1), faster_coco_eval_seconds=round(fast[0], 1), ratio=round(slow[0] / fast[0], 2),
-        reported_figures_equal=slow[2] == fast[2], greatest_difference=max(row['difference'] for row in rows), rows=rows,
-    )  # fmt: skip
+        images=args.images,
+        detections=args.detections,
+        annotations=len(truth['annotations']),
+        pycocotools_seconds=round(slow[0], 1),
+        faster_coco_eval_seconds=round(fast[0], 1),
+        ratio=round(slow[0] / fast[0], 2),
+        reported_figures_equal=slow[2] == fast[2],
+        greatest_difference=max(row['difference'] for row in rows),
+        rows=rows,
+    )
     bars = {'pycocotools': [slow[0]], 'faster-coco-eval': [fast[0]]}
     write(record, args.out, ['COCO evaluation'], bars, 'seconds')
 

@@ -1,10 +1,12 @@
 """A training step of a detector with CBAM against its plain twin, side by side in one run.
 
-    python benchmarks/detector_step.py [--config faster_rcnn_r50_cbam.py] [--batch 2] [--size 1333 800] [--amp] [--out benchmarks/results/NAME]
+    python benchmarks/detector_step.py [--config faster_rcnn_r50_cbam.py] [--batch 2] [--size 1333 800] [--amp]
+                                       [--out benchmarks/results/NAME]
 
-A step is forward, loss, backward and SGD on drawn images with drawn boxes, data loading left out. Each contender is the same
-detector: plain, with CBAM eager, and where there is a GPU with CBAM fused, and with the whole tail of its blocks fused. Times are medians of rounds that alternate between them; `cost` is
-what a step takes beyond the plain one's. --profile adds each contender's most expensive operators.
+A step is forward, loss, backward and SGD on drawn images with drawn boxes, without the loading of data. The contenders
+are the same detector: plain, with CBAM eager and, where there is a GPU, with CBAM fused and with the tail of its blocks
+fused as well. Times are medians of rounds that alternate between them. `cost` is what a step takes beyond the plain
+one's. --profile adds each contender's most expensive operators.
 """
 
 import argparse

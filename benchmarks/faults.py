@@ -1,11 +1,12 @@
-"""Kill a training with SIGKILL again and again, go on with --resume each time, and say what was lost.
+"""Kill a training with SIGKILL again and again, resume it each time, and report what was lost.
 
     python benchmarks/faults.py [--kills 50] [--out benchmarks/results/faults.json]
 
-The demo's detector, made small, saves every INTERVAL iterations. Each of its lives is ended at a random moment: while it starts,
-while it trains, or while a checkpoint is being written. Nothing but the same command follows. After each death the newest checkpoint must load, be at
-most one interval behind the last iteration that was logged, and be the one that the next life goes on from. At the end the losses and the
-weights must be those of a run that nobody killed, bit for bit. Linux only.
+The demo's detector, made small, saves every INTERVAL iterations. Each of its lives ends at a random moment: while it
+starts, while it trains, or while it writes a checkpoint. The same command starts the next life. After each death the
+newest checkpoint must load, be at most one interval behind the last iteration that was logged, and be the one that the
+next life resumes from. At the end the losses and the weights must be those of a run that nobody killed, bit for bit.
+Linux only.
 """
 
 import argparse
@@ -88,9 +89,9 @@ def end(process: subprocess.Popen, where: str, work_dir: Path, rng: random.Rando
 
 
 def resumed_at(log: str) -> int | None:
-    """The iteration that the last life in a log went on from; 0 if from nothing, None if it did not come so far."""
+    """The iteration that the last life in a log resumed from; 0 if from nothing, None if it did not come so far."""
     life = log.rpartition('=== life')[2]
-    found = re.search(r'going on from \S*/iter_(\d+)\.pth', life)
+    found = re.search(r'--resume: .* from \S*/iter_(\d+)\.pth', life)
     if found:
         return int(found.group(1))
     return 0 if 'Checkpoints will be saved' in life else None
@@ -107,7 +108,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ensure_shapes(folder / 'shapes', num_train=8, num_val=4, image_size=64, progress=False)
-        for run in ('killed', 'whole'):
+        for run in ('killed', 'unharmed'):
             (folder / run).mkdir()
         work_dir, log = folder / 'killed/work', folder / 'killed/log'
         kinds, lost, half_written, expected, checked, problems = collections.Counter(), [], 0, 0, 0, []
@@ -124,24 +125,25 @@ def main() -> None:
                 end(process, where, work_dir, rng)
             if process.returncode != (0 if life == args.kills else -signal.SIGKILL):
                 sys.exit(f'life {life} ended with {process.returncode}:\n{log.read_text()[-3000:]}')
-            went_on = resumed_at(log.read_text())
-            if went_on is not None:
+            resumed = resumed_at(log.read_text())
+            if resumed is not None:
                 checked += 1
-                if went_on != expected:
-                    problems.append(f'life {life} went on from {went_on}, the newest whole checkpoint was {expected}')
+                if resumed != expected:
+                    problems.append(f'life {life} resumed from {resumed}, the newest intact checkpoint was {expected}')
             if life == args.kills:
                 break
             kinds[where] += 1
             half_written += bool(work_dir.is_dir() and list(work_dir.glob('.*.pth.*.unfinished')))
-            newest, passed_over = newest_checkpoint(str(work_dir))
+            newest, skipped = newest_checkpoint(str(work_dir))
             expected = int(re.search(r'iter_(\d+)', newest).group(1)) if newest else 0
             lost.append(max(curve(work_dir), default=0) - expected)
-            problems += [f'life {life}: {reason}' for reason in passed_over]
-            print(f'{life + 1}/{args.kills} killed while {where}: iteration {expected + lost[-1]}, lost {lost[-1]}', flush=True)  # fmt: skip
-        if start(folder / 'whole', args.epochs).wait():
-            sys.exit((folder / 'whole/log').read_text()[-3000:])
-        curves = [curve(folder / run / 'work') for run in ('killed', 'whole')]
-        weights = [load_checkpoint(newest_checkpoint(str(folder / run / 'work'))[0]) for run in ('killed', 'whole')]
+            problems += [f'life {life}: {reason}' for reason in skipped]
+            reached = f'iteration {expected + lost[-1]}, lost {lost[-1]}'
+            print(f'{life + 1}/{args.kills} killed while {where}: {reached}', flush=True)
+        if start(folder / 'unharmed', args.epochs).wait():
+            sys.exit((folder / 'unharmed/log').read_text()[-3000:])
+        curves = [curve(folder / run / 'work') for run in ('killed', 'unharmed')]
+        weights = [load_checkpoint(newest_checkpoint(str(folder / run / 'work'))[0]) for run in ('killed', 'unharmed')]
     same = all(
         torch.equal(value, weights[1][part][key])
         for part in ('state_dict', 'ema_state_dict')

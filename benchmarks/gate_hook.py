@@ -1,11 +1,13 @@
-"""What GateStatisticsHook costs: training steps that it logs against the same steps without it, side by side in one run.
+"""What GateStatisticsHook costs: training steps that it logs, beside the same steps without it, in one run.
 
-    python benchmarks/gate_hook.py [--config demo/faster_rcnn_cbam.py] [--batch 8] [--size 128 128] [--rounds 25] [--out benchmarks/results/gate_hook]
+    python benchmarks/gate_hook.py [--config demo/faster_rcnn_cbam.py] [--batch 8] [--size 128 128] [--rounds 25]
+                                   [--out benchmarks/results/gate_hook]
 
-A step is that of detector_step.py; a logged one also runs the hook around it, writing through MMEngine's visualizer included. Both
-alternate on one detector, so what else the machine does falls on both. `cost_ms` is the median of the pairs' differences; a training logs one step
-in `interval`, so the hook's share of a training is cost_ms / (interval * step_ms). `hook_ms` is the time inside the hook's own methods,
-without the recording within the forward pass.
+A step is that of detector_step.py. A logged step also runs the hook around it and writes through MMEngine's
+visualizer. Both alternate on one detector, so that a slow moment of the machine meets both. `cost_ms` is the median
+of the pairs' differences; a training logs one step in `interval`, so the hook's share of a training is cost_ms /
+(interval * step_ms). `hook_ms` is the time inside the hook's own methods, without the recording within the forward
+pass.
 """
 
 import argparse

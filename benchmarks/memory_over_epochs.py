@@ -2,8 +2,9 @@
 
     python benchmarks/memory_over_epochs.py [--epochs 20] [--out benchmarks/results/memory_over_epochs.json]
 
-The demo's detector, made small, trains on 64 generated images, with a validation and a checkpoint in every epoch and workers that stay
-from epoch to epoch. Each peak is the kernel's own (VmHWM), set back at every epoch's end, so none is missed. Linux only.
+The demo's detector, made small, trains on 64 generated images. Every epoch has a validation and a checkpoint, and the
+workers stay from epoch to epoch. Each peak is the kernel's own (VmHWM), which is set back at every epoch's end, so that
+none is missed. Linux only.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def peak(process: str = 'self') -> float:
 class PeakHook(Hook):
     """After each epoch with its validation: the peaks since the last one."""
 
-    priority = 'LOWEST'
+    priority = 'HIGHEST'  # at the end of the training, before another hook ends the workers
 
     def __init__(self) -> None:
         self.main: list[float] = []
@@ -58,10 +59,10 @@ def main() -> None:
     parser.add_argument('--epochs', type=int, default=20)
     parser.add_argument('--out', type=Path, help='write the figures as JSON')
     args = parser.parse_args()
-    from cbam_mmdet.apis import train as run
+    from cbam_mmdet.apis import train
 
-    hook, build = PeakHook(), run._build_runner
-    run._build_runner = lambda cfg, hooks: build(cfg, [*hooks, hook])
+    hook, build = PeakHook(), train.build_runner
+    train.build_runner = lambda cfg, hooks: build(cfg, [*hooks, hook])
     with tempfile.TemporaryDirectory() as folder:
         ensure_shapes(Path(folder, 'shapes'), num_train=64, num_val=16, image_size=64, progress=False)
         cfg = Config.fromfile(ROOT / 'configs/demo/faster_rcnn_cbam.py')
@@ -72,7 +73,7 @@ def main() -> None:
             'model.backbone.base_channels': 4,
             'model.neck.in_channels': [16, 32, 64, 128],
         })  # fmt: skip
-        run.train(cfg, data_root=str(Path(folder, 'shapes')), work_dir=str(Path(folder, 'work')))
+        train.train(cfg, data_root=str(Path(folder, 'shapes')), work_dir=str(Path(folder, 'work')))
     growth = {
         name: round(max(peaks[3:]) - peaks[2], 1) for name, peaks in (('main', hook.main), ('workers', hook.workers))
     }

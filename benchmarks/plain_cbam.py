@@ -1,4 +1,7 @@
-"""CBAM as people write it in plain PyTorch, and what a module keeps for its backward pass: benchmarks and tests compare with these."""
+"""CBAM as people write it in plain PyTorch, and what a module keeps for its backward pass.
+
+Benchmarks and tests compare with these.
+"""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What every benchmark writes: the machine, and one record as JSON, as a Markdown table and as a plot, both made from the JSON."""
+"""What every benchmark writes: the machine, and one record as JSON, as a Markdown table and as a plot of the JSON."""
 
 import json
 import os

@@ -2,9 +2,10 @@
 
     python benchmarks/scaling.py [CONFIG] --data-root /path/to/coco [--step-time SECONDS] [--out FILE.json]
 
-Measured here: the parameters and the bytes that a step all-reduces, the bytes kept for the backward pass of one image, and the
-images/s that one core loads. Published: the speeds of the links (docs/scaling.md names the sources). The time of a step on one
-GPU is measured where torch sees one; elsewhere it is --step-time, or what depends on it stays open.
+Measured here: the parameters and the bytes that a step all-reduces, the bytes kept for the backward pass of one
+image, and the images/s that one core loads. Published: the speeds of the links (docs/scaling.md names the sources).
+The time of a step on one GPU is measured where torch sees one. Elsewhere it is --step-time; without it, what
+depends on it is open.
 """
 
 import argparse
@@ -40,7 +41,9 @@ HEIGHT, WIDTH = 800, 1344
 
 
 def all_reduce_seconds(count: int, size: float, network: float) -> float:
-    """Rings through all GPUs, one for each port: 2 (N - 1) / N of the bytes cross every link; the slowest decides. No latency.
+    """The time of rings through all GPUs, one for each port, without latency.
+
+    2 (N - 1) / N of the bytes cross every link, and the slowest link decides.
 
     Args:
         count: N, the GPUs.

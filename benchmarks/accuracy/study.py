@@ -3,12 +3,12 @@
     python benchmarks/accuracy/study.py run --data shapes --data-root data/shapes --seeds 0 1 2
     python benchmarks/accuracy/study.py table
 
-The first command takes hours and continues where it stopped. The second prints the table of what is finished.
+`run` takes hours, and continues where it stopped. `table` shows what is there so far.
 
-For each seed, the detector is trained from scratch plain, with SE, with CBAM as in the paper, and with the unit gate.
-Then each is put into the plain detector of the same seed, which is fine-tuned with it, and once more without anything,
-equally long. What is compared is always of one seed: the same initial weights of the plain part, and the same order of
-images.
+For each seed, the detector is trained from scratch plain, with SE, with CBAM as in the paper, and with CBAM's unit
+gate. Then each of these is put into the plain detector of the same seed, which is fine-tuned with it. The plain
+detector is also fine-tuned equally long without anything. Only trainings of one seed are compared: they have the
+same initial weights of the plain part and the same order of images.
 """
 
 import argparse

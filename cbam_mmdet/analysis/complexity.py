@@ -1,8 +1,8 @@
 """What a network costs: parameters, multiply-adds, speed and memory, and CBAM's share of them. See tools/complexity.py.
 
 One FLOP is one multiply-add, as in the paper. MMEngine's counter (mmengine.analysis) traces the forward pass and counts
-convolutions, linear layers, matrix products, norms and interpolation, but no other pooling or elementwise operation. The paper's
-figures have no norms either: `Complexity.flops_of_layers` leaves them out.
+convolutions, linear layers, matrix products, norms and interpolation, but no other pooling or elementwise operation.
+The paper's figures have no norms either: `Complexity.flops_of_layers` leaves them out.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ def input_size(cfg: Config, name: str = 'the config') -> tuple[int, int]:
             divisor = cfg.model.get('data_preprocessor', {}).get('pad_size_divisor', 1)
             return _round_up(height, divisor), _round_up(width, divisor)
     raise UserError(
-        f'{name}: its test pipeline has no Resize with a scale, so the image has no known size: give it, --shape HEIGHT WIDTH'
+        f'{name}: its test pipeline has no Resize with a scale, so the image has no known size: '
+        'give it, --shape HEIGHT WIDTH'
     )
 
 
@@ -209,8 +210,8 @@ def count(network: nn.Module, image: Tensor, samples: list, name: str = '') -> C
         raise
     except Exception as error:  # tracing fails in many ways
         raise UserError(
-            f'{name}: the network cannot be traced with an image of {tuple(image.shape[2:])} ({type(error).__name__}: {error}). '
-            'Give another size, --shape HEIGHT WIDTH'
+            f'{name}: the network cannot be traced with an image of {tuple(image.shape[2:])} '
+            f'({type(error).__name__}: {error}). Give another size, --shape HEIGHT WIDTH'
         ) from error
     return Complexity(
         name=name,
@@ -227,7 +228,8 @@ def count(network: nn.Module, image: Tensor, samples: list, name: str = '') -> C
 def multiply_adds(detector: nn.Module, image: Tensor, samples: list) -> int:
     """Multiply-adds of a detector for one image, without post-processing.
 
-    A two-stage detector looks at as many proposals as its test_cfg allows: with fewer found in an image it would look cheaper than another.
+    A two-stage detector gets as many proposals as its test_cfg allows: with fewer found in an image it would look
+    cheaper than another detector.
 
     Args:
         detector: in eval mode.
@@ -254,7 +256,8 @@ def interleaved_speeds(forwards: dict[str, Callable[[], object]], rounds: int) -
 def peak_memory(function: Callable[[], object], device: str = 'cpu') -> int:
     """The most bytes that a call's tensors take at once, beyond what was there before.
 
-    On a GPU by PyTorch's allocator, on a CPU by its profiler; what libraries take for themselves (cuDNN, oneDNN) is not in it.
+    PyTorch's allocator counts them on a GPU, its profiler on a CPU. Neither counts what libraries (cuDNN, oneDNN)
+    take for themselves.
     """
     gc.collect()  # what is freed meanwhile would count as less taken
     if str(device).startswith('cuda'):
@@ -340,14 +343,15 @@ def as_csv(rows: Sequence[Complexity]) -> str:
 def notes(rows: Sequence[Complexity], rounds: int, device: str | None = None) -> str:
     """What the columns mean."""
     lines = [
-        'One FLOP is one multiply-add. Counted are convolutions, linear layers, matrix products, norms and interpolation, of one image; '
-        'two-stage detectors with as many proposals as their test_cfg allows.'
+        'One FLOP is one multiply-add. Counted are convolutions, linear layers, matrix products, norms and '
+        'interpolation, of one image; two-stage detectors with as many proposals as their test_cfg allows.'
     ]
     cuda = torch.cuda.is_available() and not str(device).startswith('cpu')
     where = torch.cuda.get_device_name() if cuda else f'the CPU, {torch.get_num_threads()} threads'
     if rounds:
         lines.append(
-            f'images/s: forward pass without post-processing, batch of 1, torch {torch.__version__} on {where}, median of {rounds}.'
+            f'images/s: forward pass without post-processing, batch of 1, torch {torch.__version__} on {where}, '
+            f'median of {rounds}.'
         )
     if any(row.inference_memory for row in rows):
         lines.append(
@@ -404,12 +408,12 @@ def _stages(network: nn.Module, cbams: dict[str, CBAM], sizes: dict, by_module: 
     holders = Counter(holder for holder, _ in groups)
     stages = []
     for (holder, size), paths in groups.items():
-        whole = None, None
+        stage = None, None
         if holders[holder] == 1 and holder not in cbams:
-            whole = _parameters(network.get_submodule(holder)), int(by_module[f'network.{holder}'])
+            stage = _parameters(network.get_submodule(holder)), int(by_module[f'network.{holder}'])
         parameters = sum(_parameters(cbams[path]) for path in paths)
         flops = int(sum(by_module[f'network.{path}'] for path in paths))
-        stages.append(Stage(holder, size, len(paths), parameters, flops, *whole))
+        stages.append(Stage(holder, size, len(paths), parameters, flops, *stage))
     return stages
 
 

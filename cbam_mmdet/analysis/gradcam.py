@@ -1,9 +1,11 @@
 """Grad-CAM for detectors (Selvaraju et al., ICCV 2017; section 4.3 of CBAM's paper), by the library `grad-cam`.
 
-What is explained is the raw class score, before softmax, of chosen boxes. Boxes are constants here: a detection, or any box that is given,
-stands for a candidate of the detector, a proposal in a two-stage detector, an anchor in a dense one: that with the best score for the class among
-those that overlap the box by half (IoU), as a detection counts for a true box. For a detection that is the candidate which it came from.
-Proposals and candidates are found once, without gradients; what is differentiated is the candidate's score, through head, neck and backbone.
+Grad-CAM explains the raw class score, before softmax, of chosen boxes. A box is a constant here, whether a
+detection or a box that is given. It stands for a candidate of the detector: a proposal in a two-stage detector, an
+anchor in a dense one. Of the candidates that overlap the box by half (IoU), as a detection must overlap a true box,
+it is the one with the best score for the class. For a detection that is the candidate which it came from. Proposals
+and candidates are found once, without gradients. The candidate's score is differentiated through head, neck and
+backbone.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ METHODS = {
     'eigencam': 'EigenCAM',
     'eigengradcam': 'EigenGradCAM',
 }
-# The library decomposes the activations with a square matrix of as many lines as the map has positions: 1 GiB for these.
+# The library decomposes the activations with a square matrix, which has as many rows as the map has positions: 1
+# GiB here.
 EIGEN_POSITIONS = 128 * 128
 
 
@@ -101,7 +104,7 @@ class BoxScores(nn.Module):
     """A detector as a function of the image alone: the raw class scores of some boxes.
 
     Args:
-        model: a detector with MMDetection's StandardRoIHead (Faster and Mask R-CNN) or an AnchorHead (SSD, RetinaNet, ...).
+        model: a detector with MMDetection's StandardRoIHead (Faster and Mask R-CNN) or an AnchorHead (SSD, RetinaNet).
         image: from :func:`prepare`.
         targets: the boxes and their classes.
 
@@ -141,7 +144,7 @@ class BoxScores(nn.Module):
 
 
 def label_at(model: nn.Module, image: Prepared, box: tuple[float, float, float, float]) -> int:
-    """The class that a detector sees in a box: of its candidates that overlap the box by half (IoU), that with the best score.
+    """The class that a detector sees in a box: the class of the best score of the candidates that overlap it by half.
 
     Raises:
         UserError: where none does.
@@ -156,9 +159,8 @@ def label_at(model: nn.Module, image: Prepared, box: tuple[float, float, float, 
             if near_by.any() and probabilities[near_by, label].max() > best:
                 best, best_label = float(probabilities[near_by, label].max()), label
     if best_label is None:
-        raise UserError(
-            f'--box {" ".join(f"{v:g}" for v in box)}: no candidate of the detector overlaps it by half; name the class by --class'
-        )
+        given = ' '.join(f'{v:g}' for v in box)
+        raise UserError(f'--box {given}: no candidate of the detector overlaps it by half; name the class by --class')
     return best_label
 
 
@@ -172,11 +174,12 @@ def cam_maps(scores: BoxScores, image: Prepared, layers: dict[str, nn.Module], m
         method: one of METHODS.
 
     Returns:
-        (len(layers), H, W) float32: each map scaled to 0..1, of the size of the image as the detector takes it, padding cut off.
+        (len(layers), H, W) float32: each map scaled to 0..1, of the size of the image as the detector takes it, without
+        its padding.
 
     Raises:
-        UserError: if a layer gives no feature map, one too large for the method, or one that the scores do not depend on; if the library is
-            not installed.
+        UserError: if a layer gives no feature map, one too large for the method, or one that the scores do not depend
+            on; if the library is not installed.
     """
     make = method_class(method)
     inputs = image.inputs.detach().clone().requires_grad_()
@@ -220,9 +223,8 @@ def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[st
     modules = dict(model.named_modules())
     for name in names or ():
         if name not in modules or not name:
-            raise UserError(
-                f'--layers {name}: this {type(model).__name__} has no such layer{did_you_mean(name, filter(None, modules))}'
-            )
+            hint = did_you_mean(name, filter(None, modules))
+            raise UserError(f'--layers {name}: this {type(model).__name__} has no such layer{hint}')
     if names:
         return {name: modules[name] for name in names}
     backbone = model.backbone
@@ -246,7 +248,7 @@ class _Proposals:
         self.model = model
 
     def find(self, image: Prepared) -> tuple[Tensor, Tensor]:
-        """Boxes (M, C, 4), or (M, 1, 4) for all classes together, in the network's pixels, and probabilities (M, C + 1)."""
+        """Boxes (M, C, 4), or (M, 1, 4) for all classes, in the network's pixels, and probabilities (M, C + 1)."""
         head = self.model.roi_head
         features = self.model.extract_feat(image.inputs)
         proposals = self.model.rpn_head.predict(features, [image.sample], rescale=False)
@@ -279,7 +281,7 @@ class _Anchors:
         self.model = model
 
     def find(self, image: Prepared) -> tuple[Tensor, Tensor]:
-        """Boxes (M, 1, 4) in the network's pixels, and probabilities (M, C), or (M, C + 1) where there is a background."""
+        """Boxes (M, 1, 4) in the network's pixels, and probabilities (M, C), or (M, C + 1) with a background."""
         head = self.model.bbox_head
         scores, deltas = head(self.model.extract_feat(image.inputs))
         sizes = [level.shape[-2:] for level in scores]
@@ -347,7 +349,8 @@ def _check_layers(scores: BoxScores, inputs: Tensor, layers: dict[str, nn.Module
         if method.startswith('eigen') and output[0, 0].numel() > EIGEN_POSITIONS:
             size = ' x '.join(map(str, output.shape[2:]))
             raise UserError(
-                f'--method {method}: the map of {name}, {size}, is too large to be decomposed; name later layers by --layers, or take another method'
+                f'--method {method}: the map of {name}, {size}, is too large to be decomposed; name later layers by '
+                '--layers, or take another method'
             )
         # A layer behind the candidates' choice, or of a level that the box does not use.
         if (

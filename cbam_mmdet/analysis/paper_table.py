@@ -1,6 +1,7 @@
 """The paper's table of classification networks (section 4.2, ImageNet, 224x224), counted again.
 
-The networks are mmpretrain's, CBAM in them by PluginBackbone; Squeeze-and-Excitation is timm's (ported from its authors' code).
+The networks are mmpretrain's, and PluginBackbone puts CBAM into them. Squeeze-and-Excitation is timm's, which was
+ported from its authors' code.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from cbam_mmdet.analysis.complexity import Complexity, count
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.tables import Column, Table
 
-# 'caffe' puts a Bottleneck's stride into its first 1x1 convolution, as the ResNet of 2015 has it, and the paper's GFLOPs are of that one;
-# torchvision's stride in the 3x3 costs 6 % more (12 % in a ResNeXt). Widening leaves the stem at 64 channels.
+# 'caffe' puts a Bottleneck's stride into its first 1x1 convolution, as the ResNet of 2015 has it. The paper's
+# GFLOPs are of that one: torchvision's stride in the 3x3 costs 6 % more (12 % in a ResNeXt). Widening leaves the
+# stem at 64 channels.
 _RESNETS = {
     'ResNet-18': dict(type='ResNet', depth=18),
     'ResNet-34': dict(type='ResNet', depth=34),
@@ -56,9 +58,10 @@ PAPER: dict[tuple[str, str], tuple[float, float]] = {
     ('ResNeXt-101 (32x4d)', 'CBAM'): (48.96, 7.519),
 }
 NOTES = """\
-GFLOPs: multiply-adds of convolutions and linear layers alone, as the paper counts them; "+ norms" is what tools/complexity.py counts otherwise.
-Bottlenecks have their stride in the first 1x1 convolution, as the ResNet of 2015: with torchvision's, in the 3x3, a ResNet-50 has 4.089
-and a ResNeXt-50 4.230 GFLOPs, and the same parameters. Wide ResNets keep a stem of 64 channels. The head is one linear layer to 1000 classes.
+GFLOPs: multiply-adds of convolutions and linear layers alone, as the paper counts them; "+ norms" is what
+tools/complexity.py counts otherwise. Bottlenecks have their stride in the first 1x1 convolution, as the ResNet of
+2015: with torchvision's, in the 3x3, a ResNet-50 has 4.089 and a ResNeXt-50 4.230 GFLOPs, and the same parameters.
+Wide ResNets keep a stem of 64 channels. The head is one linear layer to 1000 classes.
 """
 
 

@@ -183,7 +183,7 @@ def load_runs(
     classes: str | Sequence[str] | None = None,
     cfg_options: dict | None = None,
 ) -> list[AblationRun]:
-    """Read every config completely.
+    """Read every config with its bases, and merge options and data root into it.
 
     Raises:
         UserError: for one that cannot be read or has no validation, for two of one name, or a base that does not fit.
@@ -420,11 +420,9 @@ def _notes(runs: Sequence[AblationRun], costs: dict[str, Cost], rounds: int) -> 
     proposals = f'; two-stage detectors with {"/".join(sorted(limits))} proposals' if limits else ''
     return (
         'mAP: of the last validation. FLOPs: multiply-adds of one image of the given size (height x width), in '
-        'convolutions, '
-        f'linear layers, matrix products, norms and interpolation{proposals}.\n'
+        f'convolutions, linear layers, matrix products, norms and interpolation{proposals}.\n'
         f'images/s: forward and post-processing of one such image, torch {torch.__version__} on {device}, median of '
-        f'{rounds} '
-        'rounds that take turns.\n'
+        f'{rounds} rounds that take turns.\n'
     )
 
 

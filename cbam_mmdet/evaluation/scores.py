@@ -84,12 +84,12 @@ class Scores:
         return counts
 
     def class_ap(self, name: str, iou: float | None = None, area: str = 'all') -> float | None:
-        """One class's AP: the mean of COCOeval's precision over recall, at one IoU or over all; None without an object."""
+        """AP of a class, the mean of COCOeval's precision over recall, at one IoU or all; None without an object."""
         values = self._precision(iou, area)[:, :, self.classes.index(name)]
         return float(values[values > -1].mean()) if (values > -1).any() else None
 
     def precision_recall(self, iou: float, name: str | None = None) -> tuple[np.ndarray, np.ndarray] | None:
-        """COCOeval's precision at each of its recalls, of one class or as the mean over classes; None without an object.
+        """COCOeval's precision at each of its recalls, of a class or as the mean of all; None without an object.
 
         Returns:
             Recall and precision, each of shape (101,).
@@ -100,7 +100,7 @@ class Scores:
         return (np.asarray(self.coco.params.recThrs), there.mean(1)) if there.size else None
 
     def outcomes(self, score_thr: float) -> dict[str, Outcome]:
-        """By image file, what was missed, found, and found where nothing is, as COCOeval matched it at an IoU of 0.5."""
+        """By image file, what was missed, found, and found where nothing is, as COCOeval matches at an IoU of 0.5."""
         params, names = self.coco.params, dict(zip(self.coco.params.catIds, self.classes, strict=True))
         outcomes = {image: Outcome(path) for image, path in self.paths.items()}
         at = int(np.argmin(np.abs(params.iouThrs - 0.5)))
@@ -144,10 +144,11 @@ def score(cfg: Config, results: list[dict], name: str) -> Scores:
         infos = {info['img_id']: info for info in map(dataset.get_data_info, range(len(dataset)))}
         ids = {sample['img_id'] for sample in results}
         if ids != infos.keys():
+            foreign, lacking = len(ids - infos.keys()), len(infos.keys() - ids)
             raise UserError(
-                f"{name} is not of this config's test set ({len(ids - infos.keys())} of its {len(ids)} images are not in it, "
-                f'{len(infos.keys() - ids)} of {len(infos)} are lacking): write it anew with tools/test.py, or give its data '
-                'set with --data-root DIR'
+                f"{name} is not of this config's test set ({foreign} of its {len(ids)} images are not in it, {lacking} "
+                f'of {len(infos)} are lacking): write it anew with tools/test.py, or give its data set with '
+                '--data-root DIR'
             )
         samples = [_with_truth(sample, infos[sample['img_id']]) for sample in results]
         metrics = evaluators_of(cfg, 'test')

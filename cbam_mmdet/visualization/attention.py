@@ -1,4 +1,7 @@
-"""Attention maps: each CBAM's spatial gate over an image, its channel gate's distribution, and both in figures; for one image, or averaged."""
+"""Attention maps: each CBAM's spatial gate over an image, its channel gate's distribution, and both in figures.
+
+Both for one image, and as the average of several.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,11 @@ DEAD = 0.01
 BINS = 40
 COLUMNS = 6
 NOTES = (
-    '`mean` and `spread` (standard deviation) of all values of all images, each image counting the same; `closed`: share below '
-    f'{SATURATED:g} of the range, `open`: share above {1 - SATURATED:g} of it, `saturated`: both; `distance` from identity: mean of |gate - 1|; '
-    f'`dead`: channels whose value differs by less than {DEAD:g} of the range between any two images (unknown for one image), or images over '
-    'which the spatial gate differs by less than that. The range is (0, 1) for the sigmoid gate, (0, 2) for the unit gate.'
+    '`mean` and `spread` (standard deviation) of all values of all images, each image counting the same; `closed`: '
+    f'share below {SATURATED:g} of the range, `open`: share above {1 - SATURATED:g} of it, `saturated`: both; '
+    f'`distance` from identity: mean of |gate - 1|; `dead`: channels whose value differs by less than {DEAD:g} of the '
+    'range between any two images (unknown for one image), or images over which the spatial gate differs by less than '
+    'that. The range is (0, 1) for the sigmoid gate, (0, 2) for the unit gate.'
 )
 
 
@@ -50,8 +54,8 @@ class GateRow:
         open: share above 0.95 of the range.
         saturated: closed + open.
         distance: from identity, the mean of |value - 1|.
-        dead: channel: the share of channels whose value differs by less than 0.01 of the range between any two images (None for a
-            single one). Spatial: the share of images over which the map differs by less than that.
+        dead: channel: the share of channels whose value differs by less than 0.01 of the range between any two images
+            (None for a single image). Spatial: the share of images over which the map differs by less than that.
     """
 
     name: str
@@ -72,7 +76,8 @@ class GateAverage:
     """The gates of one CBAM over images that come one after another; no map is kept but the average.
 
     Attributes:
-        map: (H, W), the mean spatial gate, of the first image's size: the others are brought to it. None without a spatial branch.
+        map: (H, W), the mean spatial gate, of the first image's size, to which the others are resized. None without a
+            spatial branch.
         counts: (BINS,), the histogram of all values of the channel gate over (0, upper).
     """
 
@@ -138,9 +143,9 @@ def gates_over(model: nn.Module, image: np.ndarray, pipeline: Callable) -> dict[
     """The gates of a detector over one image, the padding of the batch cut off.
 
     Args:
-        model: from inference.load_detector.
+        model: from apis.infer.load_detector.
         image: (H, W, 3) BGR.
-        pipeline: from inference.array_pipeline(model.cfg).
+        pipeline: from datasets.transforms.arrays.array_pipeline(model.cfg).
 
     Raises:
         UserError: if the model holds no CBAM.
@@ -167,15 +172,15 @@ def attend(
 ) -> list[GateRow]:
     """Attention maps of a detector over images: pictures and tables.
 
-    Writes `out_dir/vis/NAME.png` for each of the first images; `out_dir/average.png`, `gates.md` and `gates.csv` for all of them together;
-    and `gates_by_image.csv`, the same figures image by image.
+    Writes `out_dir/vis/NAME.png` for each of the first images; `out_dir/average.png`, `gates.md` and `gates.csv`
+    for all of them together; and `gates_by_image.csv`, the same figures image by image.
 
     Args:
-        model: from inference.load_detector.
+        model: from apis.infer.load_detector.
         files: images.
         out_dir: where to write.
         pictures: of how many images to draw one.
-        warn: is told of each image that cannot be read; the others go on.
+        warn: called with a message for each image that cannot be read, and is skipped.
 
     Returns:
         The rows of the table.
@@ -218,7 +223,7 @@ def attend(
 
 
 def draw_gates(averages: Iterable[GateAverage], out: Path, image: np.ndarray | None = None, title: str = '') -> Path:
-    """One sheet: for each CBAM its spatial gate (over the image, where there is one) and the distribution of its channel gate.
+    """One sheet: for each CBAM its spatial gate, over the image if one is given, and its channel gate's distribution.
 
     A stage starts a new line. Each map has its own colours, from its least value to its greatest, which stand above it.
 

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# By the number of the run, as --run-0, --run-1, ... in report.css. People who see no red or no green tell them apart, too.
+# By the number of the run, as --run-0, --run-1, ... in report.css. People who see no red or no green can
+# distinguish them.
 COLOURS = ('#0062b1', '#c8500a', '#00795c', '#94388a', '#7a6400', '#4a4a52')
 COLOURS_ON_DARK = ('#6cb6ff', '#ff9a5c', '#4fd0a8', '#e59adb', '#dcc35a', '#c2c2cc')
 WIDTH, HEIGHT = 380, 230

@@ -82,8 +82,8 @@ def explain_images(
     """Write for each image a sheet, its maps and its scores.
 
     The sheet is `out_dir/NAME.png`. Each detector has `out_dir/raw/NAME_MODEL.npy`, of shape (layers, H, W), and
-    `out_dir/raw/NAME_MODEL.json`: the layers, the boxes, and the score that the detector gives them. The first detector's
-    detections are explained; the others are asked for their score of the same boxes.
+    `out_dir/raw/NAME_MODEL.json`: the layers, the boxes, and the scores that the detector gives these boxes. The boxes
+    are detections of the first detector.
 
     Args:
         models: detectors from apis.infer.load_detector, by the names that the sheet shows.

@@ -1,4 +1,4 @@
-"""Complexity: the paper's own figures, counts by hand, and CBAM's share as the difference between a config and its plain twin."""
+"""Complexity: the paper's own figures, counts by hand, and CBAM's share as the difference from the plain twin."""
 
 import csv
 

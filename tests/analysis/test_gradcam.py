@@ -1,4 +1,7 @@
-"""Grad-CAM: maps against the formula by hand, the candidates that scores are taken from, and where the maps of a trained detector lie."""
+"""Grad-CAM: maps against the formula by hand, and the candidates that scores are taken from.
+
+Also where the maps of a trained detector lie.
+"""
 
 import json
 
@@ -69,7 +72,10 @@ def raw_scores(model, inputs, sample):
 
 
 def by_hand(model, prepared, target, score, layer):
-    """Grad-CAM of the candidate that has this score: the gradient's mean over the pixels weighs the channels; then ReLU, 0 to 1, resize."""
+    """Grad-CAM of the candidate that has this score.
+
+    The gradient's mean over the pixels weighs the channels. ReLU, scaling to 0..1 and resizing follow.
+    """
     kept = {}
     hook = layer.register_forward_hook(lambda _, __, output: kept.update(activation=output))
     scores = raw_scores(model, prepared.inputs.clone().requires_grad_(), prepared.sample)
@@ -167,7 +173,7 @@ def test_an_activation_that_is_written_over_later_counts_as_it_was(model, image)
     assert min(distances) < 1e-4
 
 
-def test_layers_that_serve_not(model, image):
+def test_layers_that_cannot_be_explained(model, image):
     prepared = prepare(model, image)
     scores = BoxScores(model, prepared, best_detections(model, prepared, score_thr=0))
     with pytest.raises(UserError, match=r"no such layer; did you mean 'backbone.layer3.2'"):
@@ -196,9 +202,9 @@ def test_tool_compares_two_detectors(run_tool, trained, shapes, tmp_path):
     pytest.importorskip('pytorch_grad_cam')
     config = next(trained.glob('*.py'))
     image = sorted((shapes / 'val2017').iterdir())[0]
-    result = run_tool('gradcam.py', shapes / 'val2017', '--config', config, '--checkpoint', trained, '--compare', config, trained,
-                      '--score-thr', 0, '--top', 2, '--device', 'cpu', '--out-dir', tmp_path, '--cfg-options',
-                      'model.test_cfg.rcnn.score_thr=0.0')  # fmt: skip
+    models = ['--config', config, '--checkpoint', trained, '--compare', config, trained, '--device', 'cpu']
+    which = ['--score-thr', 0, '--top', 2, '--cfg-options', 'model.test_cfg.rcnn.score_thr=0.0']
+    result = run_tool('gradcam.py', shapes / 'val2017', *models, '--out-dir', tmp_path, *which)
     assert result.code == 0, result.err
     assert '4 sheets' in result.out
     assert cv2.imread(str(tmp_path / f'{image.stem}.png')).std() > 10
@@ -213,8 +219,9 @@ def test_tool_compares_two_detectors(run_tool, trained, shapes, tmp_path):
 def test_tool_on_a_given_box(run_tool, trained, shapes, tmp_path):
     config = next(trained.glob('*.py'))
     image = sorted((shapes / 'val2017').iterdir())[0]
-    result = run_tool('gradcam.py', image, '--config', config, '--checkpoint', trained, '--device', 'cpu', '--out-dir', tmp_path,
-                      '--box', 8, 8, 40, 40, '--class', 'star', '--layers', 'backbone.layer2.3', '--method', 'layercam')  # fmt: skip
+    model = ['--config', config, '--checkpoint', trained, '--device', 'cpu']
+    which = ['--box', 8, 8, 40, 40, '--class', 'star', '--layers', 'backbone.layer2.3', '--method', 'layercam']
+    result = run_tool('gradcam.py', image, *model, '--out-dir', tmp_path, *which)
     assert result.code == 0, result.err
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / 'raw').glob('*.json'))
     assert record['targets'] == [dict(box=[8, 8, 40, 40], label=3, class_name='star')]
@@ -240,8 +247,8 @@ def test_bad_input_is_one_line(run_tool, trained, shapes, tmp_path):
     ):
         result = run_tool('gradcam.py', *arguments)
         assert result.code == 2 and 'Traceback' not in result.err, result.err
-        told = [line for line in result.err.splitlines() if line.startswith(('error: ', 'warning: '))]
-        assert len(told) == 1 and message in told[0], result.err
+        messages = [line for line in result.err.splitlines() if line.startswith(('error: ', 'warning: '))]
+        assert len(messages) == 1 and message in messages[0], result.err
 
 
 def test_class_in_a_box(trained, image):
@@ -254,7 +261,7 @@ def test_class_in_a_box(trained, image):
 
 
 def inside(model, folder, layer):
-    """For each object of the demo's validation set: the share of its map's mass in its box, over the box's share of the image."""
+    """For each object of the demo's validation set, its box's share of the map's mass over that of the image's area."""
     truth = COCO(str(folder / 'annotations/instances_val2017.json'))
     ratios = []
     for i in truth.getImgIds():

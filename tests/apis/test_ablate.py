@@ -1,4 +1,4 @@
-"""Ablations: what is read from the disk, what is counted, and that a killed one goes on where it stopped."""
+"""Ablations: what is read from the disk, what is counted, and that a killed one resumes where it stopped."""
 
 import csv
 import json
@@ -66,11 +66,11 @@ def write_log(run, *rows, cut=''):
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows) + cut)
 
 
-def write_checkpoint(run, epoch, whole=True):
+def write_checkpoint(run, epoch, intact=True):
     run.work_dir.mkdir(exist_ok=True)
     path = run.work_dir / f'epoch_{epoch}.pth'
     torch.save(dict(weight=torch.zeros(1000)), path)
-    if not whole:
+    if not intact:
         path.write_bytes(path.read_bytes()[:-100])
     return path
 
@@ -101,10 +101,10 @@ def test_iterations_are_counted_in_a_loop_of_iterations(tmp_path):
 def test_training_starts_resumes_and_skips_what_is_cut_off(run):
     train = [sys.executable, f'{TOOLS}/train.py', str(run.config), '--work-dir', str(run.work_dir)]
     assert next_command(run, TOOLS) == train
-    # train.py itself takes the newest that is whole, one that a stop has saved among them, and starts anew if there is none.
+    # train.py itself takes the newest intact one, which may be one that a stop has saved, and starts anew without any.
     write_checkpoint(run, 1).rename(run.work_dir / 'iter_7.pth')
     assert next_command(run, TOOLS) == [*train, '--resume', 'auto']
-    write_checkpoint(run, 2, whole=False)
+    write_checkpoint(run, 2, intact=False)
     assert next_command(run, TOOLS) == [*train, '--resume', 'auto'], 'cut off: not the end of the training'
 
 
@@ -310,7 +310,7 @@ def files_of(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
 
 
-def test_killed_in_the_second_run_it_goes_on_there(ablation):
+def test_killed_in_the_second_run_it_resumes_there(ablation):
     process, _ = ablation.start_until_it_hangs('second')
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -354,7 +354,7 @@ def test_ctrl_c_stops_the_training_too(ablation):
         os.kill(child, 0)
 
 
-def test_a_failure_is_named_and_the_others_go_on(ablation, monkeypatch, capfd):
+def test_a_failure_is_named_and_the_others_are_trained(ablation, monkeypatch, capfd):
     monkeypatch.setenv('FAILS', 'second')
     monkeypatch.setenv('WEIGHTS', ablation.environment['WEIGHTS'])
     forget_earlier_runs()

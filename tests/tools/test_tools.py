@@ -1,12 +1,12 @@
 """The tools do what their help says, on a tiny data set."""
 
 import json
-import pickle
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from coco_records import coco_records
 from conftest import DEMO, ROOT, tiny
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -25,13 +25,7 @@ def test_test_scores_as_pycocotools_does(run_tool, trained, shapes, tmp_path):
     assert result.code == 0
     scored = json.loads(next(tmp_path.glob('*/*.json')).read_text())
     truth = COCO(str(shapes / 'annotations/instances_val2017.json'))
-    records = []
-    for sample in pickle.loads(out.read_bytes()):
-        found = sample['pred_instances']
-        for (x1, y1, x2, y2), score, label in zip(found['bboxes'], found['scores'], found['labels'], strict=True):
-            box = [float(v) for v in (x1, y1, x2 - x1, y2 - y1)]
-            records.append(dict(image_id=sample['img_id'], category_id=int(label) + 1, bbox=box, score=float(score)))
-    evaluation = COCOeval(truth, truth.loadRes(records), 'bbox')
+    evaluation = COCOeval(truth, truth.loadRes(coco_records(out)), 'bbox')
     evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
     for key, value in zip(('', '_50', '_75', '_s', '_m', '_l'), evaluation.stats[:6], strict=True):
         assert scored[f'coco/bbox_mAP{key}'] == pytest.approx(value, abs=5e-4)

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from coco_records import coco_records
 from conftest import DEMO, ROOT, forget_earlier_runs, tiny
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -37,7 +38,7 @@ def run_once(name, *args):
 
 
 def write_detections(shapes, path):
-    """As tools/test.py --out: two thirds of the objects, shifted a little, some of another class, and boxes where nothing is."""
+    """As tools/test.py --out: two thirds of the objects, a little off, some of another class, and false detections."""
     truth, random = COCO(str(shapes / 'annotations/instances_val2017.json')), np.random.default_rng(0)
     samples = []
     for image in truth.loadImgs(truth.getImgIds()):
@@ -88,13 +89,7 @@ def table(compared, name):
 def truth(compared, shapes):
     """pycocotools' own evaluation of the detections in CBAM's results.pkl."""
     objects = COCO(str(shapes / 'annotations/instances_val2017.json'))
-    records = []
-    for sample in pickle.loads((compared / 'cbam/results.pkl').read_bytes()):
-        found = sample['pred_instances']
-        for (x1, y1, x2, y2), score, label in zip(found['bboxes'], found['scores'], found['labels'], strict=True):
-            box = [float(v) for v in (x1, y1, x2 - x1, y2 - y1)]
-            records.append(dict(image_id=sample['img_id'], category_id=int(label) + 1, bbox=box, score=float(score)))
-    evaluation = COCOeval(objects, objects.loadRes(records), 'bbox')
+    evaluation = COCOeval(objects, objects.loadRes(coco_records(compared / 'cbam/results.pkl')), 'bbox')
     evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
     return evaluation
 
@@ -223,17 +218,16 @@ def test_tables_and_figures_lie_beside_it(compared):
 
 @pytest.fixture(scope='module')
 def browse(tmp_path_factory):
-    """Open a file in Chromium: the document as it stands after loading, what the console said, and the addresses asked for."""
+    """Open a file in Chromium: the document after loading, the messages of its console, and the addresses asked for."""
 
     def browse(path, *flags):
         folder = tmp_path_factory.mktemp('chromium')
         net_log = folder / 'net.json'
         done = subprocess.run(
             [CHROMIUM, '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run',
-             '--disable-background-networking', '--disable-component-update', '--disable-sync', '--virtual-time-budget=3000',
-             '--host-resolver-rules=MAP * ~NOTFOUND',
-             '--enable-logging=stderr', f'--user-data-dir={folder}/profile', f'--log-net-log={net_log}', '--dump-dom', *flags,
-             path.as_uri()],
+             '--disable-background-networking', '--disable-component-update', '--disable-sync',
+             '--virtual-time-budget=3000', '--host-resolver-rules=MAP * ~NOTFOUND', '--enable-logging=stderr',
+             f'--user-data-dir={folder}/profile', f'--log-net-log={net_log}', '--dump-dom', *flags, path.as_uri()],
             capture_output=True, text=True, timeout=100, check=True,
         )  # fmt: skip
         console = [line for line in done.stderr.splitlines() if 'CONSOLE' in line]
@@ -261,7 +255,8 @@ for (const frame of document.querySelectorAll('iframe')) {
     unnamed: page.querySelectorAll('img:not([alt]), svg[role=img]:not([aria-label])').length,
     dangling: [...page.querySelectorAll('a[href^="#"]')].filter(a => !page.querySelector(a.hash)).length,
     background: frame.contentWindow.getComputedStyle(page.body).backgroundColor,
-    resources: frame.contentWindow.performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith('data:')),
+    resources: frame.contentWindow.performance.getEntriesByType('resource').map(e => e.name)
+      .filter(n => !n.startsWith('data:')),
   };
 }
 document.body.innerHTML = '<pre>' + btoa(JSON.stringify(out)) + '</pre>';

@@ -74,7 +74,7 @@ def evaluate(
 
 
 def worst_first(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """The image files, those with the most missed objects of all runs first, then those with the most false detections."""
+    """The image files by their missed objects in all runs, most first; those with equally many by false detections."""
     missed, false = Counter(), Counter()
     for run in runs:
         for path, outcome in run.outcomes.items():
@@ -103,7 +103,7 @@ def _detections(record: TrainingRecord, checkpoint: str, data_root: str | None, 
     with TemporaryDirectory() as folder:
         results = f'{folder}/results.pkl'
         cfg = copy.deepcopy(record.tested)
-        # MMEngine keeps a visualizer by its name for the whole process: the next run needs another one. It writes nothing.
+        # MMEngine keeps a visualizer by its name for the whole process: the next run needs another one.
         cfg.visualizer = ConfigDict(type='DetLocalVisualizer', name=folder, vis_backends=[])
         test(cfg, checkpoint, data_root=data_root, work_dir=folder, out=results, trust_checkpoint=trust_checkpoint)
         return read_results(results)
