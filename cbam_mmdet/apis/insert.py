@@ -8,7 +8,7 @@ There is no exact fold back to the paper's sigmoid: 2 * sigmoid reaches above 1,
 from that norm's output and would change with it.
 
 Everything else of the plain config stays: learning rate and its schedule, weight decay, norm_eval, and CBAM follows them as any layer. Each of these defaults has its row
-in benchmarks/results/accuracy_study.md; the README says which.
+in benchmarks/results/accuracy_study.md; docs/does_cbam_help.md says which.
 """
 
 from __future__ import annotations
