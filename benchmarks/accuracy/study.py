@@ -1,4 +1,4 @@
-"""Does CBAM help, and how should it be put in? The study behind the README's figures.
+"""Does CBAM help, and how should it be put in? The study behind docs/does_cbam_help.md.
 
     python benchmarks/accuracy/study.py run --data shapes --data-root data/shapes --seeds 0 1 2
     python benchmarks/accuracy/study.py table

@@ -1,4 +1,4 @@
-"""What CBAM costs in each kind of backbone: the table of README, by tools/list_backbones.py."""
+"""What CBAM costs in each kind of backbone: the table of docs/any_backbone.md, by tools/list_backbones.py."""
 
 from __future__ import annotations
 
