@@ -16,7 +16,7 @@ help:
 	@echo 'make demo      install what is missing, train a small Faster R-CNN with CBAM on built-in data, evaluate, report'
 	@echo 'make test      install what is missing, run the tests (make test-all: the slow ones too)'
 	@echo 'make setup     install only, into $(VENV)'
-	@echo 'make lint      check the style, with ruff'
+	@echo 'make lint      check the style with ruff, and the types of ops, models and engine with mypy'
 	@echo 'make docs      build the pages of docs/ into site/ (make docs-serve: show them in a browser)'
 	@echo 'make lock      write constraints.txt anew, with the newest versions that fit'
 	@echo 'make clean     remove $(VENV) and what demo and tests wrote'
@@ -43,6 +43,7 @@ test-all: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 # The site's pages are docs/, and the files of the repository that they link to. There a link needs no ../.
 PAGES := build/pages
@@ -65,4 +66,4 @@ lock: $(READY)
 	@bash tools/setup_env.sh $(VENV) --lock
 
 clean:
-	rm -rf $(VENV) data/shapes $(DEMO) $(PAGES) site .cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) data/shapes $(DEMO) $(PAGES) site .cache .pytest_cache .ruff_cache .mypy_cache

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -86,7 +86,7 @@ def in_first_process(function: Callable[[], T]) -> T:
     """
     if not is_distributed():
         return function()
-    outcome = [None, None]
+    outcome: list[Any] = [None, None]
     if get_rank() == 0:
         try:
             outcome[0] = function()
@@ -99,7 +99,7 @@ def in_first_process(function: Callable[[], T]) -> T:
     return result
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> nn.Module:
     """The model inside the wrappers of several processes (DDP and others) and of test-time augmentation."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
@@ -120,7 +120,7 @@ def end_process(code: int) -> NoReturn:
     """
     if code == 0 and distributed.is_initialized():
         distributed.destroy_process_group()
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing's children call it
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

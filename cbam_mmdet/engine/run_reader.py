@@ -143,7 +143,9 @@ def _training_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
 
 def _join(logs: list[tuple[Path, list[dict]]]) -> tuple[list[dict], list[dict]]:
     """The rows of the newest training. Those before its first step come from the trainings that it resumed."""
-    train, validations, first = [], [], float('inf')
+    train: list[dict] = []
+    validations: list[dict] = []
+    first = float('inf')
     for _, rows in reversed(logs):
         at, earlier, measured = 0, [], []
         for row in rows:

@@ -88,7 +88,8 @@ def newest_checkpoint(
     if named in files:
         done = {path: _iterations(path, trust, passed_over) for path in [*later, named]}
         if done[named] is not None:
-            return str(max((path for path in done if done[path] is not None), key=lambda path: done[path])), passed_over
+            furthest = max((count, path) for path, count in done.items() if count is not None)
+            return str(furthest[1]), passed_over
         files = [path for path in files if path != named]
         passed_over.clear()
         _iterations(named, trust, passed_over)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cbam_mmdet.errors import UserError
 
-DEPTHS = {
+DEPTHS: dict[tuple[str, tuple[int, ...]], int] = {
     ('BasicBlock', (2, 2, 2, 2)): 18,
     ('BasicBlock', (3, 4, 6, 3)): 34,
     ('Bottleneck', (3, 4, 6, 3)): 50,
@@ -59,7 +59,7 @@ class Conversion:
     """
 
     state_dict: dict[str, Tensor]
-    origins: dict[str, str | None]
+    origins: Mapping[str, str | None]
     notes: tuple[str, ...] = ()
 
 
@@ -152,7 +152,9 @@ def _tail(key: str, parts: Mapping[str, str]) -> str | None:
 
 
 def _from_modules(state_dict: Mapping[str, Tensor], parts: Mapping[str, str], notes: list[str]) -> Conversion:
-    weights, origins, reductions = {}, {}, set()
+    weights: dict[str, Tensor] = {}
+    origins: dict[str, str | None] = {}
+    reductions: set[int] = set()
     # 'channel.fc1' alone may belong to anything: only what stands beside a spatial convolution is a CBAM.
     mark = f'{_last(parts)}.weight'
     modules = {key[: -len(mark)] for key in state_dict if _tail(key, parts) == mark}
@@ -185,7 +187,7 @@ def _from_modules(state_dict: Mapping[str, Tensor], parts: Mapping[str, str], no
 def _official_cbam(key: str) -> tuple[str, str, str] | None:
     """('layer1.0', 'ChannelGate.mlp.1', 'weight') of a key of theirs."""
     found = re.fullmatch(rf'(layer\d\.\d+)\.cbam\.({"|".join(map(re.escape, OFFICIAL_PARTS))})\.(\w+)', key)
-    return found.groups() if found else None
+    return (found[1], found[2], found[3]) if found else None
 
 
 def _check_official(state_dict: Mapping[str, Tensor]) -> tuple[str, int]:

@@ -34,6 +34,7 @@ def load_checkpoint(path: str, map_location: str | torch.device | None = None, t
     Raises:
         UserError: if the file is damaged, or needs more than that; nothing of it was run.
     """
+    reason: Exception
     try:
         with _harmless_globals():
             return torch.load(path, map_location=map_location, weights_only=not trust)

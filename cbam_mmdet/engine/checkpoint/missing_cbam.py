@@ -48,7 +48,7 @@ def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
         f'the checkpoint has {len(renamed)} CBAM modules under other names: {next(iter(renamed))} is {next(iter(renamed.values()))}',
         logger='current',
     )
-    made = OrderedDict()
+    made: Any = OrderedDict()
     made._metadata = getattr(state_dict, '_metadata', OrderedDict())
     for key, value in state_dict.items():
         module = modules.get(key)
@@ -57,7 +57,7 @@ def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
 
 
 def _load_plain(
-    load_state_dict: Callable, module: nn.Module, state_dict: Mapping, strict: bool = False, logger: Any = None
+    load_state_dict: Callable, module: Any, state_dict: Mapping, strict: bool = False, logger: Any = None
 ) -> None:
     """Load by MMEngine's own function, and name the CBAMs that the state dict lacks."""
     while is_model_wrapper(module):

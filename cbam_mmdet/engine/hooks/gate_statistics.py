@@ -11,7 +11,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from cbam_mmdet.engine.distributed import unwrapped
-from cbam_mmdet.models.gates import find_cbams, gate_figures, record_gates
+from cbam_mmdet.models.gates import RecordedGates, find_cbams, gate_figures, record_gates
 
 
 @HOOKS.register_module()
@@ -29,7 +29,7 @@ class GateStatisticsHook(Hook):
     def __init__(self) -> None:
         self.losses_logger: LoggerHook | None = None
         self.recording = contextlib.ExitStack()
-        self.gates = None
+        self.gates: dict[str, RecordedGates] | None = None
 
     def before_train(self, runner: Runner) -> None:
         if is_main_process() and find_cbams(unwrapped(runner.model)):
@@ -67,7 +67,7 @@ class GateStatisticsHook(Hook):
             self.losses_logger = None
             runner.logger.warning('no gate statistics: a compiled model (torch.compile) runs no hooks')
             return
-        scalars = {}
+        scalars: dict[str, float] = {}
         # All figures are transferred at once, to wait for the GPU only once.
         for name, (mean, spread, closed, opened, distance) in zip(names, torch.stack(figures).tolist(), strict=True):
             scalars |= {f'{name}_mean': mean, f'{name}_spread': spread}

@@ -18,6 +18,9 @@ class SafeCheckpointHook(CheckpointHook):
     training uses this hook in place of MMEngine's own (compat.mmengine.hooks_of_class).
     """
 
+    max_keep_ckpts: int
+    file_backend: Any
+
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         limit = self.max_keep_ckpts
         if limit <= 0:

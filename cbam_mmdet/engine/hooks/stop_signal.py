@@ -98,7 +98,7 @@ class StopSignalHook(Hook):
         if get_world_size() == 1 or self.every_n_train_iters(runner, self.interval):
             self._agree(runner)
         if self.agreed is not None and between_steps(runner):
-            self._stop(runner, runner.iter + 1)
+            self._stop(self.agreed, runner, runner.iter + 1)
 
     def before_val_epoch(self, runner: Runner) -> None:
         if self.before and get_world_size() > 1:
@@ -115,7 +115,7 @@ class StopSignalHook(Hook):
                 for hook in runner.hooks:
                     if isinstance(hook, EMAHook):  # during a validation the model holds the averaged weights
                         hook.after_val_epoch(runner)
-                self._stop(runner, runner.iter)
+                self._stop(self.agreed, runner, runner.iter)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
@@ -141,7 +141,7 @@ class StopSignalHook(Hook):
         if number and self.agreed is None:
             self.agreed, self.received_at = number, time.monotonic()
 
-    def _stop(self, runner: Runner, iterations: int) -> None:
+    def _stop(self, number: int, runner: Runner, iterations: int) -> None:
         path = Path(runner.work_dir, f'iter_{iterations}.pth')
         runner.save_checkpoint(
             runner.work_dir, path.name, meta=dict(epoch=runner.epoch, iter=iterations), by_epoch=False
@@ -154,4 +154,4 @@ class StopSignalHook(Hook):
                     if earlier != path:
                         earlier.unlink()
         barrier()  # torchrun ends all processes as soon as one ends
-        raise Stopped(self.agreed, str(path))
+        raise Stopped(number, str(path))

@@ -79,7 +79,7 @@ def insert(module: nn.Module, name: str, cfg: Mapping, shapes: list[torch.Size],
     return [plugin]
 
 
-def _build(cfg: dict, channels: int, postfix: str, parent: nn.Module, name: str, where: str) -> tuple[str, nn.Module]:
+def _build(cfg: dict, channels: int, postfix: str, parent: nn.Module, name: str, where: str) -> tuple[str, Any]:
     child, plugin = build_plugin_layer(cfg, postfix=postfix, in_channels=channels)
     if hasattr(parent, child):
         raise UserError(

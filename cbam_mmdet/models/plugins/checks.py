@@ -43,7 +43,7 @@ def check_plugins(cfg: Config) -> None:
         _check_plugin(plugin, f'{WHERE}[{i}]', backbone, DETECTION_MODELS)
 
 
-def _check_backbone(cls: type, backbone: Mapping) -> None:
+def _check_backbone(cls: Any, backbone: Mapping) -> None:
     """Does a backbone of MMDetection take plugins?"""
     name = cls.__name__
     if not any('plugins' in inspect.signature(base.__init__).parameters for base in cls.__mro__):

@@ -16,7 +16,7 @@ class InitWeights:
     backbone's init_cfg says of a norm (`zero_init_residual`) would strike all that hangs on it.
     """
 
-    def __init__(self, module: nn.Module, plugins: Sequence[nn.Module]) -> None:
+    def __init__(self, module: Any, plugins: Sequence[nn.Module]) -> None:
         self.module, self.plugins = module, plugins
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ def _seen_loading(plugins: Sequence[nn.Module]) -> Iterator[set[nn.Module]]:
         yield loaded
 
 
-def reach_by_init_weights(module: nn.Module, plugins: Sequence[nn.Module]) -> None:
+def reach_by_init_weights(module: Any, plugins: Sequence[nn.Module]) -> None:
     if isinstance(getattr(module, 'init_weights', None), InitWeights):  # there are plugins in it from before
         plugins = [*module.init_weights.plugins, *plugins]
     if plugins and hasattr(module, 'init_weights'):

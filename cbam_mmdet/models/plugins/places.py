@@ -7,6 +7,7 @@ activation are one module it is the end of the block or stage; for transformers,
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -55,7 +56,7 @@ def names_of(backbone: nn.Module) -> list[str]:
     return [*(name for name, _ in backbone.named_modules() if name), OUTPUTS]
 
 
-def usual_place(backbone: nn.Module) -> list[str]:
+def usual_place(backbone: Any) -> list[str]:
     """The patterns for a backbone, by its class or the nearest one that it is derived from; none for a backbone that is not known."""
     classes = [cls.__name__ for cls in type(backbone).__mro__]
     if 'VGG' in classes:
