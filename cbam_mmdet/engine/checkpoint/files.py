@@ -88,8 +88,8 @@ def newest_checkpoint(
     if named in files:
         done = {path: _iterations(path, trust, passed_over) for path in [*later, named]}
         if done[named] is not None:
-            furthest = max((count, path) for path, count in done.items() if count is not None)
-            return str(furthest[1]), passed_over
+            counts = {path: count for path, count in done.items() if count is not None}
+            return str(max(counts, key=lambda path: counts[path])), passed_over
         files = [path for path in files if path != named]
         passed_over.clear()
         _iterations(named, trust, passed_over)
