@@ -21,6 +21,14 @@ ROOT = Path(__file__).parent.parent
 # Real images for tests that skip without them: coco/ and bccd/ in their own layouts.
 DATA = Path(os.environ.get('CBAM_TEST_DATA', ROOT.parent / 'shared/data'))
 DEMO = str(ROOT / 'configs/demo/faster_rcnn_cbam.py')
+# Settings of the demo's config: a small detector, a short training, and images that are loaded in this process.
+SMALL = {'model.backbone.base_channels': 4, 'model.neck.in_channels': [16, 32, 64, 128]}
+ONE_EPOCH = {'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1}
+IN_THIS_PROCESS = {
+    f'{split}_dataloader.{key}': value
+    for split in ('train', 'val', 'test')
+    for key, value in (('num_workers', 0), ('persistent_workers', False))
+}
 
 for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'):  # of a container, say: the tests are one process
     os.environ.pop(name, None)
@@ -99,16 +107,25 @@ def own_shapes(shapes, tmp_path):
     return Path(shutil.copytree(shapes, tmp_path / 'data'))
 
 
-def tiny(work_dir, data_root, *options):
-    """Arguments that make the demo config train one epoch on the tiny data set in a few seconds."""
-    return [
-        '--work-dir', work_dir, '--data-root', data_root, '--cfg-options',
-        'train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=4',
-        'train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
-        'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False',
-        'test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False',
-        'model.backbone.base_channels=4', 'model.neck.in_channels=[16,32,64,128]', *options,
-    ]  # fmt: skip
+def cfg_options(settings, *options):
+    """Settings (key -> value) and options ('key=value') as arguments of a tool; of equal keys the last one counts."""
+    settings = {key: str(value).replace(' ', '') for key, value in settings.items()}
+    settings |= dict(option.split('=', 1) for option in options)
+    return ['--cfg-options', *(f'{key}={value}' for key, value in settings.items())]
+
+
+def tiny(work_dir, data_root, *options, schedule=ONE_EPOCH, model=SMALL):
+    """Arguments that make the demo config train one epoch on the tiny data set in a few seconds.
+
+    Args:
+        work_dir: where the run goes.
+        data_root: the data set.
+        options: 'key=value' as on a command line; they replace what stands here under the same key.
+        schedule: settings of the training loop, for a config whose loop is another one.
+        model: settings of the detector, for a config that holds them already.
+    """
+    settings = {**schedule, **IN_THIS_PROCESS, 'train_dataloader.batch_size': 4, **model}
+    return ['--work-dir', work_dir, '--data-root', data_root, *cfg_options(settings, *options)]
 
 
 @pytest.fixture(scope='session')

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, DEMO, ROOT, tiny
+from conftest import DATA, DEMO, ROOT, SMALL, cfg_options, tiny
 
 BCCD = DATA / 'bccd'
 
@@ -577,8 +577,10 @@ def test_file_that_is_no_checkpoint(run_tool, shapes, tmp_path):
 
 @pytest.mark.parametrize('tool', ['test.py', 'infer.py'])
 def test_checkpoint_of_another_architecture(run_tool, trained, shapes, tmp_path, tool):
-    options = tiny(tmp_path, shapes, 'model.backbone.plugins=None')
-    arguments = [shapes / 'val2017', '--out-dir', tmp_path, *options[4:]] if tool == 'infer.py' else options
+    plain = 'model.backbone.plugins=None'
+    arguments = tiny(tmp_path, shapes, plain)
+    if tool == 'infer.py':
+        arguments = [shapes / 'val2017', '--out-dir', tmp_path, *cfg_options(SMALL, plain)]
     result = run_tool(tool, DEMO, trained / 'epoch_1.pth', *arguments)
     assert_refused(result, 'epoch_1.pth is of another architecture', 'keys are not in the model .*cbam')
 

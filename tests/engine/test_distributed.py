@@ -199,7 +199,7 @@ def test_same_seed_same_curve_in_two_processes(shapes, tmp_path):
     pytest.param(['--cfg-options', 'sync_bn=torch'], 'SyncBN needs a GPU', marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_one_mistake_one_message(option, message, shapes, tmp_path):
-    result = script('dist_train.sh', DEMO, 2, *tiny(tmp_path, shapes)[:4], *option)
+    result = script('dist_train.sh', DEMO, 2, '--work-dir', tmp_path, '--data-root', shapes, *option)
     assert result.code == 2, result.err
     assert result.err.count('error: ') == 1
     assert message in result.err

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT, WritesAFile, forget_earlier_runs, tiny
+from conftest import DEMO, ROOT, SMALL, WritesAFile, cfg_options, forget_earlier_runs, tiny
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.runner import CheckpointLoader
@@ -95,9 +95,8 @@ def test_test_refuses_code(run_tool, evil, shapes, tmp_path):
 
 
 def test_infer_refuses_code(run_tool, evil, shapes, tmp_path):
-    options = [o for o in tiny(tmp_path, shapes)[5:] if str(o).startswith('model.')]
     image = next((shapes / 'val2017').iterdir())
-    result = run_tool('infer.py', DEMO, evil, image, '--out-dir', tmp_path / 'out', '--cfg-options', *options)
+    result = run_tool('infer.py', DEMO, evil, image, '--out-dir', tmp_path / 'out', *cfg_options(SMALL))
     assert_refused(result, evil)
 
 
@@ -112,9 +111,8 @@ def test_insert_cbam_refuses_code(run_tool, evil, tmp_path):
 
 @pytest.mark.parametrize('tool', ['gradcam.py', 'attention_maps.py'])
 def test_pictures_refuse_code(run_tool, evil, shapes, tmp_path, tool):
-    options = [o for o in tiny(tmp_path, shapes)[5:] if str(o).startswith('model.')]
     image = next((shapes / 'val2017').iterdir())
-    chosen = ['--config', DEMO, '--checkpoint', evil, '--out-dir', tmp_path / 'out', '--cfg-options', *options]
+    chosen = ['--config', DEMO, '--checkpoint', evil, '--out-dir', tmp_path / 'out', *cfg_options(SMALL)]
     assert_refused(run_tool(tool, image, *chosen), evil)
 
 

@@ -90,21 +90,6 @@ def config(folder, custom_hooks='[]', more=''):
     return path
 
 
-def options(work_dir, shapes, workers=0):
-    chosen = tiny(work_dir, shapes, f'train_cfg.max_epochs={EPOCHS}', 'train_dataloader.batch_size=2', 'train_cfg.val_interval=2',
-                  f'train_dataloader.num_workers={workers}')  # fmt: skip
-    return [
-        o
-        for o in chosen
-        if o not in ('train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=4')
-    ]
-
-
-def for_iterations(chosen):
-    """The same options for a loop of iterations."""
-    return [o for o in chosen if not str(o).startswith('train_cfg.')]
-
-
 def losses(work_dir):
     """Iteration -> every loss, from what the run wrote; a later line of an iteration counts."""
     found = {}
@@ -125,8 +110,7 @@ def train_with(run_tool, work_dir, shapes, epochs, batch_size, *resume):
         'train_cfg.val_interval=100', 'default_hooks.logger.interval=1', 'default_hooks.checkpoint.by_epoch=False',
         'default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=-1',
     )  # fmt: skip
-    replaced = ('train_cfg.max_epochs=1', 'train_dataloader.batch_size=4', 'train_cfg.val_interval=1')
-    result = run_tool('train.py', DEMO, *resume, *(o for o in options if o not in replaced))
+    result = run_tool('train.py', DEMO, *resume, *options)
     assert result.code == 0, result.err[-2000:]
     printed = result.out + result.err
     return printed, Counter(int(epoch) for epoch in re.findall(r'Epoch\(train\) +\[(\d+)\]', printed))
@@ -184,16 +168,19 @@ def uninterrupted(shapes, tmp_path_factory):
     return curve, load_checkpoint(folder / f'work/iter_{EPOCHS * ITERATIONS}.pth')
 
 
-def start(folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=(), persistent=False, processes=1, more=''):
+def start(
+    folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=(), persistent=False, processes=1, more='', epochs=True
+):  # fmt: skip
+    """Start a training; `more` is the config's, and tells by `epochs` whether its loop counts them."""
     tool = [sys.executable, ROOT / 'tools/train.py']
     if processes > 1:
         tool = ['bash', ROOT / 'tools/dist_train.sh']
     command = [*tool, config(folder, custom_hooks, more)] + ([processes] if processes > 1 else [])
-    chosen = options(folder / 'work', shapes, workers)
-    command += [*resume, *(for_iterations(chosen) if 'IterBased' in more else chosen)]
-    command += [f'randomness.seed={seed}'] if seed is not None else []
-    command += ['train_dataloader.persistent_workers=True'] if persistent else []
-    command += [f'train_dataloader.batch_size={2 // processes}'] if processes > 1 else []
+    chosen = [f'train_dataloader.num_workers={workers}', f'train_dataloader.persistent_workers={persistent}']
+    chosen += [f'train_dataloader.batch_size={2 // processes}']
+    chosen += [f'randomness.seed={seed}'] if seed is not None else []
+    schedule = {'train_cfg.max_epochs': EPOCHS, 'train_cfg.val_interval': 2} if epochs else {}
+    command += [*resume, *tiny(folder / 'work', shapes, *chosen, schedule=schedule)]
     environment = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}', OMP_NUM_THREADS='1', PYTHON=sys.executable)
     with (folder / 'log').open('ab') as log:
         return subprocess.Popen(
@@ -244,14 +231,17 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, shapes, tmp_pat
 @pytest.mark.parametrize(
     ('number', 'how'),
     [
-        (signal.SIGKILL, dict(more=BY_ITERATION, workers=2)),
-        (signal.SIGTERM, dict(more=BY_ITERATION)),
+        (signal.SIGKILL, dict(more=BY_ITERATION, epochs=False, workers=2)),
+        (signal.SIGTERM, dict(more=BY_ITERATION, epochs=False)),
         (signal.SIGKILL, dict(processes=2)),
         (signal.SIGTERM, dict(processes=2, workers=2)),
         # Finite samplers too, whose batches are drawn once more to pass over them.
         (
             signal.SIGKILL,
-            dict(more=BY_ITERATION.replace("type='InfiniteSampler'), batch_sampler=None", "type='DefaultSampler')")),
+            dict(
+                more=BY_ITERATION.replace("type='InfiniteSampler'), batch_sampler=None", "type='DefaultSampler')"),
+                epochs=False,
+            ),
         ),
         # Gradients of three iterations are one step: it stops after the one that is begun.
         (signal.SIGTERM, dict(more='optim_wrapper = dict(accumulative_counts=3)\n')),
