@@ -1,5 +1,7 @@
 """Shared by all tests. Importing the package first switches mmcv's operators on."""
 
+import logging
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -9,10 +11,12 @@ from pathlib import Path
 
 import cbam_mmdet  # noqa: F401  # isort: skip  (before mmdet)
 
+import mmengine.registry
 import pytest
 import torch
 from mmdet.visualization import DetLocalVisualizer
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import DefaultScope, Registry
 from mmengine.visualization import Visualizer
 
 from cbam_mmdet.datasets import ensure_shapes
@@ -30,6 +34,11 @@ IN_THIS_PROCESS = {
     for key, value in (('num_workers', 0), ('persistent_workers', False))
 }
 
+# Processes that begin with the package imported, which takes seconds: for tests that need a process, and no fresh one.
+# `FORKS.Process(target=, args=)` calls a function of a test's module in one.
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(['cbam_mmdet.apis.train', 'cbam_mmdet.cli', 'mmdet.models'])
+
 for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'):  # of a container, say: the tests are one process
     os.environ.pop(name, None)
 
@@ -42,9 +51,36 @@ def pytest_collection_modifyitems(items):
 
 
 def forget_earlier_runs():
-    """MMEngine's loggers and visualizers live as long as the process, and write to streams that are closed by now."""
-    for manager in (MMLogger, DetLocalVisualizer, Visualizer):
+    """MMEngine's global state lives as long as the process: loggers that write to closed streams, the default scope."""
+    for logger in MMLogger._instance_dict.values():
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.close()
+    for manager in (MMLogger, MessageHub, DefaultScope, DetLocalVisualizer, Visualizer):
         manager._instance_dict.clear()
+
+
+def forget_modules_below(folder):
+    """Modules that a test's config imported from its own folder, and what they registered: another may reuse a name."""
+    # Not getattr, for which a lazy module imports what it stands for.
+    files = {name: getattr(module, '__dict__', {}).get('__file__') for name, module in list(sys.modules.items())}
+    names = {name for name, file in files.items() if str(file).startswith(f'{folder}/')}
+    for name in names:
+        del sys.modules[name]
+    registries = [value for value in vars(mmengine.registry).values() if isinstance(value, Registry)] if names else []
+    for registry in registries:
+        registries += registry.children.values()
+        for key, value in list(registry.module_dict.items()):
+            if value.__module__ in names:
+                del registry.module_dict[key]
+
+
+@pytest.fixture(autouse=True)
+def mmengine_as_it_was(tmp_path_factory):
+    """A test finds MMEngine as if it were the first one, whatever the order of the tests."""
+    yield
+    forget_earlier_runs()
+    forget_modules_below(tmp_path_factory.getbasetemp())
 
 
 class WritesAFile:
@@ -66,20 +102,36 @@ class Result:
     err: str
 
 
-@pytest.fixture
-def run_tool(monkeypatch, capfd):
-    """Run tools/NAME.py in this process, as its command line would."""
+def run_forks(function, *arguments):
+    """Call a function of a test's module in several processes at once, to their end."""
+    processes = [FORKS.Process(target=function, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0, 'its traceback is on stderr'
 
-    def run(name, *args):
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
-        monkeypatch.syspath_prepend(ROOT / 'tools')  # as Python does for a script
-        capfd.readouterr()
-        forget_earlier_runs()
-        code = 0
+
+def run_in_this_process(name, *args):
+    """Run tools/NAME as its command line would, and return its exit code."""
+    forget_earlier_runs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [name, *map(str, args)])
+        patch.syspath_prepend(ROOT / 'tools')  # as Python does for a script
         try:
             runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
         except SystemExit as stop:
-            code = stop.code or 0
+            return stop.code or 0
+    return 0
+
+
+@pytest.fixture
+def run_tool(capfd):
+    """Run tools/NAME in this process, as its command line would."""
+
+    def run(name, *args):
+        capfd.readouterr()
+        code = run_in_this_process(name, *args)
         return Result(code, *capfd.readouterr())
 
     return run
@@ -145,13 +197,4 @@ def demo(tmp_path_factory):
 
 
 def train(*arguments):
-    forget_earlier_runs()
-    argv, sys.argv = sys.argv, ['train.py', DEMO, *map(str, arguments)]
-    sys.path.insert(0, str(ROOT / 'tools'))
-    try:
-        runpy.run_path(str(ROOT / 'tools/train.py'), run_name='__main__')
-    except SystemExit as stop:
-        assert not stop.code
-    finally:
-        sys.path.remove(str(ROOT / 'tools'))
-        sys.argv = argv
+    assert run_in_this_process('train.py', DEMO, *arguments) == 0

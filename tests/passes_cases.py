@@ -13,7 +13,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1, 1), (3, 17, 5, 7), (2, 256, 25, 42), (5, 123, 13, 11)]
 CASES = list(itertools.product(SHAPES, DTYPES))
 if INTERPRETED:
-    # Its time grows with the number of programs. The last two shapes are small, and yet more than 1024 long in one dimension:
+    # Its time grows with the number of programs. The last two shapes are small, yet longer than 1024 in one dimension:
     # each kernel cuts them into several blocks, and each reduction into several parts and steps.
     SHAPES = [*SHAPES[:2], (2, 5, 33, 35), (1, 1030, 3, 5)]
     CASES = [*itertools.product(SHAPES[:2], DTYPES), *itertools.product(SHAPES[2:], DTYPES[1:3])]

@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import DATA, DEMO, ROOT, SMALL, cfg_options, tiny
 
+from cbam_mmdet.datasets.checks import check_data
+
 BCCD = DATA / 'bccd'
 
 
@@ -392,8 +394,6 @@ def test_degenerate_boxes_of_a_voc_data_set_are_counted():
     from mmengine.config import Config
     from mmengine.registry import init_default_scope
 
-    from cbam_mmdet.datasets.checks import check_data
-
     init_default_scope('mmdet')
     cfg = Config.fromfile(ROOT / 'configs/demo/faster_rcnn_cbam.py')
     cfg.model.roi_head.bbox_head.num_classes = 3
@@ -531,15 +531,11 @@ def test_worker_that_dies(run_tool, shapes, tmp_path, monkeypatch):
 
 
 def test_annotation_file_that_disappears_after_the_check(run_tool, own_shapes, tmp_path, monkeypatch):
-    from cbam_mmdet.apis import train as run
-
-    check = run._check_data
-
     def check_and_lose(*args):
-        check(*args)
+        check_data(*args)
         (own_shapes / 'annotations/instances_val2017.json').unlink()
 
-    monkeypatch.setattr(run, '_check_data', check_and_lose)
+    monkeypatch.setattr('cbam_mmdet.apis.runner.check_data', check_and_lose)
     result = run_tool('train.py', DEMO, *tiny(tmp_path, own_shapes))
     assert_refused(result, r'instances_val2017.json does not exist \(any more\)')
 
