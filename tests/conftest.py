@@ -1,5 +1,7 @@
 """Shared by all tests. Importing the package first switches mmcv's operators on."""
 
+import logging
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -9,10 +11,12 @@ from pathlib import Path
 
 import cbam_mmdet  # noqa: F401  # isort: skip  (before mmdet)
 
+import mmengine.registry
 import pytest
 import torch
 from mmdet.visualization import DetLocalVisualizer
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import DefaultScope, Registry
 from mmengine.visualization import Visualizer
 
 from cbam_mmdet.datasets import ensure_shapes
@@ -21,6 +25,19 @@ ROOT = Path(__file__).parent.parent
 # Real images for tests that skip without them: coco/ and bccd/ in their own layouts.
 DATA = Path(os.environ.get('CBAM_TEST_DATA', ROOT.parent / 'shared/data'))
 DEMO = str(ROOT / 'configs/demo/faster_rcnn_cbam.py')
+# Settings of the demo's config: a small detector, a short training, and images that are loaded in this process.
+SMALL = {'model.backbone.base_channels': 4, 'model.neck.in_channels': [16, 32, 64, 128]}
+ONE_EPOCH = {'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1}
+IN_THIS_PROCESS = {
+    f'{split}_dataloader.{key}': value
+    for split in ('train', 'val', 'test')
+    for key, value in (('num_workers', 0), ('persistent_workers', False))
+}
+
+# Processes that begin with the package imported, which takes seconds: for tests that need a process, and no fresh one.
+# `FORKS.Process(target=, args=)` calls a function of a test's module in one.
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(['cbam_mmdet.apis.train', 'cbam_mmdet.cli', 'mmdet.models'])
 
 for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'):  # of a container, say: the tests are one process
     os.environ.pop(name, None)
@@ -34,9 +51,36 @@ def pytest_collection_modifyitems(items):
 
 
 def forget_earlier_runs():
-    """MMEngine's loggers and visualizers live as long as the process, and write to streams that are closed by now."""
-    for manager in (MMLogger, DetLocalVisualizer, Visualizer):
+    """MMEngine's global state lives as long as the process: loggers that write to closed streams, the default scope."""
+    for logger in MMLogger._instance_dict.values():
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.close()
+    for manager in (MMLogger, MessageHub, DefaultScope, DetLocalVisualizer, Visualizer):
         manager._instance_dict.clear()
+
+
+def forget_modules_below(folder):
+    """Modules that a test's config imported from its own folder, and what they registered: another may reuse a name."""
+    # Not getattr, for which a lazy module imports what it stands for.
+    files = {name: getattr(module, '__dict__', {}).get('__file__') for name, module in list(sys.modules.items())}
+    names = {name for name, file in files.items() if str(file).startswith(f'{folder}/')}
+    for name in names:
+        del sys.modules[name]
+    registries = [value for value in vars(mmengine.registry).values() if isinstance(value, Registry)] if names else []
+    for registry in registries:
+        registries += registry.children.values()
+        for key, value in list(registry.module_dict.items()):
+            if value.__module__ in names:
+                del registry.module_dict[key]
+
+
+@pytest.fixture(autouse=True)
+def mmengine_as_it_was(tmp_path_factory):
+    """A test finds MMEngine as if it were the first one, whatever the order of the tests."""
+    yield
+    forget_earlier_runs()
+    forget_modules_below(tmp_path_factory.getbasetemp())
 
 
 class WritesAFile:
@@ -58,20 +102,36 @@ class Result:
     err: str
 
 
-@pytest.fixture
-def run_tool(monkeypatch, capfd):
-    """Run tools/NAME.py in this process, as its command line would."""
+def run_forks(function, *arguments):
+    """Call a function of a test's module in several processes at once, to their end."""
+    processes = [FORKS.Process(target=function, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0, 'its traceback is on stderr'
 
-    def run(name, *args):
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
-        monkeypatch.syspath_prepend(ROOT / 'tools')  # as Python does for a script
-        capfd.readouterr()
-        forget_earlier_runs()
-        code = 0
+
+def run_in_this_process(name, *args):
+    """Run tools/NAME as its command line would, and return its exit code."""
+    forget_earlier_runs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [name, *map(str, args)])
+        patch.syspath_prepend(ROOT / 'tools')  # as Python does for a script
         try:
             runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
         except SystemExit as stop:
-            code = stop.code or 0
+            return stop.code or 0
+    return 0
+
+
+@pytest.fixture
+def run_tool(capfd):
+    """Run tools/NAME in this process, as its command line would."""
+
+    def run(name, *args):
+        capfd.readouterr()
+        code = run_in_this_process(name, *args)
         return Result(code, *capfd.readouterr())
 
     return run
@@ -99,16 +159,25 @@ def own_shapes(shapes, tmp_path):
     return Path(shutil.copytree(shapes, tmp_path / 'data'))
 
 
-def tiny(work_dir, data_root, *options):
-    """Arguments that make the demo config train one epoch on the tiny data set in a few seconds."""
-    return [
-        '--work-dir', work_dir, '--data-root', data_root, '--cfg-options',
-        'train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=4',
-        'train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
-        'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False',
-        'test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False',
-        'model.backbone.base_channels=4', 'model.neck.in_channels=[16,32,64,128]', *options,
-    ]  # fmt: skip
+def cfg_options(settings, *options):
+    """Settings (key -> value) and options ('key=value') as arguments of a tool; of equal keys the last one counts."""
+    settings = {key: str(value).replace(' ', '') for key, value in settings.items()}
+    settings |= dict(option.split('=', 1) for option in options)
+    return ['--cfg-options', *(f'{key}={value}' for key, value in settings.items())]
+
+
+def tiny(work_dir, data_root, *options, schedule=ONE_EPOCH, model=SMALL):
+    """Arguments that make the demo config train one epoch on the tiny data set in a few seconds.
+
+    Args:
+        work_dir: where the run goes.
+        data_root: the data set.
+        options: 'key=value' as on a command line; they replace what stands here under the same key.
+        schedule: settings of the training loop, for a config whose loop is another one.
+        model: settings of the detector, for a config that holds them already.
+    """
+    settings = {**schedule, **IN_THIS_PROCESS, 'train_dataloader.batch_size': 4, **model}
+    return ['--work-dir', work_dir, '--data-root', data_root, *cfg_options(settings, *options)]
 
 
 @pytest.fixture(scope='session')
@@ -128,13 +197,4 @@ def demo(tmp_path_factory):
 
 
 def train(*arguments):
-    forget_earlier_runs()
-    argv, sys.argv = sys.argv, ['train.py', DEMO, *map(str, arguments)]
-    sys.path.insert(0, str(ROOT / 'tools'))
-    try:
-        runpy.run_path(str(ROOT / 'tools/train.py'), run_name='__main__')
-    except SystemExit as stop:
-        assert not stop.code
-    finally:
-        sys.path.remove(str(ROOT / 'tools'))
-        sys.argv = argv
+    assert run_in_this_process('train.py', DEMO, *arguments) == 0

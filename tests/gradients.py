@@ -1,13 +1,8 @@
-"""One training step of a small FCOS with CBAM, in float64, in as many processes as torchrun starts: writes gradients and statistics.
-
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/gradients.py OUT.pt
+"""One training step of a small FCOS with CBAM, in float64, in one process or in several: gradients and statistics.
 
 FCOS, because its losses are divided by the objects of all processes together. The norms are synchronized by AllReduceBN, as
 torch's SyncBatchNorm refuses CPUs; a single process has torch's own BatchNorm.
 """
-
-import os
-import sys
 
 import cbam_mmdet  # noqa: F401  # isort: skip  (before mmdet)
 
@@ -75,9 +70,8 @@ def batch():
     return images, samples
 
 
-def step(place):
-    """In one process or under a process group: gradients of all parameters and the statistics of all norms, after one step on this process's share of the batch."""
-    rank, processes = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+def step(place, rank=0, processes=1):
+    """Gradients of all parameters and the statistics of all norms, after one step on this process's share of the batch."""
     torch.manual_seed(0)
     model = build(place, 'AllReduceBN' if processes > 1 else 'BN').double().train()
     run = model
@@ -91,9 +85,10 @@ def step(place):
     return gradients, {name: buffer for name, buffer in model.named_buffers() if 'running' in name}
 
 
-if __name__ == '__main__':
-    distributed.init_process_group('gloo')
-    result = {place: step(place) for place in PLACES}
-    if distributed.get_rank() == 0:
-        torch.save(result, sys.argv[1])
+def step_in_a_group(rank, processes, folder):
+    """What each of several processes does; the first writes the result to folder/gradients.pt."""
+    distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=processes)
+    result = {place: step(place, rank, processes) for place in PLACES}
+    if rank == 0:
+        torch.save(result, f'{folder}/gradients.pt')
     end_process(0)

@@ -1,38 +1,44 @@
 """Shapes, dtypes and layouts on which the passes are tested, alone and as the tail of a block."""
 
+import itertools
+
 import pytest
 import torch
 
 from cbam_mmdet.ops import cpu_passes
 from cbam_mmdet.ops.functional import INTERPRETED
 
-SHAPES = [(1, 1, 1, 1), (3, 17, 5, 7), (2, 256, 25, 42), (5, 123, 13, 11)]
-
-
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-
-
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
+SHAPES = [(1, 1, 1, 1), (3, 17, 5, 7), (2, 256, 25, 42), (5, 123, 13, 11)]
+CASES = list(itertools.product(SHAPES, DTYPES))
+if INTERPRETED:
+    # Its time grows with the number of programs. The last two shapes are small, yet longer than 1024 in one dimension:
+    # each kernel cuts them into several blocks, and each reduction into several parts and steps.
+    SHAPES = [*SHAPES[:2], (2, 5, 33, 35), (1, 1030, 3, 5)]
+    CASES = [*itertools.product(SHAPES[:2], DTYPES), *itertools.product(SHAPES[2:], DTYPES[1:3])]
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
-
-
-IMPLS = ['eager', pytest.param('fused', marks=[] if INTERPRETED else pytest.mark.gpu)]
+FUSED = pytest.param('fused', marks=[pytest.mark.kernels, *([] if INTERPRETED else [pytest.mark.gpu])])
+IMPLS = ['eager', FUSED]
 
 
 @pytest.fixture(autouse=True)
 def many_small_blocks(monkeypatch):
     """So that small maps are cut up and shared out, too."""
     monkeypatch.setattr(cpu_passes, 'BLOCK', 4096)
-    if INTERPRETED:  # whose time goes by the number of programs
-        from cbam_mmdet.ops import triton_passes
-
-        monkeypatch.setattr(triton_passes, 'TILE', 2**15)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """For a map that must be large: the interpreter's time grows with the number of programs."""
+    if INTERPRETED:
+        from cbam_mmdet.ops import triton_passes
+
+        monkeypatch.setattr(triton_passes, 'TILE', 2**16)
 
 
 def draw(shape, dtype=torch.float32, layout=torch.contiguous_format, seed=0):

@@ -349,7 +349,7 @@ def roi_align_backward(
     grad, boxes = _widen(grad_output, rois)
     if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
         # torchvision's kernel, which adds up atomically, refuses to run.
-        grad = _roi_align_backward_by_products(grad, boxes, grad_input.shape, spatial_scale, sampling_ratio, aligned)
+        grad = roi_align_backward_by_products(grad, boxes, grad_input.shape, spatial_scale, sampling_ratio, aligned)
     else:
         grad = _torchvision()._roi_align_backward(
             grad, boxes, spatial_scale, aligned_height, aligned_width, *grad_input.shape, sampling_ratio, bool(aligned)
@@ -365,7 +365,7 @@ def _check_averaging(pool_mode: int) -> None:
         )
 
 
-def _roi_align_backward_by_products(
+def roi_align_backward_by_products(
     grad: Tensor, rois: Tensor, shape: torch.Size, spatial_scale: float, sampling_ratio: int, aligned: bool
 ) -> Tensor:
     """RoIAlign's gradient by matrix products, which unlike atomic sums give the same result every time.

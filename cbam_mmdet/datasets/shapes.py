@@ -269,7 +269,7 @@ def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.abs(np.sqrt(u * u + v * v) - 0.72) - 0.26
 
 
-def _polygon(*vertices: tuple[float, float]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def polygon(*vertices: tuple[float, float]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """The signed distance to a simple polygon with slightly rounded corners.
 
     The nearest point of the outline is the nearest point of all edges. Each edge that a ray from the point towards +v
@@ -308,11 +308,11 @@ def _snap(value: float) -> float:
 _ARM = 0.24  # half the width of a cross's arm
 _DISTANCES = dict(
     circle=_circle,
-    square=_polygon(*[(u * 0.72, v * 0.72) for u, v in ((-1, -1), (1, -1), (1, 1), (-1, 1))]),
-    triangle=_polygon(*_on_circle(3, 0.94)),
-    star=_polygon(*_on_circle(10, 0.94, 0.4)),
+    square=polygon(*[(u * 0.72, v * 0.72) for u, v in ((-1, -1), (1, -1), (1, 1), (-1, 1))]),
+    triangle=polygon(*_on_circle(3, 0.94)),
+    star=polygon(*_on_circle(10, 0.94, 0.4)),
     ring=_ring,
-    cross=_polygon(
+    cross=polygon(
         *[(-_ARM, -0.9), (_ARM, -0.9), (_ARM, -_ARM), (0.9, -_ARM), (0.9, _ARM), (_ARM, _ARM)],
         *[(_ARM, 0.9), (-_ARM, 0.9), (-_ARM, _ARM), (-0.9, _ARM), (-0.9, -_ARM), (-_ARM, -_ARM)],
     ),

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, WritesAFile, forget_earlier_runs, tiny
+from conftest import DEMO, ROOT, SMALL, WritesAFile, forget_earlier_runs, tiny
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config, ConfigDict
@@ -275,9 +275,8 @@ class Ablation:
         self.configs = [folder / f'{name}.py' for name in ('first', 'second', 'third')]
         for config in self.configs:
             config.write_text(f'_base_ = {DEMO!r}\n')
-        options = [o for o in tiny(self.work_dir, shapes) if o != 'train_cfg.max_epochs=1']
         self.command = [sys.executable, self.tools / 'ablate.py', *self.configs, '--rounds', '1']
-        self.options = [*options, 'train_cfg.max_epochs=2']
+        self.options = tiny(self.work_dir, shapes, 'train_cfg.max_epochs=2')
 
     def start(self, *flags, **environment):
         return subprocess.Popen(
@@ -358,8 +357,7 @@ def test_a_failure_is_named_and_the_others_are_trained(ablation, monkeypatch, ca
     monkeypatch.setenv('FAILS', 'second')
     monkeypatch.setenv('WEIGHTS', ablation.environment['WEIGHTS'])
     forget_earlier_runs()
-    options = {'model.backbone.base_channels': 4, 'model.neck.in_channels': [16, 32, 64, 128]}
-    options['train_cfg.max_epochs'] = 2
+    options = {**SMALL, 'train_cfg.max_epochs': 2}
     arguments = dict(data_root=str(ablation.shapes), cfg_options=options, rounds=1)
     assert ablate(list(map(str, ablation.configs)), str(ablation.work_dir), ablation.tools, **arguments) == 1
     out, err = capfd.readouterr()
@@ -380,8 +378,7 @@ def test_a_failure_is_named_and_the_others_are_trained(ablation, monkeypatch, ca
 def test_real_training_killed_and_finished(shapes, tmp_path):
     """As above, with tools/train.py itself and configs of configs/ablation/."""
     names = ('plain', 'channel_avg', 'cbam')
-    options = [o for o in tiny(tmp_path, shapes) if o != 'train_cfg.max_epochs=1']
-    options += ['train_cfg.max_epochs=4', 'default_hooks.checkpoint.interval=1']
+    options = tiny(tmp_path, shapes, 'train_cfg.max_epochs=4', 'default_hooks.checkpoint.interval=1')
     command = [sys.executable, TOOLS / 'ablate.py', *(ABLATION / f'{n}.py' for n in names), '--rounds', '2', *options]
     command = list(map(str, command))
     process = subprocess.Popen(command, start_new_session=True)

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, tiny
+from conftest import DEMO, ROOT, SMALL, cfg_options, tiny
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.runner import checkpoint as checkpoint_module
@@ -13,22 +13,20 @@ from cbam_mmdet import CBAM
 from cbam_mmdet.engine.checkpoint.missing_cbam import summarize_missing_cbam
 
 PLAIN = str(ROOT / 'configs/demo/faster_rcnn.py')
-SMALL = ['model.backbone.base_channels=4', 'model.neck.in_channels=[16,32,64,128]']
 
 
 @pytest.fixture(scope='module')
 def plain(tmp_path_factory):
     """The weights of a plain detector, random ones."""
     cfg = Config.fromfile(PLAIN)
-    cfg.model.backbone.base_channels, cfg.model.neck.in_channels = 4, [16, 32, 64, 128]
+    cfg.merge_from_dict(SMALL)
     torch.manual_seed(1)
     model = MODELS.build(cfg.model)
     model.init_weights()
     for name, value in model.named_parameters():
         if '.bn' in name and name.endswith('weight'):
-            torch.nn.init.uniform_(
-                value, 0.5, 1.5
-            )  # a fresh block's last norm is 0, and whatever follows it would not be seen
+            # A fresh block's last norm is 0, and whatever follows it would not be seen.
+            torch.nn.init.uniform_(value, 0.5, 1.5)
     path = tmp_path_factory.mktemp('plain') / 'plain.pth'
     torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(CLASSES=cfg.classes))), path)
     return path
@@ -37,25 +35,15 @@ def plain(tmp_path_factory):
 @pytest.fixture
 def insert(run_tool, plain, tmp_path):
     def run(*args, config=PLAIN, checkpoint=plain, options=()):
-        return run_tool(
-            'insert_cbam.py',
-            config,
-            checkpoint,
-            '--out-dir',
-            tmp_path / 'new',
-            *args,
-            '--cfg-options',
-            *SMALL,
-            *options,
-        )
+        chosen = ['--out-dir', tmp_path / 'inserted', *args, *cfg_options(SMALL, *options)]
+        return run_tool('insert_cbam.py', config, checkpoint, *chosen)
 
     return run
 
 
-def detections(run_tool, config, checkpoint, shapes, folder):
+def detections(run_tool, config, checkpoint, shapes, folder, model):
     """Of every image, whatever their score."""
-    options = tiny(folder, shapes, 'model.test_cfg.rcnn.score_thr=0.0')
-    options = [o for o in options if o not in SMALL] if 'new' in str(config) else options
+    options = tiny(folder, shapes, 'model.test_cfg.rcnn.score_thr=0.0', model=model)
     result = run_tool('test.py', config, checkpoint, '--out', folder / 'out.pkl', *options)
     assert result.code == 0, result.err[-2000:]
     return [sample['pred_instances'] for sample in pickle.loads((folder / 'out.pkl').read_bytes())]
@@ -65,16 +53,15 @@ def test_before_any_training_the_detections_are_the_plain_ones(insert, run_tool,
     result = insert()
     assert result.code == 0, result.err
     assert result.out.startswith('16 CBAM modules, ')
-    config, checkpoint = tmp_path / 'new/faster_rcnn_cbam.py', tmp_path / 'new/faster_rcnn_cbam.pth'
-    before = detections(run_tool, PLAIN, plain, shapes, tmp_path / 'a')
-    after = detections(run_tool, config, checkpoint, shapes, tmp_path / 'b')
+    config, checkpoint = tmp_path / 'inserted/faster_rcnn_cbam.py', tmp_path / 'inserted/faster_rcnn_cbam.pth'
+    before = detections(run_tool, PLAIN, plain, shapes, tmp_path / 'a', SMALL)
+    after = detections(run_tool, config, checkpoint, shapes, tmp_path / 'b', {})
     assert len(before) == len(after) == 4
     for a, b in zip(before, after, strict=True):
         assert len(a['scores']) > 0
         assert all(torch.equal(a[key], b[key]) for key in ('bboxes', 'scores', 'labels')), 'bit for bit'
 
-    options = [o for o in tiny(tmp_path / 'work', shapes) if o not in SMALL]
-    result = run_tool('train.py', config, *options)
+    result = run_tool('train.py', config, *tiny(tmp_path / 'work', shapes, model={}))
     assert result.code == 0, result.err[-2000:]
     new, old = (torch.load(p, weights_only=False)['state_dict'] for p in (tmp_path / 'work/epoch_1.pth', checkpoint))
     moved = [key for key in old if 'cbam' in key and not torch.equal(new[key], old[key])]
@@ -84,9 +71,9 @@ def test_before_any_training_the_detections_are_the_plain_ones(insert, run_tool,
 def test_the_papers_gate_changes_the_detections(insert, run_tool, plain, shapes, tmp_path):
     """That the test above can fail."""
     assert insert('--cbam', 'gate=sigmoid', 'reduction=4').code == 0
-    before = detections(run_tool, PLAIN, plain, shapes, tmp_path / 'a')
-    config, checkpoint = tmp_path / 'new/faster_rcnn_cbam.py', tmp_path / 'new/faster_rcnn_cbam.pth'
-    after = detections(run_tool, config, checkpoint, shapes, tmp_path / 'b')
+    before = detections(run_tool, PLAIN, plain, shapes, tmp_path / 'a', SMALL)
+    config, checkpoint = tmp_path / 'inserted/faster_rcnn_cbam.py', tmp_path / 'inserted/faster_rcnn_cbam.pth'
+    after = detections(run_tool, config, checkpoint, shapes, tmp_path / 'b', {})
     assert not all(torch.equal(a['scores'], b['scores']) for a, b in zip(before, after, strict=True))
 
 
@@ -94,7 +81,7 @@ def test_frozen_stages_get_none(insert, tmp_path):
     result = insert(options=['model.backbone.frozen_stages=1'])
     assert result.code == 0, result.err
     assert result.out.startswith('13 CBAM modules') and 'backbone.layer1' not in result.out
-    cfg = Config.fromfile(tmp_path / 'new/faster_rcnn_cbam.py')
+    cfg = Config.fromfile(tmp_path / 'inserted/faster_rcnn_cbam.py')
     assert cfg.model.backbone.plugins[0].after == ['layer[2-4].*.bn3']
     backbone = MODELS.build(cfg.model).backbone
     backbone.train()  # freezes
@@ -113,12 +100,12 @@ def test_frozen_stages_get_none(insert, tmp_path):
 def test_refused(insert, tmp_path, given, message):
     result = insert(**given)
     assert result.code == 2 and message in result.err and 'Traceback' not in result.err, result.err
-    assert not (tmp_path / 'new').exists()
+    assert not (tmp_path / 'inserted').exists()
 
 
 def test_missing_cbams_are_said_in_one_line(plain, logged):
     cfg = Config.fromfile(DEMO)
-    cfg.model.backbone.base_channels, cfg.model.neck.in_channels = 4, [16, 32, 64, 128]
+    cfg.merge_from_dict(SMALL)
     cfg.model.backbone.plugins[0].cfg.gate = 'unit'
     model = MODELS.build(cfg.model)
     weights = torch.load(plain, weights_only=False)['state_dict']

@@ -10,7 +10,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, DEMO, ROOT, tiny
+from conftest import DATA, DEMO, ROOT, SMALL, cfg_options, tiny
+
+from cbam_mmdet.datasets.checks import check_data
 
 BCCD = DATA / 'bccd'
 
@@ -392,8 +394,6 @@ def test_degenerate_boxes_of_a_voc_data_set_are_counted():
     from mmengine.config import Config
     from mmengine.registry import init_default_scope
 
-    from cbam_mmdet.datasets.checks import check_data
-
     init_default_scope('mmdet')
     cfg = Config.fromfile(ROOT / 'configs/demo/faster_rcnn_cbam.py')
     cfg.model.roi_head.bbox_head.num_classes = 3
@@ -531,15 +531,11 @@ def test_worker_that_dies(run_tool, shapes, tmp_path, monkeypatch):
 
 
 def test_annotation_file_that_disappears_after_the_check(run_tool, own_shapes, tmp_path, monkeypatch):
-    from cbam_mmdet.apis import train as run
-
-    check = run._check_data
-
     def check_and_lose(*args):
-        check(*args)
+        check_data(*args)
         (own_shapes / 'annotations/instances_val2017.json').unlink()
 
-    monkeypatch.setattr(run, '_check_data', check_and_lose)
+    monkeypatch.setattr('cbam_mmdet.apis.runner.check_data', check_and_lose)
     result = run_tool('train.py', DEMO, *tiny(tmp_path, own_shapes))
     assert_refused(result, r'instances_val2017.json does not exist \(any more\)')
 
@@ -577,8 +573,10 @@ def test_file_that_is_no_checkpoint(run_tool, shapes, tmp_path):
 
 @pytest.mark.parametrize('tool', ['test.py', 'infer.py'])
 def test_checkpoint_of_another_architecture(run_tool, trained, shapes, tmp_path, tool):
-    options = tiny(tmp_path, shapes, 'model.backbone.plugins=None')
-    arguments = [shapes / 'val2017', '--out-dir', tmp_path, *options[4:]] if tool == 'infer.py' else options
+    plain = 'model.backbone.plugins=None'
+    arguments = tiny(tmp_path, shapes, plain)
+    if tool == 'infer.py':
+        arguments = [shapes / 'val2017', '--out-dir', tmp_path, *cfg_options(SMALL, plain)]
     result = run_tool(tool, DEMO, trained / 'epoch_1.pth', *arguments)
     assert_refused(result, 'epoch_1.pth is of another architecture', 'keys are not in the model .*cbam')
 

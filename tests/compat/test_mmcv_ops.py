@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch.autograd import gradcheck
 
 from cbam_mmdet.compat import mmcv_ops
@@ -568,7 +569,7 @@ def test_deterministic_roi_align_gradient_equals_the_kernels(sampling_ratio, ali
     output = ops.roi_align(features, rois, (3, 2), 0.5, sampling_ratio, 'avg', aligned)
     grad = rand(*output.shape, low=-1, seed=1)
     output.backward(grad)
-    actual = mmcv_ops._roi_align_backward_by_products(grad, rois, features.shape, 0.5, sampling_ratio, aligned)
+    actual = mmcv_ops.roi_align_backward_by_products(grad, rois, features.shape, 0.5, sampling_ratio, aligned)
     torch.testing.assert_close(actual, features.grad)
 
 
@@ -834,15 +835,15 @@ def test_environment_report():
 def run_script(script, *arguments, **environment):
     """Run a script in a process that has ``install_ops`` but, unlike the package, has not called it."""
     prelude = f"""
-        import importlib.util, sys, warnings
+        import sys, types, warnings
         # As in an environment without the files of cbam_mmdet/compat/startup.py.
-        sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, '__module__', '') != 'cbam_mmdet_startup']
+        sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, '__module__', '') != 'cbam_mmdet_startup']
         import mmcv, torch
-        spec = importlib.util.spec_from_file_location('mmcv_ops', {mmcv_ops.__file__!r})
-        mmcv_ops = importlib.util.module_from_spec(spec)
-        sys.modules['mmcv_ops'] = mmcv_ops
-        spec.loader.exec_module(mmcv_ops)
-        install_ops = mmcv_ops.install_ops
+        # The package without what its __init__.py does.
+        sys.modules['cbam_mmdet'] = types.ModuleType('cbam_mmdet')
+        sys.modules['cbam_mmdet'].__path__ = [{str(ROOT / 'cbam_mmdet')!r}]
+        from cbam_mmdet.compat import mmcv_ops
+        from cbam_mmdet.compat.mmcv_ops import install_ops
     """
     done = subprocess.run(
         [sys.executable, '-c', textwrap.dedent(prelude) + textwrap.dedent(script), *arguments],

@@ -78,7 +78,7 @@ def test_polygon_distance_agrees_with_opencv():
     contour = np.array(vertices, np.float32)
     expected = [-cv2.pointPolygonTest(contour, (a, b), True) for a, b in zip(u.ravel(), v.ravel(), strict=True)]
     rounding = 0.06
-    np.testing.assert_allclose(shapes._polygon(*vertices)(u, v).ravel(), np.array(expected) - rounding, atol=1e-4)
+    np.testing.assert_allclose(shapes.polygon(*vertices)(u, v).ravel(), np.array(expected) - rounding, atol=1e-4)
 
 
 @pytest.mark.parametrize(

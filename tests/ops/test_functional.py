@@ -2,15 +2,16 @@
 
 import copy
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import run_forks
 from plain_cbam import PlainCBAM, saved_share
+from torch import distributed
 from torch.utils.checkpoint import checkpoint
 
 from cbam_mmdet import CBAM
+from cbam_mmdet.engine.distributed import end_process
 from cbam_mmdet.models.cbam import cbam_reference
 
 VARIANTS = list(
@@ -282,38 +283,23 @@ def test_nan_and_infinity_propagate():
         assert not torch.isfinite(y[1, 3, 2, 2])
 
 
-DDP_PROGRAM = """
-import sys
-import torch
-from torch import distributed
-from cbam_mmdet import CBAM
-from cbam_mmdet.engine.distributed import end_process
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
-torch.manual_seed(0)
-module = CBAM(8).double().eval()
-x, grad = torch.randn(2, 4, 8, 5, 6, dtype=torch.float64).unbind(0)
-ddp = torch.nn.parallel.DistributedDataParallel(module)
-half = slice(2 * rank, 2 * rank + 2)
-for _ in range(2):  # the second forward raises if a parameter got no gradient in the first
-    ddp.zero_grad()
-    ddp(x[half]).backward(grad[half])
-torch.save([p.grad for p in module.parameters()], f'{folder}/{rank}.pt')
-end_process(0)
-"""
+def train_by_ddp(rank, folder):
+    """What each of the two processes does."""
+    distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
+    torch.manual_seed(0)
+    module = CBAM(8).double().eval()
+    x, grad = torch.randn(2, 4, 8, 5, 6, dtype=torch.float64).unbind(0)
+    ddp = torch.nn.parallel.DistributedDataParallel(module)
+    half = slice(2 * rank, 2 * rank + 2)
+    for _ in range(2):  # the second forward raises if a parameter got no gradient in the first
+        ddp.zero_grad()
+        ddp(x[half]).backward(grad[half])
+    torch.save([p.grad for p in module.parameters()], f'{folder}/{rank}.pt')
+    end_process(0)
 
 
 def test_ddp_over_two_processes_averages_the_gradients(tmp_path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, '-c', DDP_PROGRAM, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err[-2000:]
+    run_forks(train_by_ddp, (0, tmp_path), (1, tmp_path))
     torch.manual_seed(0)
     module = CBAM(8).double().eval()
     x, grad = torch.randn(2, 4, 8, 5, 6, dtype=torch.float64).unbind(0)

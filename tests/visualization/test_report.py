@@ -6,17 +6,15 @@ import html
 import json
 import pickle
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from coco_records import coco_records
-from conftest import DEMO, ROOT, forget_earlier_runs, tiny
+from conftest import DEMO, ROOT, run_in_this_process, tiny
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -27,14 +25,7 @@ needs_chromium = pytest.mark.skipif(not CHROMIUM, reason='no Chromium here: apt-
 
 
 def run_once(name, *args):
-    forget_earlier_runs()
-    argv, sys.argv = sys.argv, [name, *map(str, args)]
-    try:
-        runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
-    except SystemExit as stop:
-        assert not stop.code, f'{name} ended with {stop.code}'
-    finally:
-        sys.argv = argv
+    assert run_in_this_process(name, *args) == 0
 
 
 def write_detections(shapes, path):

@@ -1,12 +1,12 @@
 """Checkpoints that survive a kill and run no code."""
 
+import contextlib
 import errno
+import itertools
 import os
 import pickle
 import shutil
-import signal
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT, WritesAFile, forget_earlier_runs, tiny
+from conftest import DEMO, FORKS, ROOT, SMALL, WritesAFile, cfg_options, forget_earlier_runs, tiny
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.runner import CheckpointLoader
@@ -95,9 +95,8 @@ def test_test_refuses_code(run_tool, evil, shapes, tmp_path):
 
 
 def test_infer_refuses_code(run_tool, evil, shapes, tmp_path):
-    options = [o for o in tiny(tmp_path, shapes)[5:] if str(o).startswith('model.')]
     image = next((shapes / 'val2017').iterdir())
-    result = run_tool('infer.py', DEMO, evil, image, '--out-dir', tmp_path / 'out', '--cfg-options', *options)
+    result = run_tool('infer.py', DEMO, evil, image, '--out-dir', tmp_path / 'out', *cfg_options(SMALL))
     assert_refused(result, evil)
 
 
@@ -112,9 +111,8 @@ def test_insert_cbam_refuses_code(run_tool, evil, tmp_path):
 
 @pytest.mark.parametrize('tool', ['gradcam.py', 'attention_maps.py'])
 def test_pictures_refuse_code(run_tool, evil, shapes, tmp_path, tool):
-    options = [o for o in tiny(tmp_path, shapes)[5:] if str(o).startswith('model.')]
     image = next((shapes / 'val2017').iterdir())
-    chosen = ['--config', DEMO, '--checkpoint', evil, '--out-dir', tmp_path / 'out', '--cfg-options', *options]
+    chosen = ['--config', DEMO, '--checkpoint', evil, '--out-dir', tmp_path / 'out', *cfg_options(SMALL)]
     assert_refused(run_tool(tool, image, *chosen), evil)
 
 
@@ -216,34 +214,32 @@ def test_mmengine_writes_through_it(tmp_path):
     assert type(get_file_backend('plain/relative/path')) is LocalBackend
 
 
+def write_forever(path, written):
+    """The same checkpoint again and again, with its number in it."""
+    with local_files_written_by(AtomicLocalBackend):
+        for i in itertools.count(1):
+            save_checkpoint(dict(meta=i, state_dict=dict(a=torch.full((2000000,), float(i)))), path)
+            written.send(i)
+
+
 def test_killed_while_writing_leaves_the_old_file(tmp_path):
-    """SIGKILL at random moments of a process that does nothing but write the same checkpoint again and again."""
-    program = (
-        'import sys, torch\n'
-        'from cbam_mmdet.compat.mmengine import local_files_written_by\n'
-        'from cbam_mmdet.utils.files import AtomicLocalBackend\n'
-        'from mmengine.runner.checkpoint import save_checkpoint\n'
-        'patch = local_files_written_by(AtomicLocalBackend)\n'
-        'patch.__enter__()\n'
-        'i = 0\n'
-        'while True:\n'
-        '    i += 1\n'
-        f'    save_checkpoint(dict(meta=i, state_dict=dict(a=torch.full((2000000,), float(i)))), {str(tmp_path / "iter_1.pth")!r})\n'
-        '    print(i, flush=True)\n'
-    )
+    """SIGKILL at random moments."""
     rng = np.random.default_rng(0)
     for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, '-c', program], stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=str(ROOT))
-        )
-        process.stdout.readline()
+        ours, theirs = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(target=write_forever, args=(str(tmp_path / 'iter_1.pth'), theirs))
+        process.start()
+        theirs.close()
+        numbers = [ours.recv()]
         time.sleep(rng.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        written = [int(line) for line in process.stdout.read().split() if line.isdigit()]
-        process.wait()
+        process.kill()
+        with contextlib.suppress(EOFError):
+            while True:
+                numbers.append(ours.recv())
+        process.join()
         checkpoint = load_checkpoint(tmp_path / 'iter_1.pth')
         assert (checkpoint['state_dict']['a'] == checkpoint['meta']).all()
-        assert checkpoint['meta'] >= max(written, default=1)
+        assert checkpoint['meta'] >= numbers[-1]
 
 
 def test_newest_checkpoint_passes_over_what_is_not_whole(trained, tmp_path):
@@ -394,16 +390,16 @@ def test_old_best_stays_until_the_new_one_is_there(tmp_path):
     hook.file_backend = LocalBackend()
     for runner.epoch in (1, 2):
         runner.iter = runner.epoch * 10
-        hook._save_best_checkpoint(runner, dict(acc=runner.epoch))
+        hook.after_val_epoch(runner, dict(acc=runner.epoch))
     runner.epoch = 3
     with pytest.raises(OSError):
-        hook._save_best_checkpoint(runner, dict(acc=3))
+        hook.after_val_epoch(runner, dict(acc=3))
     first, second = [], ['best_acc_epoch_1.pth']
     assert saves == [first, second, ['best_acc_epoch_2.pth']]
     assert [path.name for path in tmp_path.iterdir()] == ['best_acc_epoch_2.pth']
     runner.epoch = 2  # and one that is written over itself stays
     hook.best_ckpt_path = str(tmp_path / 'best_acc_epoch_2.pth')
-    hook._save_best_checkpoint(runner, dict(acc=4))
+    hook.after_val_epoch(runner, dict(acc=4))
     assert [path.name for path in tmp_path.iterdir()] == ['best_acc_epoch_2.pth']
 
 

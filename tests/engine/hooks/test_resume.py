@@ -9,17 +9,21 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT, tiny
+from conftest import DEMO, FORKS, ROOT, run_in_this_process, tiny
+from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import DataLoader
 
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.engine.hooks import resume_exactly as resume
 from cbam_mmdet.engine.hooks import stop_signal
 from cbam_mmdet.engine.hooks.resume_exactly import PlacedBatches, PlacedImages
+from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
+from cbam_mmdet.errors import Stopped
 
 EPOCHS, ITERATIONS = 3, 4  # of an epoch: 8 images in batches of 2
 
@@ -90,21 +94,6 @@ def config(folder, custom_hooks='[]', more=''):
     return path
 
 
-def options(work_dir, shapes, workers=0):
-    chosen = tiny(work_dir, shapes, f'train_cfg.max_epochs={EPOCHS}', 'train_dataloader.batch_size=2', 'train_cfg.val_interval=2',
-                  f'train_dataloader.num_workers={workers}')  # fmt: skip
-    return [
-        o
-        for o in chosen
-        if o not in ('train_cfg.max_epochs=1', 'train_cfg.val_interval=1', 'train_dataloader.batch_size=4')
-    ]
-
-
-def for_iterations(chosen):
-    """The same options for a loop of iterations."""
-    return [o for o in chosen if not str(o).startswith('train_cfg.')]
-
-
 def losses(work_dir):
     """Iteration -> every loss, from what the run wrote; a later line of an iteration counts."""
     found = {}
@@ -125,8 +114,7 @@ def train_with(run_tool, work_dir, shapes, epochs, batch_size, *resume):
         'train_cfg.val_interval=100', 'default_hooks.logger.interval=1', 'default_hooks.checkpoint.by_epoch=False',
         'default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=-1',
     )  # fmt: skip
-    replaced = ('train_cfg.max_epochs=1', 'train_dataloader.batch_size=4', 'train_cfg.val_interval=1')
-    result = run_tool('train.py', DEMO, *resume, *(o for o in options if o not in replaced))
+    result = run_tool('train.py', DEMO, *resume, *options)
     assert result.code == 0, result.err[-2000:]
     printed = result.out + result.err
     return printed, Counter(int(epoch) for epoch in re.findall(r'Epoch\(train\) +\[(\d+)\]', printed))
@@ -151,13 +139,21 @@ def test_resumed_with_another_batch_size(run_tool, shapes, tmp_path, iteration, 
 
 
 def test_resumed_from_a_checkpoint_that_does_not_say_where_in_its_epoch(logged_by_print):
-    batches = SimpleNamespace(iter=10, epoch=4)
-    hook = resume.ResumeExactlyHook()
-    assert hook._batches_done(batches, 2) == 2  # MMEngine's own, by iteration
-    assert hook._batches_done(SimpleNamespace(iter=8, epoch=4), 2) == 0
+    def skipped(iterations, epoch, length):
+        runner = SimpleNamespace(
+            train_dataloader=DataLoader(range(length)), train_loop=Mock(spec=EpochBasedTrainLoop), seed=0,
+            iter=iterations, epoch=epoch,
+        )  # fmt: skip
+        hook = resume.ResumeExactlyHook()
+        hook.before_train(runner)
+        return hook.batches.skip
+
+    assert skipped(10, 4, 2) == 2  # MMEngine's own, by iteration
+    assert skipped(8, 4, 2) == 0
+    assert not any('trained from its start' in message for message in logged_by_print)
     for length in (1, 3):
-        assert hook._batches_done(batches, length) == 0
-    assert len(logged_by_print) == 2 and 'trained from its start' in logged_by_print[0]
+        assert skipped(10, 4, length) == 0
+        assert 'trained from its start' in logged_by_print[-1]
 
 
 @pytest.mark.parametrize('checkpoint', [{}, dict(meta=None), dict(meta=['of', 'others'])])
@@ -175,30 +171,76 @@ def logged_by_print(monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def uninterrupted(shapes, tmp_path_factory):
+def finished(shapes, tmp_path_factory):
+    """The folder of a training that was not stopped, whose workers stay."""
     folder = tmp_path_factory.mktemp('uninterrupted')
-    process = start(folder, shapes, seed=7)
-    assert process.wait(timeout=300) == 0, (folder / 'log').read_text()[-2000:]
-    curve = losses(folder / 'work')
+    assert start(folder, shapes, workers=2, persistent=True).wait(timeout=300) == 0, (folder / 'log').read_text()[
+        -2000:
+    ]
+    return folder
+
+
+@pytest.fixture
+def uninterrupted(finished):
+    curve = losses(finished / 'work')
     assert sorted(curve) == list(range(1, EPOCHS * ITERATIONS + 1))
-    return curve, load_checkpoint(folder / f'work/iter_{EPOCHS * ITERATIONS}.pth')
+    return curve, load_checkpoint(finished / f'work/iter_{EPOCHS * ITERATIONS}.pth')
 
 
-def start(folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=(), persistent=False, processes=1, more=''):
-    tool = [sys.executable, ROOT / 'tools/train.py']
-    if processes > 1:
-        tool = ['bash', ROOT / 'tools/dist_train.sh']
-    command = [*tool, config(folder, custom_hooks, more)] + ([processes] if processes > 1 else [])
-    chosen = options(folder / 'work', shapes, workers)
-    command += [*resume, *(for_iterations(chosen) if 'IterBased' in more else chosen)]
-    command += [f'randomness.seed={seed}'] if seed is not None else []
-    command += ['train_dataloader.persistent_workers=True'] if persistent else []
-    command += [f'train_dataloader.batch_size={2 // processes}'] if processes > 1 else []
+def test_training_with_workers_that_stay_ends(finished):
+    """The workers of persistent_workers=True are ended by SIGTERM when the program ends, and must heed it."""
+    assert 'Traceback' not in (finished / 'log').read_text()
+
+
+def start(
+    folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=(), persistent=False, processes=1, more='', epochs=True,
+    fresh=True,
+):  # fmt: skip
+    """Start a training, whose exit code `wait` gives.
+
+    Args:
+        more: text for the config; `epochs` tells whether its loop counts them.
+        fresh: a new Python; else one that begins with the package imported.
+    """
+    chosen = [f'train_dataloader.num_workers={workers}', f'train_dataloader.persistent_workers={persistent}']
+    chosen += [f'train_dataloader.batch_size={2 // processes}']
+    chosen += [f'randomness.seed={seed}'] if seed is not None else []
+    schedule = {'train_cfg.max_epochs': EPOCHS, 'train_cfg.val_interval': 2} if epochs else {}
+    arguments = [*resume, *tiny(folder / 'work', shapes, *chosen, schedule=schedule)]
+    path = config(folder, custom_hooks, more)
+    if not fresh:
+        return Fork(folder, [path, *arguments])
+    tool = ['bash', ROOT / 'tools/dist_train.sh', path, processes]
+    if processes == 1:
+        tool = [sys.executable, ROOT / 'tools/train.py', path]
     environment = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}', OMP_NUM_THREADS='1', PYTHON=sys.executable)
     with (folder / 'log').open('ab') as log:
         return subprocess.Popen(
-            list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+            [*map(str, tool), *map(str, arguments)], stdout=log, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+class Fork:
+    """tools/train.py in a process that begins with the package imported."""
+
+    def __init__(self, folder, arguments):
+        self.process = FORKS.Process(target=train_in_a_fork, args=(folder, arguments))
+        self.process.start()
+
+    def wait(self, timeout):
+        self.process.join(timeout)
+        return self.process.exitcode
+
+
+def train_in_a_fork(folder, arguments):
+    os.setsid()
+    with (folder / 'log').open('ab') as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    sys.path.insert(0, str(folder))
+    torch.set_num_threads(1)
+    sys.exit(run_in_this_process('train.py', *arguments))
 
 
 def assert_same(work_dir, uninterrupted):
@@ -217,7 +259,7 @@ def assert_same(work_dir, uninterrupted):
     ('at', 'number', 'workers'),
     [
         pytest.param(ITERATIONS + 1, signal.SIGKILL, 0, marks=pytest.mark.slow),  # an epoch's first iteration
-        (ITERATIONS + 2, signal.SIGKILL, 2),  # its middle, with another number of workers than the run without a stop
+        (ITERATIONS + 2, signal.SIGKILL, 1),  # its middle, with another number of workers than the run without a stop
         pytest.param(2 * ITERATIONS, signal.SIGKILL, 0, marks=pytest.mark.slow),  # its end, before the validation
         pytest.param(ITERATIONS + 3, signal.SIGTERM, 2, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGINT, 2, marks=pytest.mark.slow),
@@ -225,7 +267,7 @@ def assert_same(work_dir, uninterrupted):
 )
 def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, shapes, tmp_path, at, number, workers):
     hook = f"[dict(type='SignalHook', at={at}, number={int(number)})]"
-    code = start(tmp_path, shapes, hook, workers=workers).wait(timeout=300)
+    code = start(tmp_path, shapes, hook, workers=workers, fresh=number != signal.SIGKILL).wait(timeout=300)
     log = (tmp_path / 'log').read_text()
     if number == signal.SIGKILL:
         assert code == -signal.SIGKILL, log[-2000:]
@@ -234,9 +276,8 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, shapes, tmp_pat
         assert f'stopped by {number.name}' in log and 'Traceback' not in log
     assert max(losses(tmp_path / 'work')) <= at + 1
     # The second time the hook is not there; the seed is that of the checkpoint, whether another is given or none.
-    assert start(tmp_path, shapes, resume=['--resume'], seed=9 if workers else None).wait(timeout=300) == 0, (
-        tmp_path / 'log'
-    ).read_text()[-2000:]
+    again = start(tmp_path, shapes, resume=['--resume'], seed=9 if workers else None, fresh=False)
+    assert again.wait(timeout=300) == 0, (tmp_path / 'log').read_text()[-2000:]
     assert_same(tmp_path / 'work', uninterrupted)
 
 
@@ -244,14 +285,17 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted, shapes, tmp_pat
 @pytest.mark.parametrize(
     ('number', 'how'),
     [
-        (signal.SIGKILL, dict(more=BY_ITERATION, workers=2)),
-        (signal.SIGTERM, dict(more=BY_ITERATION)),
+        (signal.SIGKILL, dict(more=BY_ITERATION, epochs=False, workers=2)),
+        (signal.SIGTERM, dict(more=BY_ITERATION, epochs=False)),
         (signal.SIGKILL, dict(processes=2)),
         (signal.SIGTERM, dict(processes=2, workers=2)),
         # Finite samplers too, whose batches are drawn once more to pass over them.
         (
             signal.SIGKILL,
-            dict(more=BY_ITERATION.replace("type='InfiniteSampler'), batch_sampler=None", "type='DefaultSampler')")),
+            dict(
+                more=BY_ITERATION.replace("type='InfiniteSampler'), batch_sampler=None", "type='DefaultSampler')"),
+                epochs=False,
+            ),
         ),
         # Gradients of three iterations are one step: it stops after the one that is begun.
         (signal.SIGTERM, dict(more='optim_wrapper = dict(accumulative_counts=3)\n')),
@@ -308,28 +352,26 @@ def test_one_of_two_processes_is_told_to_stop(shapes, tmp_path):
     assert not list((tmp_path / 'work').glob('.*.unfinished'))
 
 
-def test_a_signal_is_not_lost_while_the_processes_agree(monkeypatch):
+def test_a_signal_is_not_lost_while_the_processes_agree(monkeypatch, tmp_path):
     """It comes after this process has said that it has none, before it knows what the others say."""
-    hook = stop_signal.StopSignalHook()
-    model = torch.nn.Linear(1, 1)
-
-    def all_reduce(tensor, _):
-        hook._receive(signal.SIGTERM, None)
-
+    hook, saved = StopSignalHook(interval=1), []
+    runner = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), optim_wrapper=None, train_loop=None, val_loop=None, hooks=[], work_dir=str(tmp_path),
+        epoch=0, iter=0, save_checkpoint=lambda *args, **_: saved.append(args),
+    )  # fmt: skip
     monkeypatch.setattr(stop_signal, 'get_world_size', lambda: 2)
-    monkeypatch.setattr(stop_signal, 'all_reduce', all_reduce)
-    hook._agree(SimpleNamespace(model=model))
-    assert hook.agreed is None
-    monkeypatch.setattr(stop_signal, 'all_reduce', lambda tensor, _: None)
-    hook._agree(SimpleNamespace(model=model))
-    assert hook.agreed == signal.SIGTERM
-
-
-def test_training_with_workers_that_stay_ends(shapes, tmp_path):
-    """The workers of persistent_workers=True are ended by SIGTERM when the program ends, and must heed it."""
-    process = start(tmp_path, shapes, workers=2, persistent=True)
-    assert process.wait(timeout=240) == 0, (tmp_path / 'log').read_text()[-2000:]
-    assert 'Traceback' not in (tmp_path / 'log').read_text()
+    monkeypatch.setattr(stop_signal, 'all_reduce', lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    hook.before_train(runner)
+    try:
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, None), 'it would end the tests'
+        hook.after_train_iter(runner, 0)
+        assert not saved
+        monkeypatch.setattr(stop_signal, 'all_reduce', lambda *_: None)
+        with pytest.raises(Stopped) as stop:
+            hook.after_train_iter(runner, 1)
+    finally:
+        hook.restore()
+    assert saved and stop.value.code == 128 + signal.SIGTERM
 
 
 class Numbers:
