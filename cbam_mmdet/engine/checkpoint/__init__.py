@@ -1,1 +1,1 @@
-"""Checkpoints: found, loaded without running code from them, compared, and their keys translated."""
+"""Find checkpoints, load them without running code from them, compare them with a model, and translate their keys."""

@@ -1,4 +1,4 @@
-"""Does a checkpoint fit a model?"""
+"""Compare a checkpoint with a model."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from cbam_mmdet.utils.text import abridge
 
 
 def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, name: str) -> None:
-    """Raise unless a checkpoint fits a model.
+    """Raise an error unless a checkpoint fits a model.
 
     Args:
-        checkpoint: what was loaded: a state dict, or a dict that holds one as 'state_dict'.
-        model: the model it is for, without a DDP wrapper.
-        strict: every key must fit; otherwise at least one weight must.
+        checkpoint: the loaded checkpoint: a state dict, or a dict that holds one as 'state_dict'.
+        model: the model, without a DDP wrapper.
+        strict: whether every key must fit. Otherwise at least one weight must fit.
         name: the checkpoint's name, for the message.
 
     Raises:
-        UserError: that names keys which are missing, left over or of another shape.
+        UserError: if the checkpoint does not fit. The message names keys that are missing, unexpected, or of another
+            shape.
     """
     given = weights_of(checkpoint)
     if given is None:

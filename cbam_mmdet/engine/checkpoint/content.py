@@ -1,4 +1,4 @@
-"""What a checkpoint holds."""
+"""The parts of a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from collections.abc import Mapping
 
 
 def meta_of(checkpoint: object) -> Mapping:
-    """What MMEngine writes of a run beside the weights; empty if there is none, or something else in its place."""
+    """The 'meta' of a checkpoint, in which MMEngine describes the run. Empty if there is none or it is no mapping."""
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
     return meta if isinstance(meta, Mapping) else {}
 
 
-RUN_STATE = ('meta', 'message_hub', 'optimizer')  # what a training run goes on from, besides the weights
+RUN_STATE = ('meta', 'message_hub', 'optimizer')  # what a resumed training run needs besides the weights
 
 
 def run_state_lacking(checkpoint: object) -> list[str]:
-    """What a training run needs to go on and a checkpoint does not hold; nothing if it can be resumed."""
+    """The keys that a resumed training run needs and a checkpoint does not hold. Empty if a run can resume from it."""
     if not isinstance(checkpoint, Mapping):
         return list(RUN_STATE)
     return [key for key in RUN_STATE if key not in checkpoint or (key == 'meta' and not meta_of(checkpoint))]
 
 
 def weights_of(checkpoint: object) -> Mapping | None:
-    """The state dict that a checkpoint is, or holds as 'state_dict', without the prefix of DataParallel; None if neither.
+    """The state dict in a checkpoint, without the prefix of DataParallel. None if there is none.
 
-    Keys keep their order, and what torch keeps beside them (`_metadata`) is lost only where a prefix is.
+    It is the checkpoint itself, or its entry 'state_dict'. Keys keep their order. The attribute `_metadata` of a state
+    dict is lost only if a prefix is removed.
     """
     weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else None
     if not isinstance(weights, Mapping):

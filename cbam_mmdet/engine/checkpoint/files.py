@@ -1,4 +1,4 @@
-"""Checkpoints: found, written whole, loaded without running code from them, and compared with the model they are for."""
+"""Find checkpoint files, the newest intact one among them, and write them atomically."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from cbam_mmdet.utils.files import AtomicLocalBackend
 
 
 def find_checkpoint(path: str) -> str:
-    """Find a checkpoint, and look at its first and last bytes before minutes are spent on data and models.
+    """Find a checkpoint, and check the first and last bytes of its file before data and models are loaded.
 
     Args:
-        path: a file, or a work dir, which stands for the newest checkpoint in it; URLs and 'torchvision://' names are left to
-            MMEngine.
+        path: a file, or a work dir, which stands for the newest checkpoint in it. MMEngine handles URLs and
+            'torchvision://' names.
 
     Returns:
-        The file's path, or the name as it was.
+        The file's path, or the URL or name as it was given.
 
     Raises:
-        UserError: if it does not exist, is cut off, or is no checkpoint.
+        UserError: if the file does not exist, is cut off, or is no checkpoint.
     """
     if '://' in path:
         return path
@@ -40,10 +40,10 @@ def find_checkpoint(path: str) -> str:
         inside = os.path.join(path, os.path.basename(newest or ''))
         if os.path.isfile(inside):  # the folder may have been moved or copied
             newest = inside
-        if not newest or not os.path.isfile(newest):  # killed while it was written
-            newest, passed_over = newest_checkpoint(path)
-            for reason in passed_over:
-                print_log(f'passed over: {reason}', logger='current', level=logging.WARNING)
+        if not newest or not os.path.isfile(newest):  # the process was killed while it was written
+            newest, skipped = newest_checkpoint(path)
+            for reason in skipped:
+                print_log(f'skipped: {reason}', logger='current', level=logging.WARNING)
         if newest is None:
             raise UserError(
                 f'{path} is a folder without a checkpoint of a training run: give a .pth file or the work dir of a run'
@@ -66,37 +66,38 @@ def find_checkpoint(path: str) -> str:
 def newest_checkpoint(
     *folders: str, trust: bool = False, templates: Sequence[str] = ('epoch_{}.pth', 'iter_{}.pth')
 ) -> tuple[str | None, list[str]]:
-    """The newest checkpoint of a training run that can be gone on from.
+    """The newest checkpoint of a training run from which the run can resume.
 
-    That is the one which last_checkpoint names, or one that was written later and is further, as after a kill between the two. If that file is missing or
-    names none that loads: the one written last.
+    This is the one that the file last_checkpoint names, or a later one with more iterations, which exists after a kill
+    between the two writes. If that file is missing or names a checkpoint that does not load, it is the one that was
+    written last.
 
     Args:
-        folders: where the run's checkpoints may lie.
+        folders: the folders that may hold the run's checkpoints.
         trust: load them by full unpickling (see load_checkpoint).
-        templates: their names.
+        templates: the templates of their names.
 
     Returns:
-        Its path, None if there is none; and for each that was newer, or was named, why it was passed over.
+        The path, or None if there is none, and the reason for each skipped checkpoint that was newer or was named.
     """
     names = re.compile('|'.join(re.escape(template).replace(r'\{\}', r'\d+') for template in templates))
     files = [path for folder in folders for path in Path(folder).glob('*') if names.fullmatch(path.name)]
     files.sort(key=lambda path: (path.stat().st_mtime_ns, int(re.findall(r'\d+', path.name)[-1])), reverse=True)
     named = _named_by_last_checkpoint(folders)
     later = files[: files.index(named)] if named in files else []
-    passed_over: list[str] = []
+    skipped: list[str] = []
     if named in files:
-        done = {path: _iterations(path, trust, passed_over) for path in [*later, named]}
+        done = {path: _iterations(path, trust, skipped) for path in [*later, named]}
         if done[named] is not None:
             counts = {path: count for path, count in done.items() if count is not None}
-            return str(max(counts, key=lambda path: counts[path])), passed_over
+            return str(max(counts, key=lambda path: counts[path])), skipped
         files = [path for path in files if path != named]
-        passed_over.clear()
-        _iterations(named, trust, passed_over)
+        skipped.clear()
+        _iterations(named, trust, skipped)
     for path in files:
-        if _iterations(path, trust, passed_over) is not None:
-            return str(path), passed_over
-    return None, passed_over
+        if _iterations(path, trust, skipped) is not None:
+            return str(path), skipped
+    return None, skipped
 
 
 def _named_by_last_checkpoint(folders: Sequence[str]) -> Path | None:
@@ -111,22 +112,22 @@ def _named_by_last_checkpoint(folders: Sequence[str]) -> Path | None:
     return None
 
 
-def _iterations(path: Path, trust: bool, passed_over: list[str]) -> int | None:
-    """How many iterations a checkpoint holds the state after; None, with the reason, if it cannot be gone on from."""
+def _iterations(path: Path, trust: bool, skipped: list[str]) -> int | None:
+    """The number of iterations in a checkpoint. None if a run cannot resume from it, with the reason in `skipped`."""
     try:
         checkpoint = load_checkpoint(find_checkpoint(str(path)), 'cpu', trust)
     except UserError as error:
-        passed_over.append(str(error))
+        skipped.append(str(error))
         return None
     lacking = run_state_lacking(checkpoint)
     if lacking:
-        passed_over.append(f'checkpoint {path} lacks the state of the run ({", ".join(lacking)})')
+        skipped.append(f'checkpoint {path} lacks the state of the run ({", ".join(lacking)})')
         return None
     return checkpoint['meta'].get('iter', 0)
 
 
 def write_checkpoint(content: Mapping, path: str | Path) -> None:
-    """Write a checkpoint; the file is complete or absent, whatever kills the process."""
+    """Write a checkpoint completely or not at all, even if the process is killed."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     AtomicLocalBackend().put(buffer.getvalue(), path)

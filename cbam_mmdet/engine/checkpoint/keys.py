@@ -1,15 +1,16 @@
-"""Weights from elsewhere: the authors' ImageNet checkpoints, and the CBAM modules of timm and MMYOLO.
+"""Translate the keys of other implementations: the authors' ImageNet checkpoints, and CBAM in timm and MMYOLO.
 
-The authors' networks (github.com/Jongchan/attention-module) are torchvision's ResNets with a CBAM at each block's end:
+The authors' networks (github.com/Jongchan/attention-module) are torchvision's ResNets with a CBAM at the end of each
+block. With `plugins=`, a Bottleneck's keys are:
 
     theirs                                                    here
     module.layer1.0.conv1.weight                              layer1.0.conv1.weight
-    module.layer1.0.cbam.ChannelGate.mlp.1.weight             layer1.0.cbam.channel.fc1.weight    (Bottleneck, `plugins=`)
+    module.layer1.0.cbam.ChannelGate.mlp.1.weight             layer1.0.cbam.channel.fc1.weight
     module.layer1.0.cbam.ChannelGate.mlp.3.weight             layer1.0.cbam.channel.fc2.weight
     module.layer1.0.cbam.SpatialGate.spatial.conv.weight      layer1.0.cbam.spatial.conv.weight
     module.layer1.0.cbam.SpatialGate.spatial.bn.weight        layer1.0.cbam.spatial.bn.weight
 
-With PluginBackbone, as a BasicBlock needs, the CBAM is a child of the norm: layer1.0.bn2.cbam.channel.fc1.weight.
+With PluginBackbone, which a BasicBlock needs, the CBAM is a child of the norm: layer1.0.bn2.cbam.channel.fc1.weight.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ MMYOLO_PARTS = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of a state dict.
+    """The result of a translation.
 
     Attributes:
-        state_dict: with the new keys, in the order of the old ones.
-        origins: new key -> the key that it came from; None for one that was added.
-        notes: what could not be carried over, or must be set in the config, in words.
+        state_dict: the weights with the new keys, in the order of the old ones.
+        origins: for each new key the old key, or None if the key was added.
+        notes: messages about what could not be translated, or must be set in the config.
     """
 
     state_dict: dict[str, Tensor]
@@ -64,20 +65,21 @@ class Conversion:
 
 
 def is_official(state_dict: Mapping) -> bool:
-    """Is this a state dict of the authors' networks with CBAM?"""
+    """Whether this is a state dict of the authors' networks with CBAM."""
     return any('.ChannelGate.mlp.' in str(key) for key in state_dict)
 
 
 def from_official(state_dict: Mapping[str, Tensor], in_norm: bool | None = None) -> Conversion:
-    """The authors' state dict with the keys of MMDetection's ResNet with CBAM.
+    """Translate the authors' state dict into the keys of MMDetection's ResNet with CBAM.
 
     Args:
-        state_dict: of a ResNet-18, 34, 50 or 101 with CBAM; the prefix 'module.' of DataParallel may be there or not.
-        in_norm: whether the CBAMs here are children of each block's last norm (PluginBackbone), not of the block (`plugins=`);
-            by default they are for BasicBlocks.
+        state_dict: that of a ResNet-18, 34, 50 or 101 with CBAM, with or without DataParallel's prefix 'module.'.
+        in_norm: whether the CBAMs here are children of each block's last norm (PluginBackbone), and not of the block
+            (`plugins=`). By default they are children of the norm for BasicBlocks only.
 
     Raises:
-        UserError: that names the keys which are not of such a network, are missing, or have another shape.
+        UserError: if it is not from such a network. The message names keys that are unknown, missing, or of another
+            shape.
     """
     given = {key.removeprefix('module.'): key for key in state_dict}
     block, _ = _check_official({key: state_dict[old] for key, old in given.items()})
@@ -92,13 +94,15 @@ def from_official(state_dict: Mapping[str, Tensor], in_norm: bool | None = None)
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> Conversion:
-    """The way back: the keys that the authors' code loads, with DataParallel's prefix.
+    """Translate back into the keys that the authors' code loads, with DataParallel's prefix.
 
     Args:
-        state_dict: of a ResNet with CBAM (keys from 'conv1.weight' on), or of a classifier of mmpretrain with one ('backbone.', 'head.fc.').
+        state_dict: that of a ResNet with CBAM (keys from 'conv1.weight' on), or of a classifier of mmpretrain with such
+            a backbone ('backbone.', 'head.fc.').
 
     Raises:
-        UserError: that names the keys which their networks do not have, lack, or have in another shape.
+        UserError: if it does not fit the authors' networks. The message names keys that are unknown, missing, or of
+            another shape.
     """
     theirs = {new: old for old, new in OFFICIAL_PARTS.items()}
     origins = {}
@@ -113,26 +117,26 @@ def to_official(state_dict: Mapping[str, Tensor]) -> Conversion:
 
 
 def from_timm(state_dict: Mapping[str, Tensor]) -> Conversion:
-    """The state dict of timm's CbamModule, or of a network with such modules, whose other keys stay as they are.
+    """Translate the state dict of timm's CbamModule, or of a network with such modules. Other keys stay as they are.
 
-    timm's MLP has no bias by default (zeros are added), its layers are 1x1 convolutions, and its spatial convolution sees
-    [mean; max] where the authors' sees [max; mean]. The outputs are the same.
+    timm's MLP has no bias by default (zeros are added), and its layers are 1x1 convolutions. The input of its spatial
+    convolution is [mean; max], where the authors' is [max; mean]. The outputs are the same.
     """
     notes = ['timm.LightCbamModule has the same keys and other equations: from one of those the outputs would differ']
     return _from_modules(state_dict, TIMM_PARTS, notes)
 
 
 def from_mmyolo(state_dict: Mapping[str, Tensor]) -> Conversion:
-    """The state dict of MMYOLO's CBAM, or of a network with such modules, whose other keys stay as they are.
+    """Translate the state dict of MMYOLO's CBAM, or of a network with such modules. Other keys stay as they are.
 
-    Its layers are 1x1 convolutions, and its spatial convolution sees [mean; max], has a bias and no BatchNorm: it fits a CBAM with
-    `norm_cfg=None`.
+    Its layers are 1x1 convolutions. The input of its spatial convolution is [mean; max]. The convolution has a bias and
+    no BatchNorm, so it fits a CBAM with `norm_cfg=None`.
     """
     return _from_modules(state_dict, MMYOLO_PARTS, ['it has no BatchNorm: set norm_cfg=None in the config of CBAM'])
 
 
 def translate(state_dict: Mapping[str, Tensor]) -> Conversion | None:
-    """Whichever of the three sources a state dict is from, in the keys used here; None if from none of them."""
+    """Translate a state dict of any of the three sources into the keys used here. None if it is from none of them."""
     if is_official(state_dict):
         return from_official(state_dict)
     for parts, convert in ((MMYOLO_PARTS, from_mmyolo), (TIMM_PARTS, from_timm)):
@@ -146,7 +150,7 @@ def _last(parts: Mapping[str, str]) -> str:
 
 
 def _tail(key: str, parts: Mapping[str, str]) -> str | None:
-    """What a key says within a CBAM module; None if it is none of its keys."""
+    """The part of a key inside a CBAM module, or None if it is not a key of such a module."""
     found = re.search(rf'(?:^|\.)((?:{"|".join(map(re.escape, parts))})\.\w+)$', key)
     return found[1] if found else None
 
@@ -155,7 +159,7 @@ def _from_modules(state_dict: Mapping[str, Tensor], parts: Mapping[str, str], no
     weights: dict[str, Tensor] = {}
     origins: dict[str, str | None] = {}
     reductions: set[int] = set()
-    # 'channel.fc1' alone may belong to anything: only what stands beside a spatial convolution is a CBAM.
+    # 'channel.fc1' alone may belong to any module. Only a module that also has a spatial convolution is a CBAM.
     mark = f'{_last(parts)}.weight'
     modules = {key[: -len(mark)] for key in state_dict if _tail(key, parts) == mark}
     for old, value in state_dict.items():
@@ -185,13 +189,13 @@ def _from_modules(state_dict: Mapping[str, Tensor], parts: Mapping[str, str], no
 
 
 def _official_cbam(key: str) -> tuple[str, str, str] | None:
-    """('layer1.0', 'ChannelGate.mlp.1', 'weight') of a key of theirs."""
+    """The parts ('layer1.0', 'ChannelGate.mlp.1', 'weight') of a key of the authors' CBAM, or None."""
     found = re.fullmatch(rf'(layer\d\.\d+)\.cbam\.({"|".join(map(re.escape, OFFICIAL_PARTS))})\.(\w+)', key)
     return (found[1], found[2], found[3]) if found else None
 
 
 def _check_official(state_dict: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Compare with what torchvision's network and CBAM's equations ask for.
+    """Compare with the keys and shapes of torchvision's network with CBAMs.
 
     Returns:
         'BasicBlock' or 'Bottleneck', and the depth.

@@ -1,4 +1,4 @@
-"""Checkpoints are loaded as tensors and plain data: no code from a file is run."""
+"""Load checkpoints as tensors and plain data, without running code from the file."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from cbam_mmdet.errors import UserError
 
 
 def load_checkpoint(path: str, map_location: str | torch.device | None = None, trust: bool = False) -> dict:
-    """Load a checkpoint file of tensors and plain data; nothing in it is executed.
+    """Load a checkpoint file of tensors and plain data, without executing anything in it.
 
-    What MMEngine's own checkpoints hold besides (numpy arrays and numbers, the histories of its logs) is let through.
+    NumPy arrays, numbers and the histories of logs are allowed, because MMEngine's own checkpoints hold them.
 
     Args:
         path: a local file.
-        map_location: as torch.load's.
-        trust: load whatever it holds, by full unpickling: this runs code from the file.
+        map_location: that of torch.load.
+        trust: load any file by full unpickling. This runs code from the file.
 
     Raises:
-        UserError: if the file is damaged, or needs more than that; nothing of it was run.
+        UserError: if the file is damaged or holds other objects. No code from it was run.
     """
     reason: Exception
     try:
@@ -40,31 +40,32 @@ def load_checkpoint(path: str, map_location: str | torch.device | None = None, t
             return torch.load(path, map_location=map_location, weights_only=not trust)
     except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, pickle.UnpicklingError) as error:
         reason = error
-    except Exception as error:  # a damaged pickle can raise anything; with trust, the file's own code
+    except Exception as error:  # a damaged pickle may raise anything, and with trust the file's own code, too
         if trust:
             raise
         reason = error
     named = re.search(r'GLOBAL ([\w.]+)', str(reason))
     if isinstance(reason, pickle.UnpicklingError) and named:
         raise UserError(
-            f'checkpoint {path} holds more than tensors and plain data (it names {named.group(1)}): loading it would run code from the file, '
-            'so it was not loaded. If you trust where it comes from: --trust-checkpoint.'
+            f'checkpoint {path} holds more than tensors and plain data (it names {named.group(1)}): loading it would '
+            'run code from the file, so it was not loaded. If you trust where it comes from: --trust-checkpoint.'
         ) from reason
     raise UserError(
-        f'checkpoint {path} cannot be read, it is damaged or none of PyTorch ({type(reason).__name__}: {reason}): use an earlier one.'
+        f'checkpoint {path} cannot be read, it is damaged or not one of PyTorch '
+        f'({type(reason).__name__}: {reason}): use an earlier one.'
     ) from reason
 
 
 @contextlib.contextmanager
 def safe_loading(trust: bool = False) -> Iterator[None]:
-    """Let all that MMEngine loads meanwhile go through load_checkpoint.
+    """Let MMEngine load checkpoints with load_checkpoint inside this context.
 
-    That is load_from, resume, Pretrained and init_detector, by file or by URL. MMEngine tries to load safely, too, but falls
-    back to unpickling whatever the file holds. Checkpoints of the CBAM authors' networks get the keys used here on the way
-    (see keys.from_official).
+    This covers load_from, resume, Pretrained and init_detector, with files and URLs. MMEngine itself tries to load
+    safely, but falls back to full unpickling. Checkpoints of the CBAM authors' networks are translated into the keys
+    used here (see keys.from_official).
 
     Args:
-        trust: load whatever a file holds, by full unpickling: this runs code from the file.
+        trust: load any file by full unpickling. This runs code from the file.
     """
 
     def load_file(filename: str, map_location: str | torch.device | None = None) -> dict:
@@ -88,7 +89,7 @@ def safe_loading(trust: bool = False) -> Iterator[None]:
 
 
 def _translated(checkpoint: dict) -> dict:
-    """The CBAM authors' own checkpoints, in the keys used here."""
+    """Translate the CBAM authors' own checkpoints into the keys used here. Others stay as they are."""
     weights = weights_of(checkpoint)
     if weights is None or not is_official(weights):
         return checkpoint
@@ -97,9 +98,9 @@ def _translated(checkpoint: dict) -> dict:
 
 @contextlib.contextmanager
 def _harmless_globals() -> Iterator[None]:
-    """What MMEngine's checkpoints name besides tensors: numpy's arrays, and its HistoryBuffer."""
+    """Allow the globals of MMEngine's checkpoints inside this context: those of NumPy's arrays, and HistoryBuffer."""
     core = getattr(np, '_core', None) or np.core
-    # Named by the modules that numpy 1 and 2 pickle them under; a checkpoint may come from either.
+    # NumPy 1 and 2 pickle them under different module names, and a checkpoint may come from either.
     allowed = [HistoryBuffer, np.ndarray, np.dtype, core.multiarray._reconstruct, core.multiarray.scalar]
     allowed += [
         type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.uint8, np.uint32, np.bool_)
@@ -115,11 +116,11 @@ def _harmless_globals() -> Iterator[None]:
 
 
 def _statistics_method(cls: type, name: str) -> Any:
-    """What a HistoryBuffer's pickle calls getattr for, and nothing else that getattr can reach."""
+    """The attributes for which the pickle of a HistoryBuffer calls getattr. All others are refused."""
     if cls is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
         return getattr(cls, name)
     raise pickle.UnpicklingError(f'Unsupported global: GLOBAL builtins.getattr of {cls!r}, {name!r}')
 
 
-# A checkpoint asks for it by this name.
+# A checkpoint refers to it by this name.
 _statistics_method.__module__, _statistics_method.__qualname__ = 'builtins', 'getattr'

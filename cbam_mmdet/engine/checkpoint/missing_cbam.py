@@ -1,4 +1,4 @@
-"""What is said of a checkpoint without CBAM, and CBAMs of a checkpoint under this model's names."""
+"""Load a checkpoint without CBAM, or with its CBAMs under other names, into a model with CBAM."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from cbam_mmdet.models.gates import find_cbams
 
 @contextlib.contextmanager
 def summarize_missing_cbam() -> Iterator[None]:
-    """Let MMEngine name CBAMs that a checkpoint lacks in one line meanwhile, in place of every key of theirs.
+    """Let MMEngine log the CBAMs that a checkpoint does not hold in one line, in place of all their keys.
 
-    Keys that are missing besides, or left over, are named as before.
+    It still names other missing keys, and unexpected ones.
     """
     with state_dicts_loaded_by(functools.partial(_load_plain, checkpoint_module.load_state_dict)):
         yield
 
 
 def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
-    """CBAMs at the ends of residual blocks under this model's names.
+    """Rename CBAMs at the ends of residual blocks to this model's names.
 
-    They are children of the block (`plugins=`: layer1.0.cbam) or of its last norm (PluginBackbone: layer1.0.bn3.cbam), and compute the same.
+    They are children of the block (`plugins=`: layer1.0.cbam) or of its last norm (PluginBackbone: layer1.0.bn3.cbam),
+    and compute the same in both places.
     """
     modules = {key: f'{key.rpartition(".cbam.")[0]}.cbam' for key in state_dict if '.cbam.' in key}
     held = set(modules.values())
@@ -45,7 +46,8 @@ def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
     if not renamed:
         return state_dict
     print_log(
-        f'the checkpoint has {len(renamed)} CBAM modules under other names: {next(iter(renamed))} is {next(iter(renamed.values()))}',
+        f'the checkpoint has {len(renamed)} CBAM modules under other names: '
+        f'{next(iter(renamed))} is {next(iter(renamed.values()))}',
         logger='current',
     )
     made: Any = OrderedDict()
@@ -59,7 +61,7 @@ def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
 def _load_plain(
     load_state_dict: Callable, module: Any, state_dict: Mapping, strict: bool = False, logger: Any = None
 ) -> None:
-    """Load by MMEngine's own function, and name the CBAMs that the state dict lacks."""
+    """Load with MMEngine's own function, and log how many CBAMs the state dict does not hold."""
     while is_model_wrapper(module):
         module = module.module
     names = list(find_cbams(module))

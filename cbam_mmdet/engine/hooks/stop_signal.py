@@ -56,7 +56,7 @@ class StopSignalHook(Hook):
         interval: with several processes, the number of iterations after which they ask each other for a signal.
 
     Raises:
-        Stopped: after the checkpoint is saved, with its name. The exit code is 128 + the signal's number, as in a shell.
+        Stopped: when the checkpoint is saved. The exit code is 128 + the signal's number, as in a shell.
     """
 
     priority = 'LOWEST'

@@ -1,1 +1,1 @@
-"""Plugins at named places of any backbone or neck."""
+"""Insert plugins such as CBAM at named places of any backbone or neck."""

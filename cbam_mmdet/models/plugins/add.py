@@ -1,4 +1,4 @@
-"""Plugins put into a module that is already built."""
+"""Insert plugins into a module that is already built."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def add_plugins(
     where: str = 'plugins',
     usual: Sequence[str] = (),
 ) -> nn.Module:
-    """Put plugins into a module that is already built.
+    """Insert plugins into a module that is already built.
 
     Args:
-        module: what to put them into; it is changed in place.
-        plugins: as PluginBackbone's.
-        inputs: makes the arguments of the module's forward for the dry run.
+        module: the module, which is changed in place.
+        plugins: those of PluginBackbone.
+        inputs: a function that returns the arguments of the module's forward for the dry run.
         where: the config's key, for messages.
         usual: the patterns for a plugin without `after`.
 
@@ -51,8 +51,9 @@ def add_plugins(
         uncalled = [name for name in names if not calls[name]]
         if len(uncalled) == len(names):
             raise UserError(
-                f'{where}[{i}].after={plugin.get("after")!r}: {abridge(names)} never run as modules of their own in a forward pass of '
-                f'{type(module).__name__} in eval mode (a container whose children are called one by one, perhaps). Choose modules inside.'
+                f'{where}[{i}].after={plugin.get("after")!r}: {abridge(names)} never run as modules of their own '
+                f'in a forward pass of {type(module).__name__} in eval mode (a container whose children are called one '
+                'by one, perhaps). Choose modules inside.'
             )
         if uncalled:
             message = f'{where}[{i}]: left out, as they do not run in eval mode: {abridge(uncalled)}'
@@ -76,8 +77,8 @@ def _check_plugin_configs(plugins: Sequence[Mapping], where: str) -> None:
             raise UserError(f"{where}[{i}]: expected dict(cfg=dict(type='CBAM'), after='layer*.*.bn2'), got {plugin}")
         for key in set(plugin) - {'cfg', 'after'}:
             raise UserError(
-                f"{where}[{i}] does not take {key!r}: it takes `cfg` and `after`, a pattern of module names in place of MMDetection's "
-                '`position` and `stages`'
+                f'{where}[{i}] does not take {key!r}: it takes `cfg` and `after`, a pattern of module names in place '
+                "of MMDetection's `position` and `stages`"
             )
         name = plugin['cfg']['type']
         if isinstance(name, str) and MODELS.get(name) is None:
@@ -86,13 +87,13 @@ def _check_plugin_configs(plugins: Sequence[Mapping], where: str) -> None:
 
 
 def _places(module: nn.Module, plugin: Mapping, where: str, usual: Sequence[str]) -> list[str]:
-    """The names of the modules that a plugin follows, in the order of the module's own registration."""
+    """The names of the modules that a plugin follows, in the order in which they are registered."""
     after = plugin.get('after') or usual
     names = names_of(module)
     if not after:
         raise UserError(
-            f"{where}: no usual place for a plugin is known in {type(module).__name__}: say it, e.g. after='{OUTPUTS}' (each map that it "
-            f"returns) or a pattern of its modules' names, which begin {abridge(names, 12)}"
+            f"{where}: no usual place for a plugin is known in {type(module).__name__}: say it, e.g. after='{OUTPUTS}' "
+            f"(each map that it returns) or a pattern of its modules' names, which begin {abridge(names, 12)}"
         )
     patterns = [after] if isinstance(after, str) else after
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -108,7 +109,7 @@ def _places(module: nn.Module, plugin: Mapping, where: str, usual: Sequence[str]
 
 
 def _hint(pattern: str, names: list[str]) -> str:
-    """How far the pattern matches, and what is there."""
+    """The longest part of the pattern that matches, and the names of the modules there."""
     segments = pattern.split('.')
     for length in range(len(segments) - 1, -1, -1):
         prefix = '.'.join(segments[:length])

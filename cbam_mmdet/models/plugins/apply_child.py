@@ -1,4 +1,4 @@
-"""A plugin in its place: a child of the module that it follows, applied to that module's output by a forward hook."""
+"""Insert a plugin as a child of the module that it follows. A forward hook applies it to that module's output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cbam_mmdet.models.plugins.places import OUTPUTS
 
 
 class ApplyChild:
-    """A forward hook: apply the child of that name to the module's output."""
+    """A forward hook that applies the child of that name to the module's output."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -25,7 +25,7 @@ class ApplyChild:
 
 
 class ApplyChildToEach:
-    """A forward hook: apply one child to each of the module's outputs."""
+    """A forward hook that applies one child to each of the module's outputs."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
@@ -36,21 +36,21 @@ class ApplyChildToEach:
         maps = [i for i, output in enumerate(outputs) if output is not None]
         if len(maps) != len(self.names):
             raise UserError(
-                f'{type(module).__name__} returns {len(maps)} maps here, and {len(self.names)} in the dry run in eval mode: plugins at '
-                f"'{OUTPUTS}' need the same maps always. Choose modules inside."
+                f'{type(module).__name__} returns {len(maps)} maps here, and {len(self.names)} in the dry run in eval '
+                f"mode: plugins at '{OUTPUTS}' need the same maps always. Choose modules inside."
             )
         refined = list(outputs)
         for i, name in zip(maps, self.names, strict=True):
             refined[i] = getattr(module, name)(refined[i])
-        make = getattr(outputs, '_make', type(outputs))  # a NamedTuple, or a tuple or list
+        make = getattr(outputs, '_make', type(outputs))  # for a NamedTuple, or for a tuple or list
         return make(refined)
 
 
 def apply_after_conversion(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Give a norm that gets a plugin as its child the hook that applies it.
+    """Register the hook on a norm that gets a plugin as its child.
 
-    The conversion between BatchNorm and SyncBN builds new norms and hands the children over, but not the hooks.
-    `import cbam_mmdet` has torch call this for every child that is registered.
+    The conversion between BatchNorm and SyncBN builds new norms. It keeps the children, but not the hooks.
+    `import cbam_mmdet` lets torch call this function for every child that is registered.
     """
     is_norm = 'BatchNorm' in type(module).__name__
     if is_norm and name == getattr(child, '_follows_its_parent_as', None) and name not in _applied(module):
@@ -62,6 +62,21 @@ def _applied(module: nn.Module) -> list[str]:
 
 
 def insert(module: nn.Module, name: str, cfg: Mapping, shapes: list[torch.Size], where: str) -> list[nn.Module]:
+    """Build a plugin and insert it after the module of that name, or one after each output for 'outputs'.
+
+    Args:
+        module: the backbone or neck.
+        name: the dotted name of the module inside, or 'outputs'.
+        cfg: the plugin's config.
+        shapes: the shapes (N, C, H, W) of that module's outputs.
+        where: the config's key, for messages.
+
+    Returns:
+        The plugins.
+
+    Raises:
+        UserError: if the module already has a child with the plugin's name.
+    """
     cfg = dict(cfg)
     postfix = cfg.pop('postfix', '')
     parent = module_at(module, name)
@@ -73,7 +88,7 @@ def insert(module: nn.Module, name: str, cfg: Mapping, shapes: list[torch.Size],
         return [plugin for _, plugin in built]
     child, plugin = _build(cfg, shapes[0][1], postfix, parent, name, where)
     parent.add_module(child, plugin)
-    if type(parent).forward is not nn.Sequential.forward:  # which runs its last child after the others by itself
+    if type(parent).forward is not nn.Sequential.forward:  # it runs its last child after the others by itself
         plugin._follows_its_parent_as = child
         parent.register_forward_hook(ApplyChild(child))
     return [plugin]
@@ -83,7 +98,8 @@ def _build(cfg: dict, channels: int, postfix: str, parent: nn.Module, name: str,
     child, plugin = build_plugin_layer(cfg, postfix=postfix, in_channels=channels)
     if hasattr(parent, child):
         raise UserError(
-            f"{where}: {name} already has a child {child!r}. To put two of a kind at one place, name one: cfg=dict(type={cfg['type']!r}, postfix='_2', ...)"
+            f'{where}: {name} already has a child {child!r}. To put two of a kind at one place, name one: '
+            f"cfg=dict(type={cfg['type']!r}, postfix='_2', ...)"
         )
     weight = next(parent.parameters(), None)
     return child, plugin if weight is None else plugin.to(weight.device)

@@ -1,6 +1,6 @@
-"""`model.backbone.plugins` of MMDetection's own backbones, checked before anything is built.
+"""Check `model.backbone.plugins` of MMDetection's own backbones before anything is built.
 
-MMDetection's ResNets check them by bare asserts, its other backbones refuse or ignore them.
+MMDetection's ResNets check them by asserts without a message. Its other backbones refuse or ignore them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ POSITIONS = ('after_conv1', 'after_conv2', 'after_conv3')
 def check_plugins(cfg: Config) -> None:
     """Check position, stages and type of the plugins of a config's backbone.
 
-    PluginBackbone checks its own when it is built.
+    PluginBackbone checks its own plugins when it is built.
 
     Raises:
-        UserError: that names the key, what is allowed, and what to do.
+        UserError: for a wrong plugin. The message names the key, what is allowed, and what to do.
     """
     backbone = cfg.model.get('backbone') or {}
     plugins = backbone.get('plugins')
@@ -37,14 +37,14 @@ def check_plugins(cfg: Config) -> None:
 
     cls = class_of(DETECTION_MODELS, backbone.get('type'))
     if cls is None or cls is PluginBackbone:
-        return  # the registry says that it has no such type, with near matches, when it is built
+        return  # for an unknown type the registry raises an error when the model is built
     _check_backbone(cls, backbone)
     for i, plugin in enumerate(plugins if isinstance(plugins, (list, tuple)) else [plugins]):
         _check_plugin(plugin, f'{WHERE}[{i}]', backbone, DETECTION_MODELS)
 
 
 def _check_backbone(cls: Any, backbone: Mapping) -> None:
-    """Does a backbone of MMDetection take plugins?"""
+    """Refuse a backbone of MMDetection that takes no plugins."""
     name = cls.__name__
     if not any('plugins' in inspect.signature(base.__init__).parameters for base in cls.__mro__):
         raise UserError(f'{WHERE}: {name} takes no plugins; in MMDetection only its Bottleneck ResNets do. {ANY}')
@@ -52,8 +52,8 @@ def _check_backbone(cls: Any, backbone: Mapping) -> None:
     if isinstance(block, tuple) and getattr(block[0], 'expansion', 0) == 1:
         deep = [depth for depth, (block, _) in cls.arch_settings.items() if block.expansion > 1]
         raise UserError(
-            f'{WHERE}: {name} of depth {backbone["depth"]} takes no plugins, its blocks are no Bottlenecks; depth {deep} do. '
-            f'{ANY}'
+            f'{WHERE}: {name} of depth {backbone["depth"]} takes no plugins, its blocks are no Bottlenecks; '
+            f'depth {deep} do. {ANY}'
         )
 
 
@@ -71,7 +71,8 @@ def _check_plugin(plugin: Any, key: str, backbone: Mapping, registry: Any) -> No
     num_stages = backbone.get('num_stages', 4)
     if stages is not None and len(stages) != num_stages:
         raise UserError(
-            f'{key}.stages={tuple(stages)} has {len(stages)} entries: expected {num_stages}, one a stage of the backbone'
+            f'{key}.stages={tuple(stages)} has {len(stages)} entries: expected {num_stages}, one for each stage of the '
+            'backbone'
         )
     if class_of(registry, plugin['cfg']['type']) is None:
         name = plugin['cfg']['type']

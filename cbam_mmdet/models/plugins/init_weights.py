@@ -1,4 +1,4 @@
-"""Plugins are initialized, and frozen, as the backbone that holds them."""
+"""Initialize and freeze plugins together with the backbone that holds them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import nn
 
 
 class InitWeights:
-    """A backbone's init_weights, which reaches the plugins as MMEngine means it to.
+    """A backbone's init_weights that also initializes the plugins.
 
-    MMEngine's initialization descends only through its own modules, while a plugin often hangs on one of PyTorch's; and what a
-    backbone's init_cfg says of a norm (`zero_init_residual`) would strike all that hangs on it.
+    MMEngine's initialization descends only through its own modules, but a plugin is often a child of a module of
+    PyTorch. Also, the backbone's init_cfg for a norm (`zero_init_residual`) would overwrite the weights of a plugin
+    inside that norm.
     """
 
     def __init__(self, module: Any, plugins: Sequence[nn.Module]) -> None:
@@ -32,7 +33,7 @@ class InitWeights:
 
 @contextlib.contextmanager
 def _seen_loading(plugins: Sequence[nn.Module]) -> Iterator[set[nn.Module]]:
-    """The plugins whose weights a state dict brings meanwhile (a pretrained backbone with plugins in it)."""
+    """The plugins whose weights are loaded inside this context, from a pretrained backbone with plugins in it."""
     loaded: set[nn.Module] = set()
 
     def watch(plugin: nn.Module) -> Any:
@@ -49,14 +50,15 @@ def _seen_loading(plugins: Sequence[nn.Module]) -> Iterator[set[nn.Module]]:
 
 
 def reach_by_init_weights(module: Any, plugins: Sequence[nn.Module]) -> None:
-    if isinstance(getattr(module, 'init_weights', None), InitWeights):  # there are plugins in it from before
+    """Replace a backbone's init_weights, so that it also initializes these plugins."""
+    if isinstance(getattr(module, 'init_weights', None), InitWeights):  # it already holds other plugins
         plugins = [*module.init_weights.plugins, *plugins]
     if plugins and hasattr(module, 'init_weights'):
         module.init_weights = InitWeights(module, plugins)
 
 
 def freeze_as_configured(module: nn.Module) -> None:
-    """Backbones freeze stages when they are built, and again in train(): the second time the plugins are there."""
+    """Freeze the plugins in frozen stages. Backbones freeze stages when they are built, and again in train()."""
     modes = {m: m.training for m in module.modules()}
     module.train()
     for m, mode in modes.items():

@@ -1,4 +1,4 @@
-"""The backbone or neck inside a PluginBackbone or PluginNeck, built from its own config."""
+"""Build the backbone or neck inside a PluginBackbone or PluginNeck from its own config."""
 
 from __future__ import annotations
 
@@ -10,11 +10,24 @@ from torch import nn
 
 from cbam_mmdet.errors import UserError
 
-KEEP: Any = object()  # `init_cfg` was not given
+KEEP: Any = object()  # the default of `init_cfg`: keep that of the inner config
 
 
 def build_inner(what: str, cfg: Mapping, init_cfg: Mapping | None, others: Mapping) -> tuple[nn.Module, Mapping]:
-    """The backbone or neck inside, and its config."""
+    """Build the backbone or neck inside.
+
+    Args:
+        what: 'backbone' or 'neck'.
+        cfg: its config.
+        init_cfg: takes the place of the config's own, unless it is KEEP. Without a `type` it is merged into that.
+        others: the arguments that PluginBackbone or PluginNeck does not take.
+
+    Returns:
+        The module, and its config.
+
+    Raises:
+        UserError: if the config is not one, or if there are other arguments.
+    """
     where = f'model.{what}'
     if not isinstance(cfg, Mapping) or 'type' not in cfg:
         raise UserError(f"{where}.{what}: expected the {what}'s own config, as dict(type='ResNet', ...), got {cfg!r}")
@@ -26,6 +39,6 @@ def build_inner(what: str, cfg: Mapping, init_cfg: Mapping | None, others: Mappi
         if isinstance(init_cfg, Mapping) and 'type' not in init_cfg and isinstance(own, Mapping):
             init_cfg = {**own, **init_cfg}
         cfg = {**cfg, 'init_cfg': init_cfg}
-    # Without a scope MMEngine would look among its own models; a name that MMDetection's registry was asked for is MMDetection's.
+    # Without a default scope MMEngine would only search its own models, but the name is one of MMDetection's registry.
     scope = {} if DefaultScope.get_current_instance() else {'_scope_': 'mmdet'}
     return MODELS.build({**scope, **cfg}), cfg

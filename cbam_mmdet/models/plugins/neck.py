@@ -19,10 +19,12 @@ from cbam_mmdet.models.plugins.places import OUTPUTS
 def PluginNeck(
     neck: Mapping, plugins: Sequence[Mapping] | None, init_cfg: Mapping | None = KEEP, **others: Any
 ) -> nn.Module:
-    """Build a neck, and put plugins into it: as PluginBackbone; the usual place is its outputs, the maps that the heads see.
+    """Build a neck, and insert plugins into it, as PluginBackbone does.
+
+    The usual place is its outputs, which are the inputs of the heads.
 
     Args:
-        neck: its config; its `in_channels` shape the input of the dry run.
+        neck: its config. The dry run's input has its `in_channels`.
         plugins: see PluginBackbone.
         init_cfg: see PluginBackbone.
 

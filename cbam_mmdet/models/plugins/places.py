@@ -1,7 +1,8 @@
-"""Places in a backbone: patterns of module names, and where CBAM usually goes in each kind of backbone.
+"""Places in a backbone: patterns of module names, and the usual place of CBAM in each kind of backbone.
 
-In residual blocks that is the paper's place (figure 3): after the block's last norm, before the addition. Where a norm and its
-activation are one module it is the end of the block or stage; for transformers, whose blocks hold tokens, the maps that they return.
+In residual blocks it is the paper's place (figure 3): after the block's last norm, before the addition. If a norm and
+its activation are one module, it is the end of the block or stage. Transformers, whose blocks hold tokens, have CBAM on
+the feature maps that they return.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ OUTPUTS = 'outputs'  # stands for the maps that the backbone returns
 
 BOTTLENECK, BASIC_BLOCK = ['layer*.*.bn3'], ['layer*.*.bn2']
 
-# Class of the backbone -> lists of patterns, of which the first that matches serves. Derived classes (ResNeXt, Res2Net, ResNeSt, RegNet,
-# DetectoRS and Trident ResNets of ResNet) share the place.
+# Class of the backbone -> lists of patterns. The first list with a match is used. Derived classes share the place. Those
+# of ResNet are ResNeXt, Res2Net, ResNeSt, RegNet, and the ResNets of DetectoRS and TridentNet.
 PLACES: dict[str, list[list[str]]] = {
     'ResNet': [BOTTLENECK, BASIC_BLOCK],
     'HRNet': [['layer1.*.bn3', 'stage*.*.branches.*.*.bn2']],
@@ -34,9 +35,9 @@ PLACES: dict[str, list[list[str]]] = {
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Does a dotted name match a pattern? * ? [...] stay within one segment, ** takes any number of segments, none included.
+    """Whether a dotted name matches a pattern.
 
-    'outputs' is matched by itself alone.
+    * ? [...] match within one segment, and ** matches any number of segments or none. Only 'outputs' matches 'outputs'.
     """
     if name == OUTPUTS:
         return pattern == OUTPUTS
@@ -52,12 +53,12 @@ def _match(pattern: list[str], name: list[str]) -> bool:
 
 
 def names_of(backbone: nn.Module) -> list[str]:
-    """The dotted names of all modules inside, in the order of their registration, and 'outputs'."""
+    """The dotted names of all modules inside, in the order in which they are registered, and 'outputs'."""
     return [*(name for name, _ in backbone.named_modules() if name), OUTPUTS]
 
 
 def usual_place(backbone: Any) -> list[str]:
-    """The patterns for a backbone, by its class or the nearest one that it is derived from; none for a backbone that is not known."""
+    """The patterns for a backbone, by its class or its nearest known base class. Empty for an unknown backbone."""
     classes = [cls.__name__ for cls in type(backbone).__mro__]
     if 'VGG' in classes:
         return _before_pools(backbone.features)
@@ -69,6 +70,6 @@ def usual_place(backbone: Any) -> list[str]:
 
 
 def _before_pools(features: nn.Sequential) -> list[str]:
-    """VGG: the last module of each convolution stage, a ReLU or a block that ends in one."""
+    """The last module of each convolution stage of VGG: a ReLU, or a block that ends in one."""
     pools = [int(name) for name, m in features.named_children() if isinstance(m, nn.MaxPool2d)]
     return [f'features.{i - 1}' for i in pools]
