@@ -58,6 +58,11 @@ SMALL = {
         *(f'{split}_dataloader.dataset.indices=4' for split in ('train', 'val', 'test')),
     ],
 }  # fmt: skip
+SMALL_COCO = [
+    'train_dataloader.dataset.pipeline.2.scale=(64,64)',
+    *(f'{split}_dataloader.dataset.pipeline.1.scale=(64,64)' for split in ('val', 'test')),
+    *(f'{split}_dataloader.dataset.indices=2' for split in ('train', 'val', 'test')),
+]
 SMALL_IMAGES = {
     'voc0712': [
         'train_dataloader.dataset.times=1',
@@ -68,16 +73,8 @@ SMALL_IMAGES = {
         *(f'{VOC_TRAIN}.{i}.pipeline.2.scale=(64,64)' for i in (0, 1)),
         *(f'{split}_dataloader.dataset.pipeline.1.scale=(64,64)' for split in ('val', 'test')),
     ],
-    **dict.fromkeys(
-        ('configs/faster_rcnn_r50.py', 'configs/faster_rcnn_r50_cbam.py'),
-        [
-            'train_dataloader.dataset.indices=2',
-            'val_dataloader.dataset.indices=2',
-            'test_dataloader.dataset.indices=2',
-            'train_dataloader.dataset.pipeline.2.scale=(64,64)',
-            *(f'{split}_dataloader.dataset.pipeline.1.scale=(64,64)' for split in ('val', 'test')),
-        ],
-    ),
+    'configs/faster_rcnn_r50.py': SMALL_COCO,
+    'configs/faster_rcnn_r50_cbam.py': SMALL_COCO,
 }
 TRAINS = {'train.py', 'test.py', 'ablate.py', 'dist_train.sh'}
 # Further arguments, by tool.
