@@ -45,15 +45,24 @@ THIN_RESNET = ['model.backbone.base_channels=4', 'model.neck.in_channels=[16,32,
 VOC_TRAIN = 'train_dataloader.dataset.dataset.datasets'
 # Options that make a config's model and images small.
 SMALL = {
+    'configs/ablation': THIN_RESNET,
     'configs/demo/faster_rcnn': THIN_RESNET,
     'configs/demo/bccd': ['model.backbone.backbone.base_channels=8', 'model.neck.in_channels=[8,16,32,64]'],
-    'configs/faster_rcnn_r50': [*THIN_RESNET, 'model.backbone.init_cfg=None'],
+    'configs/faster_rcnn_r50': [
+        *THIN_RESNET, 'model.backbone.init_cfg=None', 'model.roi_head.bbox_head.fc_out_channels=16',
+        'model.train_cfg.rpn_proposal.max_per_img=50', 'model.test_cfg.rpn.max_per_img=50',
+    ],
     'configs/ssd': ['model.backbone.init_cfg=None', 'train_dataloader.batch_size=2'],
     'configs/imagenet': [
         'model.backbone.base_channels=8', 'model.head.in_channels=256', 'model.backbone.stem_channels=8',
         *(f'{split}_dataloader.dataset.indices=4' for split in ('train', 'val', 'test')),
     ],
 }  # fmt: skip
+SMALL_COCO = [
+    'train_dataloader.dataset.pipeline.2.scale=(64,64)',
+    *(f'{split}_dataloader.dataset.pipeline.1.scale=(64,64)' for split in ('val', 'test')),
+    *(f'{split}_dataloader.dataset.indices=2' for split in ('train', 'val', 'test')),
+]
 SMALL_IMAGES = {
     'voc0712': [
         'train_dataloader.dataset.times=1',
@@ -64,10 +73,8 @@ SMALL_IMAGES = {
         *(f'{VOC_TRAIN}.{i}.pipeline.2.scale=(64,64)' for i in (0, 1)),
         *(f'{split}_dataloader.dataset.pipeline.1.scale=(64,64)' for split in ('val', 'test')),
     ],
-    'configs/faster_rcnn_r50_cbam.py': [
-        'train_dataloader.dataset.pipeline.2.scale=(64,64)',
-        *(f'{split}_dataloader.dataset.pipeline.1.scale=(64,64)' for split in ('val', 'test')),
-    ],
+    'configs/faster_rcnn_r50.py': SMALL_COCO,
+    'configs/faster_rcnn_r50_cbam.py': SMALL_COCO,
 }
 TRAINS = {'train.py', 'test.py', 'ablate.py', 'dist_train.sh'}
 # Further arguments, by tool.
@@ -85,7 +92,7 @@ ARGUMENTS = {
 OWN_KEYS = {'auto_scale_lr', 'sync_bn', 'runner_type', 'strategy'}
 
 # Pages whose commands take longer than a few seconds.
-SLOW = ('CONTRIBUTING', 'ablations', 'own_data', 'scaling', 'see', 'speed', 'weights')
+SLOW = ('CONTRIBUTING', 'ablations', 'index', 'own_data', 'scaling', 'see', 'speed', 'weights')
 
 
 def by_speed(pages):
@@ -110,6 +117,8 @@ def shortened(words):
     """A command's words, with what makes it small; options on the page come last, so they win."""
     tool = next((Path(word).name for word in words if Path(word).name in TRAINS | ARGUMENTS.keys()), None)
     configs = [word for word in words if word.startswith('configs/')]
+    if '--base' in words:  # what configs/ablation/ varies
+        configs = [words[words.index('--base') + 1]]
     if tool is None or (tool in TRAINS and not configs) or '--help' in words:
         return words
     options = []
