@@ -8,10 +8,10 @@ from conftest import ROOT
 
 PACKAGE = ROOT / 'cbam_mmdet'
 ROOMS = (
-    'errors', 'version', 'compat', 'utils', 'ops', 'models', 'datasets', 'evaluation', 'engine', 'analysis', 'deploy', 'apis',
-    'visualization', 'cli',
+    'errors', 'version', 'compat', 'utils', 'ops', 'models', 'datasets', 'evaluation', 'engine', 'analysis', 'deploy',
+    'apis', 'visualization', 'cli',
 )  # fmt: skip
-# What work dirs of 0.1.0 import, each one line that imports the new name; and the package itself, which registers everything.
+# The package itself, which registers everything, and what work dirs of 0.1.0 import: each imports the new name.
 DOORS = {'__init__', 'ssd_head', 'classification'}
 
 

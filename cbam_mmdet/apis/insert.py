@@ -8,8 +8,8 @@ last layer makes 2 * sigmoid(z) = sigmoid(z + b) for all z. The factors 2 * 2 of
 before the CBAM either: the gates are computed from that norm's output and would change with it.
 
 Everything else of the plain config stays: learning rate and its schedule, weight decay, norm_eval. CBAM follows them
-as any layer does. Each of these defaults has its row in benchmarks/results/accuracy_study.md; docs/does_cbam_help.md says
-which.
+as any layer does. Each of these defaults has its row in benchmarks/results/accuracy_study.md;
+docs/does_cbam_help.md says which.
 """
 
 from __future__ import annotations
