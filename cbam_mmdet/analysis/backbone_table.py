@@ -1,4 +1,4 @@
-"""What CBAM costs in each kind of backbone: the table of docs/any_backbone.md, by tools/list_backbones.py."""
+"""The cost of CBAM in each kind of backbone: the table that tools/list_backbones.py prints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _hrnet(width: int) -> dict:
     return dict(type='HRNet', extra=dict(stage1=first, stage2=stage(2, 1), stage3=stage(3, 4), stage4=stage(4, 3)))
 
 
-# Name -> (config, place; None for the usual one).
+# Name -> (config, place). The place None is the usual one.
 BACKBONES: dict[str, tuple[dict, list[str] | None]] = {
     'ResNet-18': (dict(type='ResNet', depth=18), None),
     'ResNet-34': (dict(type='ResNet', depth=34), None),
@@ -101,7 +101,7 @@ BACKBONES: dict[str, tuple[dict, list[str] | None]] = {
 
 @dataclass
 class Row:
-    """One line of the table; `cbams` and `added` are counts of modules and parameters."""
+    """A row of the table. `cbams` is a number of modules, `added` and `plain` are numbers of parameters."""
 
     name: str
     type: str
@@ -112,7 +112,7 @@ class Row:
 
 
 def measure(name: str, **cbam: object) -> Row:
-    """Build one of BACKBONES with CBAM (and its arguments), and count."""
+    """Build one of BACKBONES with CBAM (and its arguments), and count its modules and parameters."""
     cfg, place = BACKBONES[name]
     model = build_with_cbam(name, **cbam)
     cbams = find_cbams(model).values()
@@ -122,7 +122,7 @@ def measure(name: str, **cbam: object) -> Row:
 
 
 def measure_all(names: Iterable[str]) -> list[Row]:
-    """Rows for several names; those of mmpretrain are left out, with a line that says so, where it is not installed."""
+    """Rows for several names. If mmpretrain is not installed, its backbones are left out and logged."""
     init_default_scope('mmdet')
     rows = []
     for name in names:
@@ -137,7 +137,7 @@ def measure_all(names: Iterable[str]) -> list[Row]:
 
 
 def build_with_cbam(name: str, input_shape: Sequence[int] | None = None, **cbam: object) -> nn.Module:
-    """One of BACKBONES, with CBAM (and its arguments) at its place; see PluginBackbone for input_shape."""
+    """Build one of BACKBONES with CBAM (and its arguments) at its place. PluginBackbone explains input_shape."""
     cfg, place = BACKBONES[name]
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='A CBAM with its initial weights')  # frozen by a backbone's default
@@ -145,12 +145,12 @@ def build_with_cbam(name: str, input_shape: Sequence[int] | None = None, **cbam:
 
 
 def build_plain(name: str) -> nn.Module:
-    """One of BACKBONES as it is."""
+    """Build one of BACKBONES without CBAM."""
     return MODELS.build(dict(BACKBONES[name][0]))
 
 
 def as_markdown(rows: list[Row]) -> str:
-    """The table, a row a backbone."""
+    """The table with a row for each backbone."""
     columns = {
         'backbone': lambda row: row.name,
         '`type`': lambda row: code(row.type),

@@ -1,8 +1,8 @@
-"""What a network costs: parameters, multiply-adds, speed and memory, and CBAM's share of them. See tools/complexity.py.
+"""The cost of a network: parameters, multiply-adds, speed and memory, and CBAM's share of them (tools/complexity.py).
 
 One FLOP is one multiply-add, as in the paper. MMEngine's counter (mmengine.analysis) traces the forward pass and counts
-convolutions, linear layers, matrix products, norms and interpolation, but no other pooling or elementwise operation.
-The paper's figures have no norms either: `Complexity.flops_of_layers` leaves them out.
+convolutions, linear layers, matrix products, norms and interpolation, but no pooling and no elementwise operation. The
+paper's figures do not include norms. `Complexity.flops_of_layers` leaves them out, too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import cbam_mmdet.compat.ssd_head  # noqa: F401  (SSD is mended)
+import cbam_mmdet.compat.ssd_head  # noqa: F401  (patches SSD)
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import CBAM
 from cbam_mmdet.models.gates import find_cbams
@@ -35,7 +35,7 @@ from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import set_default_scope, split_datasets
 from cbam_mmdet.utils.tables import Cell, Column, Table, code
 
-LAYERS = ('conv', 'linear', 'matmul', 'mm', 'addmm', 'bmm', 'einsum')  # what the paper counts, as MMEngine names it
+LAYERS = ('conv', 'linear', 'matmul', 'mm', 'addmm', 'bmm', 'einsum')  # MMEngine's names of what the paper counts
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ class Stage:
     Args:
         name: the backbone's child that holds them, e.g. 'backbone.layer1'.
         size: (H, W) of the feature map.
-        cbams: how many.
-        parameters: of the CBAMs.
-        flops: of the CBAMs.
-        stage_parameters: of the child, CBAMs included; None where it holds CBAMs of several sizes, or is one itself.
-        stage_flops: likewise.
+        cbams: the number of CBAMs.
+        parameters: the parameters of the CBAMs.
+        flops: the multiply-adds of the CBAMs.
+        stage_parameters: the parameters of the child, with its CBAMs. None if its CBAMs have feature maps of several
+            sizes, or if it is a CBAM itself.
+        stage_flops: the multiply-adds of the child, likewise.
     """
 
     name: str
@@ -63,20 +64,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Complexity:
-    """What a network costs for one image.
+    """The cost of a network for one image.
 
     Args:
-        name: of the config.
+        name: the name of the config.
         size: (H, W) of the image.
-        parameters: all of them.
+        parameters: the number of all parameters.
         operators: multiply-adds by kind of operator.
-        cbams: CBAM modules.
-        cbam_parameters: theirs.
-        cbam_flops: theirs.
+        cbams: the number of CBAM modules.
+        cbam_parameters: their parameters.
+        cbam_flops: their multiply-adds.
         stages: CBAM's share of each stage.
-        speed: images a second, forward pass without post-processing.
+        speed: images per second, for the forward pass without post-processing.
         inference_memory: peak bytes of tensors beyond the weights, in a forward pass without gradients.
-        training_memory: the same, forward and backward, with the gradients, without the optimizer's state.
+        training_memory: the same for forward and backward, with the gradients but without the optimizer's state.
     """
 
     name: str
@@ -93,12 +94,12 @@ class Complexity:
 
     @property
     def flops(self) -> int:
-        """All that is counted."""
+        """All multiply-adds that are counted."""
         return int(sum(self.operators.values()))
 
     @property
     def flops_of_layers(self) -> int:
-        """Convolutions, linear layers and matrix products alone: the paper's count."""
+        """The multiply-adds of convolutions, linear layers and matrix products, which the paper counts."""
         return int(sum(self.operators[kind] for kind in LAYERS))
 
 
@@ -115,14 +116,15 @@ def measure(
 
     Args:
         cfg: the config of a detector (or of a classifier of mmpretrain).
-        name: what the table calls it.
-        size: (H, W) of the image; by default what the config's test pipeline makes of a landscape photograph.
-        rounds: measurements of the speed; 0 leaves it out.
-        memory: measure the peak memory, too.
-        device: for speed and memory; by default the GPU if there is one.
+        name: its name in the table.
+        size: (H, W) of the image. By default this is the size of a landscape photograph after the config's test
+            pipeline.
+        rounds: the number of measurements of the speed. With 0 it is not measured.
+        memory: whether to measure the peak memory.
+        device: the device for speed and memory, by default the GPU if there is one.
 
     Raises:
-        UserError: if the config does not say the image's size, or the network cannot be traced with it.
+        UserError: if the config does not give the image's size, or the network cannot be traced with it.
     """
     set_default_scope(cfg)
     check_plugins(cfg)
@@ -140,7 +142,7 @@ def measure(
             extra['speed'] = interleaved_speeds({name: lambda: raw(image)}, rounds)[name]
     if memory:
         with _all_proposals(network):
-            _forward(raw, image)  # what a first pass sets up is not measured
+            _forward(raw, image)  # the first pass allocates memory that is not measured
             extra['inference_memory'] = peak_memory(lambda: _forward(raw, image), device)
             network.train()
             extra['training_memory'] = peak_memory(lambda: _forward_and_backward(raw, image), device)
@@ -148,7 +150,7 @@ def measure(
 
 
 def measure_all(configs: Mapping[str, Config], size: Sequence[int] | None = None, **how: object) -> list[Complexity]:
-    """:func:`measure` for several, by path; each is called by its file's name."""
+    """Call :func:`measure` for several configs, by path. Each one's name is that of its file."""
     rows = []
     for path, cfg in tqdm(configs.items(), unit='config', disable=len(configs) < 2):
         with contextlib.redirect_stdout(sys.stderr):
@@ -157,10 +159,10 @@ def measure_all(configs: Mapping[str, Config], size: Sequence[int] | None = None
 
 
 def input_size(cfg: Config, name: str = 'the config') -> tuple[int, int]:
-    """(H, W) of what the test pipeline makes of a landscape photograph, padded as the data preprocessor does.
+    """(H, W) of a landscape photograph after the test pipeline and the padding of the data preprocessor.
 
     Raises:
-        UserError: if there is no Resize in it.
+        UserError: if the pipeline has no Resize.
     """
     datasets = split_datasets(cfg, 'test') or split_datasets(cfg, 'val')
     for transform in datasets[0].get('pipeline', []) if datasets else []:
@@ -171,13 +173,13 @@ def input_size(cfg: Config, name: str = 'the config') -> tuple[int, int]:
             divisor = cfg.model.get('data_preprocessor', {}).get('pad_size_divisor', 1)
             return _round_up(height, divisor), _round_up(width, divisor)
     raise UserError(
-        f'{name}: its test pipeline has no Resize with a scale, so the image has no known size: '
-        'give it, --shape HEIGHT WIDTH'
+        f'{name}: its test pipeline has no Resize with a scale, so the image has no known size: give it, '
+        '--shape HEIGHT WIDTH'
     )
 
 
 def sample_of(height: int, width: int) -> DetDataSample:
-    """What a detector wants to know of an image of this size."""
+    """The data sample that a detector needs for an image of this size."""
     size = (height, width)
     return DetDataSample(
         metainfo=dict(
@@ -193,7 +195,7 @@ def count(network: nn.Module, image: Tensor, samples: list, name: str = '') -> C
         network: a model of MMEngine (forward(image, samples, mode='tensor')), in eval mode.
         image: (1, 3, H, W).
         samples: the image's data sample, in a list.
-        name: what the table calls it.
+        name: its name in the table.
 
     Raises:
         UserError: if the network cannot be run or traced with this image.
@@ -228,11 +230,11 @@ def count(network: nn.Module, image: Tensor, samples: list, name: str = '') -> C
 def multiply_adds(detector: nn.Module, image: Tensor, samples: list) -> int:
     """Multiply-adds of a detector for one image, without post-processing.
 
-    A two-stage detector gets as many proposals as its test_cfg allows: with fewer found in an image it would look
-    cheaper than another detector.
+    A two-stage detector is counted with as many proposals as its test_cfg allows, so that the count does not depend on
+    the number of proposals in an image.
 
     Args:
-        detector: in eval mode.
+        detector: the detector, in eval mode.
         image: (1, 3, H, W).
         samples: the image's data sample, in a list.
     """
@@ -240,7 +242,7 @@ def multiply_adds(detector: nn.Module, image: Tensor, samples: list) -> int:
 
 
 def interleaved_speeds(forwards: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Calls a second of each function: the median of rounds that take turns, so that a slow moment meets all."""
+    """Calls per second of each function: the median of interleaved rounds, so that a slow moment affects all."""
     times: dict[str, list[float]] = {name: [] for name in forwards}
     for i in range(rounds + 2):
         for name, forward in forwards.items():
@@ -248,18 +250,18 @@ def interleaved_speeds(forwards: dict[str, Callable[[], object]], rounds: int) -
             start = time.perf_counter()
             forward()
             _synchronize()
-            if i >= 2:  # the first two warm up
+            if i >= 2:  # the first two rounds are a warm-up
                 times[name].append(time.perf_counter() - start)
     return {name: 1 / statistics.median(values) for name, values in times.items()}
 
 
 def peak_memory(function: Callable[[], object], device: str = 'cpu') -> int:
-    """The most bytes that a call's tensors take at once, beyond what was there before.
+    """The peak number of bytes of a call's tensors, beyond those that existed before.
 
-    PyTorch's allocator counts them on a GPU, its profiler on a CPU. Neither counts what libraries (cuDNN, oneDNN)
-    take for themselves.
+    PyTorch's allocator measures it on a GPU, and PyTorch's profiler on a CPU. It does not include memory that libraries
+    (cuDNN, oneDNN) allocate on their own.
     """
-    gc.collect()  # what is freed meanwhile would count as less taken
+    gc.collect()  # memory that is freed during the call would reduce the result
     if str(device).startswith('cuda'):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -283,7 +285,7 @@ def peak_memory(function: Callable[[], object], device: str = 'cpu') -> int:
 
 
 def markdown(rows: Sequence[Complexity]) -> str:
-    """The table of several networks, one row each; columns that were not measured are left out."""
+    """The table with a row for each network, without the columns that were not measured."""
     columns = {
         'config': lambda row: row.name,
         Column('input', number=True): lambda row: _size(row.size),
@@ -317,14 +319,14 @@ def stages_markdown(row: Complexity) -> str:
 
 
 def report(rows: Sequence[Complexity], rounds: int, device: str | None = None) -> str:
-    """The table, each network's stages, and what the columns mean."""
+    """The table, the stages of each network, and an explanation of the columns."""
     parts = [markdown(rows), f'{notes(rows, rounds, device)}\n']
     parts += [f"CBAM's share of each stage of {row.name}:\n\n{stages_markdown(row)}" for row in rows if row.stages]
     return '\n'.join(parts)
 
 
 def as_csv(rows: Sequence[Complexity]) -> str:
-    """All of it with plain numbers: a line for each network, and one for each of its stages."""
+    """All values as plain numbers, with a line for each network and one for each of its stages."""
     header = [
         'config', 'stage', 'height', 'width', 'parameters', 'flops', 'flops_without_norms', 'cbams', 'cbam_parameters',
         'cbam_flops', 'images_per_second', 'inference_bytes', 'training_bytes',
@@ -341,7 +343,7 @@ def as_csv(rows: Sequence[Complexity]) -> str:
 
 
 def notes(rows: Sequence[Complexity], rounds: int, device: str | None = None) -> str:
-    """What the columns mean."""
+    """The explanation of the columns."""
     lines = [
         'One FLOP is one multiply-add. Counted are convolutions, linear layers, matrix products, norms and '
         'interpolation, of one image; two-stage detectors with as many proposals as their test_cfg allows.'
@@ -364,7 +366,7 @@ def notes(rows: Sequence[Complexity], rounds: int, device: str | None = None) ->
 
 
 class _RawOutputs(nn.Module):
-    """A network as a function of the image alone, as tracing wants it."""
+    """A network as a function of the image alone, which tracing needs."""
 
     def __init__(self, network: nn.Module, samples: list) -> None:
         super().__init__()
@@ -378,10 +380,10 @@ class _RawOutputs(nn.Module):
 def _counter(network: nn.Module, image: Tensor, samples: list) -> FlopAnalyzer:
     counter = FlopAnalyzer(_RawOutputs(network, samples), (image,))
     counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    # With gradients the trace would hide what CBAM's own function does.
+    # With gradients the trace would not show the operators inside CBAM's autograd function.
     with torch.no_grad(), _all_proposals(network), warnings.catch_warnings():
         warnings.simplefilter('ignore', torch.jit.TracerWarning)
-        counter.total()  # it is traced here, and remembered
+        counter.total()  # this traces the network, and the counter keeps the result
     return counter
 
 
@@ -408,18 +410,18 @@ def _stages(network: nn.Module, cbams: dict[str, CBAM], sizes: dict, by_module: 
     holders = Counter(holder for holder, _ in groups)
     stages = []
     for (holder, size), paths in groups.items():
-        stage = None, None
+        total = None, None
         if holders[holder] == 1 and holder not in cbams:
-            stage = _parameters(network.get_submodule(holder)), int(by_module[f'network.{holder}'])
+            total = _parameters(network.get_submodule(holder)), int(by_module[f'network.{holder}'])
         parameters = sum(_parameters(cbams[path]) for path in paths)
         flops = int(sum(by_module[f'network.{path}'] for path in paths))
-        stages.append(Stage(holder, size, len(paths), parameters, flops, *stage))
+        stages.append(Stage(holder, size, len(paths), parameters, flops, *total))
     return stages
 
 
 def _note_size(sizes: dict[str, tuple[int, int]], path: str) -> Callable:
     def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        sizes[path] = tuple(int(length) for length in output.shape[2:])  # in a trace they are tensors
+        sizes[path] = tuple(int(length) for length in output.shape[2:])  # in a trace the lengths are tensors
 
     return hook
 
@@ -434,7 +436,7 @@ def _forward(raw: nn.Module, image: Tensor) -> None:
 
 
 def _forward_and_backward(raw: nn.Module, image: Tensor) -> None:
-    # Any loss that every output takes part in keeps what training keeps.
+    # Any loss that depends on every output keeps the same tensors as training does.
     outputs = [value.sum() for value in _tensors(raw(image)) if value.requires_grad]
     sum(outputs).backward()
 

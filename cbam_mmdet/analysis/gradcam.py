@@ -1,11 +1,10 @@
 """Grad-CAM for detectors (Selvaraju et al., ICCV 2017; section 4.3 of CBAM's paper), by the library `grad-cam`.
 
-Grad-CAM explains the raw class score, before softmax, of chosen boxes. A box is a constant here, whether a
-detection or a box that is given. It stands for a candidate of the detector: a proposal in a two-stage detector, an
-anchor in a dense one. Of the candidates that overlap the box by half (IoU), as a detection must overlap a true box,
-it is the one with the best score for the class. For a detection that is the candidate which it came from. Proposals
-and candidates are found once, without gradients. The candidate's score is differentiated through head, neck and
-backbone.
+It explains the raw class score, before softmax, of chosen boxes. Each box, a detection or one that the user gives, is
+matched with a candidate of the detector: a proposal of a two-stage detector, or an anchor of a dense one. This is the
+candidate with the best score for the class among those with an IoU of at least 0.5 with the box. For a detection it is
+the candidate that the detection came from. Boxes are constants: proposals and candidates are found once, without
+gradients. The derivative is that of the candidate's score, through head, neck and backbone.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.models.plugins.places import OUTPUTS, matches, names_of, usual_place
 
-# Our names, and the library's classes.
+# Our names, and the library's classes for them.
 METHODS = {
     'gradcam': 'GradCAM',
     'gradcam++': 'GradCAMPlusPlus',
@@ -38,8 +37,7 @@ METHODS = {
     'eigencam': 'EigenCAM',
     'eigengradcam': 'EigenGradCAM',
 }
-# The library decomposes the activations with a square matrix, which has as many rows as the map has positions: 1
-# GiB here.
+# The library decomposes the activations with a square matrix with a row for each position in the map: 1 GiB for these.
 EIGEN_POSITIONS = 128 * 128
 
 
@@ -58,11 +56,11 @@ class Target:
 
 @dataclass
 class Prepared:
-    """An image as a detector takes it.
+    """An image as the input of a detector.
 
     Attributes:
         inputs: (1, 3, H, W), resized, normalized and padded.
-        sample: what MMDetection knows of it: `img_shape` (before padding), `scale_factor` (width, height), ...
+        sample: its metainfo: `img_shape` (before padding), `scale_factor` (width, height), ...
     """
 
     inputs: Tensor
@@ -70,7 +68,7 @@ class Prepared:
 
 
 def prepare(model: nn.Module, image: np.ndarray) -> Prepared:
-    """An image through the test pipeline and the preprocessor of a detector; image is (H, W, 3) BGR."""
+    """Apply the test pipeline and the data preprocessor of a detector to an image, (H, W, 3) BGR."""
     packed = array_pipeline(model.cfg)(dict(img=image, img_id=0))
     data = model.data_preprocessor(dict(inputs=[packed['inputs']], data_samples=[packed['data_samples']]), False)
     return Prepared(data['inputs'], data['data_samples'][0])
@@ -83,13 +81,13 @@ def best_detections(
 
     Args:
         model: a detector.
-        image: from :func:`prepare`.
-        label: of this class only.
-        top: how many; None for all.
-        score_thr: none with a lower score.
+        image: the image from :func:`prepare`.
+        label: the index of a class, to take only its detections.
+        top: the number of detections, or None for all.
+        score_thr: the lowest score.
 
     Returns:
-        At most `top` targets, best first; none where nothing is detected.
+        At most `top` targets, in the order of their scores. The list is empty if nothing is detected.
     """
     with torch.no_grad():
         found = model.predict(image.inputs, [image.sample.clone()])[0].pred_instances
@@ -104,8 +102,9 @@ class BoxScores(nn.Module):
     """A detector as a function of the image alone: the raw class scores of some boxes.
 
     Args:
-        model: a detector with MMDetection's StandardRoIHead (Faster and Mask R-CNN) or an AnchorHead (SSD, RetinaNet).
-        image: from :func:`prepare`.
+        model: a detector with MMDetection's StandardRoIHead (Faster and Mask R-CNN) or an AnchorHead (SSD, RetinaNet,
+            ...).
+        image: the image from :func:`prepare`.
         targets: the boxes and their classes.
 
     Attributes:
@@ -113,7 +112,7 @@ class BoxScores(nn.Module):
         overlaps: (K,), the IoU of each target with its candidate.
 
     Raises:
-        UserError: for another kind of detector, or where it has no candidate at all.
+        UserError: for another kind of detector, or if it has no candidate at all.
     """
 
     def __init__(self, model: nn.Module, image: Prepared, targets: Sequence[Target]) -> None:
@@ -130,7 +129,7 @@ class BoxScores(nn.Module):
             for target in targets:
                 of_class = probabilities[:, target.label]
                 overlaps = bbox_overlaps(boxes.new_tensor([target.box]) * scale, _of_label(boxes, target.label))[0]
-                # Where none overlaps by half, the nearest.
+                # If no candidate has an IoU of 0.5, take the one with the greatest IoU.
                 best = int((of_class * (overlaps >= 0.5) if overlaps.max() >= 0.5 else overlaps).argmax())
                 chosen.append(best)
                 self.probabilities.append(float(of_class[best]))
@@ -144,10 +143,10 @@ class BoxScores(nn.Module):
 
 
 def label_at(model: nn.Module, image: Prepared, box: tuple[float, float, float, float]) -> int:
-    """The class that a detector sees in a box: the class of the best score of the candidates that overlap it by half.
+    """The class that a detector finds in a box: that of the best score among candidates with an IoU of at least 0.5.
 
     Raises:
-        UserError: where none does.
+        UserError: if there is no such candidate.
     """
     with torch.no_grad():
         boxes, probabilities = _candidates_of(model).find(image)
@@ -159,36 +158,37 @@ def label_at(model: nn.Module, image: Prepared, box: tuple[float, float, float, 
             if near_by.any() and probabilities[near_by, label].max() > best:
                 best, best_label = float(probabilities[near_by, label].max()), label
     if best_label is None:
-        given = ' '.join(f'{v:g}' for v in box)
-        raise UserError(f'--box {given}: no candidate of the detector overlaps it by half; name the class by --class')
+        raise UserError(
+            f'--box {" ".join(f"{v:g}" for v in box)}: no candidate of the detector overlaps it by half; '
+            'name the class by --class'
+        )
     return best_label
 
 
 def cam_maps(scores: BoxScores, image: Prepared, layers: dict[str, nn.Module], method: str = 'gradcam') -> np.ndarray:
-    """What in the image the sum of the scores comes from, as seen from each layer.
+    """The map of each layer that shows from which parts of the image the sum of the scores comes.
 
     Args:
         scores: the targets' scores.
-        image: from :func:`prepare`.
-        layers: from :func:`find_layers`, of the same detector.
+        image: the image from :func:`prepare`.
+        layers: layers of the same detector, from :func:`find_layers`.
         method: one of METHODS.
 
     Returns:
-        (len(layers), H, W) float32: each map scaled to 0..1, of the size of the image as the detector takes it, without
-        its padding.
+        (len(layers), H, W) float32. Each map is scaled to 0..1. Its size is that of the resized image without padding.
 
     Raises:
         UserError: if a layer gives no feature map, one too large for the method, or one that the scores do not depend
-            on; if the library is not installed.
+            on, or if the library is not installed.
     """
     make = method_class(method)
     inputs = image.inputs.detach().clone().requires_grad_()
     height, width = image.sample.img_shape[:2]
     maps = []
-    with _parameters_at_rest(scores):
+    with _no_parameter_gradients(scores):
         _check_layers(scores, inputs, layers, method)
         for layer in layers.values():
-            # The copy keeps the activation as it was: what follows the layer may work in place.
+            # The copy keeps the activation intact, because the next layer may work in place.
             cam = make(scores, [layer], reshape_transform=torch.clone)
             try:
                 maps.append(cam(inputs, targets=[torch.sum])[0, :height, :width])
@@ -201,7 +201,7 @@ def method_class(name: str) -> type:
     """The library's class for one of METHODS.
 
     Raises:
-        UserError: for another name; if the library is not installed.
+        UserError: for another name, or if the library is not installed.
     """
     if name not in METHODS:
         raise UserError(f'--method {name} is unknown, choose from {list(METHODS)}{did_you_mean(name, METHODS)}')
@@ -215,10 +215,10 @@ def method_class(name: str) -> type:
 
 
 def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Module]:
-    """Layers of a detector by their dotted names; without names the last block of each stage of its backbone.
+    """Layers of a detector by their dotted names. Without names, the last block of each stage of its backbone.
 
     Raises:
-        UserError: for a name that does not exist, with near ones; for a backbone whose stages are not known.
+        UserError: for an unknown name, with similar ones, or for a backbone whose stages are not known.
     """
     modules = dict(model.named_modules())
     for name in names or ():
@@ -233,7 +233,7 @@ def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[st
     for name in names_of(backbone):
         if any(matches(pattern, name) for pattern in patterns):
             parts = name.split('.')
-            # STAGE.BLOCK.norm: the block, whose output holds its sum; otherwise the place itself.
+            # For STAGE.BLOCK.norm it is the block, whose output is the sum. Otherwise it is the place itself.
             stage = parts[0] if len(parts) > 2 else name
             last[stage] = '.'.join(parts[:2]) if len(parts) == 3 else name
     if not last:
@@ -242,7 +242,7 @@ def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[st
 
 
 class _Proposals:
-    """The candidates of a two-stage detector: its proposals, one box for each class."""
+    """The candidates of a two-stage detector: its proposals, with a box for each class."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -270,18 +270,18 @@ class _Proposals:
         self.rois = self.rois[chosen]
 
     def scores(self, inputs: Tensor) -> Tensor:
-        """(1, 3, H, W) -> (K, C + 1), of those chosen."""
+        """(1, 3, H, W) -> (K, C + 1), the raw scores of the chosen candidates."""
         return self.model.roi_head._bbox_forward(self.model.extract_feat(inputs), self.rois)['cls_score']
 
 
 class _Anchors:
-    """The candidates of a dense detector: its anchors of all levels, one box for all classes."""
+    """The candidates of a dense detector: its anchors of all levels, with one box for all classes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def find(self, image: Prepared) -> tuple[Tensor, Tensor]:
-        """Boxes (M, 1, 4) in the network's pixels, and probabilities (M, C), or (M, C + 1) with a background."""
+        """Boxes (M, 1, 4) in the network's pixels, and probabilities (M, C), or (M, C + 1) with a background class."""
         head = self.model.bbox_head
         scores, deltas = head(self.model.extract_feat(image.inputs))
         sizes = [level.shape[-2:] for level in scores]
@@ -294,7 +294,7 @@ class _Anchors:
         self.chosen = chosen
 
     def scores(self, inputs: Tensor) -> Tensor:
-        """(1, 3, H, W) -> (K, C) or (K, C + 1), of those chosen."""
+        """(1, 3, H, W) -> (K, C) or (K, C + 1), the raw scores of the chosen candidates."""
         head = self.model.bbox_head
         return self._flat(head(self.model.extract_feat(inputs))[0], head.cls_out_channels)[self.chosen]
 
@@ -309,7 +309,8 @@ def _candidates_of(model: nn.Module) -> _Proposals | _Anchors:
     if isinstance(getattr(model, 'bbox_head', None), AnchorHead):
         return _Anchors(model)
     raise UserError(
-        f'Grad-CAM knows Faster R-CNN and detectors with anchors such as SSD, not {type(model).__name__} with this head'
+        'Grad-CAM supports Faster R-CNN and detectors with anchors such as SSD, '
+        f'not {type(model).__name__} with this head'
     )
 
 
@@ -318,8 +319,8 @@ def _of_label(boxes: Tensor, label: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _parameters_at_rest(model: nn.Module) -> Iterator[None]:
-    """Their gradients would cost time and memory, and are not asked for."""
+def _no_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Disable the gradients of parameters inside this context, to save time and memory."""
     training = [p for p in model.parameters() if p.requires_grad]
     try:
         for parameter in training:
@@ -352,7 +353,7 @@ def _check_layers(scores: BoxScores, inputs: Tensor, layers: dict[str, nn.Module
                 f'--method {method}: the map of {name}, {size}, is too large to be decomposed; name later layers by '
                 '--layers, or take another method'
             )
-        # A layer behind the candidates' choice, or of a level that the box does not use.
+        # The layer comes after the choice of the candidates, or belongs to a level that the box does not use.
         if (
             not output.requires_grad
             or torch.autograd.grad(score, output, retain_graph=True, allow_unused=True)[0] is None

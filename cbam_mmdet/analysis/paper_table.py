@@ -1,7 +1,7 @@
-"""The paper's table of classification networks (section 4.2, ImageNet, 224x224), counted again.
+"""The paper's table of classification networks (section 4.2, ImageNet, 224x224), with our own counts beside it.
 
-The networks are mmpretrain's, and PluginBackbone puts CBAM into them. Squeeze-and-Excitation is timm's, which was
-ported from its authors' code.
+The networks are mmpretrain's, with CBAM inserted by PluginBackbone. Squeeze-and-Excitation is timm's, which was ported
+from its authors' code.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from cbam_mmdet.analysis.complexity import Complexity, count
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.tables import Column, Table
 
-# 'caffe' puts a Bottleneck's stride into its first 1x1 convolution, as the ResNet of 2015 has it. The paper's
-# GFLOPs are of that one: torchvision's stride in the 3x3 costs 6 % more (12 % in a ResNeXt). Widening leaves the
-# stem at 64 channels.
+# With 'caffe' a Bottleneck has its stride in the first 1x1 convolution, as in the ResNet of 2015 and in the paper's
+# GFLOPs. torchvision's stride in the 3x3 convolution costs 6 % more (12 % in a ResNeXt). A wide ResNet's stem keeps its
+# 64 channels.
 _RESNETS = {
     'ResNet-18': dict(type='ResNet', depth=18),
     'ResNet-34': dict(type='ResNet', depth=34),
@@ -36,7 +36,7 @@ _RESNETS = {
 }
 _SE = {'ResNet-18': 'legacy_seresnet18', 'ResNet-50': 'legacy_seresnet50'}  # timm's names
 
-# Network, attention -> M parameters and GFLOPs, as printed.
+# (Network, attention) -> (M parameters, GFLOPs), as printed in the paper.
 PAPER: dict[tuple[str, str], tuple[float, float]] = {
     ('ResNet-18', ''): (11.69, 1.814),
     ('ResNet-18', 'SE'): (11.78, 1.814),
@@ -59,15 +59,15 @@ PAPER: dict[tuple[str, str], tuple[float, float]] = {
 }
 NOTES = """\
 GFLOPs: multiply-adds of convolutions and linear layers alone, as the paper counts them; "+ norms" is what
-tools/complexity.py counts otherwise. Bottlenecks have their stride in the first 1x1 convolution, as the ResNet of
-2015: with torchvision's, in the 3x3, a ResNet-50 has 4.089 and a ResNeXt-50 4.230 GFLOPs, and the same parameters.
-Wide ResNets keep a stem of 64 channels. The head is one linear layer to 1000 classes.
+tools/complexity.py counts otherwise. Bottlenecks have their stride in the first 1x1 convolution, as the ResNet of 2015:
+with torchvision's, in the 3x3, a ResNet-50 has 4.089 and a ResNeXt-50 4.230 GFLOPs, and the same parameters. Wide
+ResNets keep a stem of 64 channels. The head is one linear layer to 1000 classes.
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line: the paper's figures (`parameters` in M, `flops` in G) and what we count."""
+    """A row: the paper's figures (`parameters` in M, `flops` in G) and our counts."""
 
     name: str
     parameters: float
@@ -76,17 +76,17 @@ class Row:
 
     @property
     def parameter_difference(self) -> float:
-        """In M, to the paper's two decimals."""
+        """Ours minus the paper's, in M, with the paper's two decimals."""
         return round(self.ours.parameters / 1e6, 2) - self.parameters
 
     @property
     def flops_difference(self) -> float:
-        """Relative."""
+        """The relative difference of ours from the paper's."""
         return self.ours.flops_of_layers / 1e9 / self.flops - 1
 
 
 def count_networks(names: Sequence[tuple[str, str]] = tuple(PAPER)) -> list[Row]:
-    """Build each network and count.
+    """Build each network, and count its parameters and multiply-adds.
 
     Args:
         names: keys of PAPER.
@@ -122,7 +122,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """The same with plain numbers."""
+    """The same table with plain numbers."""
     columns = {
         'network': lambda row: row.name,
         'paper_parameters_m': lambda row: row.parameters,
@@ -152,7 +152,7 @@ def _build(network: str, attention: str) -> nn.Module:
 
 
 class _Classifier(nn.Module):
-    """A network of timm, called as MMEngine's are."""
+    """A network of timm with the signature of MMEngine's models."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The error of a classifier, as the paper counts it."""
+"""The error of a classifier, as the paper reports it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mmpretrain.registry import METRICS
 
 @METRICS.register_module()
 class TopKError(Accuracy):
-    """Top-1 and top-5 error in percent, as the paper's tables 4 and 5 give them: 100 less mmpretrain's accuracy."""
+    """Top-1 and top-5 error in percent, as in the paper's tables 4 and 5: 100 minus mmpretrain's accuracy."""
 
     default_prefix = 'error'
 

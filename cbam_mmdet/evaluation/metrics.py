@@ -1,7 +1,8 @@
 """Metrics for VOC-style data sets: Pascal VOC's in both of its modes, and COCO's without an annotation file.
 
-For configs: `custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.evaluation'])`, as in configs/faster_rcnn_r50_voc0712.py. (MMDetection's
-metrics take seconds to import.)
+A config that uses them needs `custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.evaluation'])`, as in
+configs/faster_rcnn_r50_voc0712.py, because `import cbam_mmdet` does not import MMDetection's metrics, which takes
+seconds.
 """
 
 from __future__ import annotations
@@ -24,29 +25,31 @@ MODES = ('11points', 'area')
 
 @METRICS.register_module()
 class VOCDetectionMetric(VOCMetric):
-    """Pascal VOC's average precision as its development kit defines it, in both modes, for each class and as their mean.
+    """Pascal VOC's average precision as its development kit defines it, in both modes, for each class and the mean.
 
-    Detections are taken by falling score; each belongs to the object of its class that it overlaps most (IoU, with pixels
-    that have a width of 1). It is true if that IoU reaches the threshold and the object was not found before, else false;
-    if the object is marked difficult, it is neither. '11points' (VOC2007) is the mean of the best precision at a recall of at
-    least 0, 0.1, ..., 1; 'area' (from 2010 on) the area under the precision made monotonic.
+    Detections are sorted by descending score. Each is matched with the object of its class that it overlaps most (by
+    IoU, with a width of 1 for a pixel). It is true if this IoU reaches the threshold and no earlier detection has found
+    the object, and false otherwise. If the object is marked difficult, it is neither. '11points' (VOC2007) is the mean
+    of the best precision at a recall of at least 0, 0.1, ..., 1. 'area' (since 2010) is the area under the monotonic
+    precision.
 
-    What differs from MMDetection's VOCMetric, on which it builds:
+    It differs from its base class, MMDetection's VOCMetric, in these points:
 
-    - Both modes, each class's AP, nothing rounded to three digits.
-    - The table names the data set's own classes, also where its folder is called VOC2007.
-    - A recall of exactly 0.3, 0.6 or 0.7 reaches that threshold. Those of `np.arange(0, 1.1, 0.1)` lie a hair above (the first
-      also in the kit's `0:0.1:1`), which with few objects changes an AP by up to 1/11 a threshold.
-    - Equal scores keep their order, as in the kit; numpy's default sort may swap them.
-    - No processes of its own.
+    - It returns both modes and each class's AP, not rounded to three digits.
+    - The table names the data set's own classes, also if its folder is called VOC2007.
+    - A recall of exactly 0.3, 0.6 or 0.7 reaches that threshold. The values in `np.arange(0, 1.1, 0.1)` are slightly
+      greater (the first one also in the kit's `0:0.1:1`). With few objects this changes an AP by up to 1/11 for each
+      threshold.
+    - Equal scores keep their order, as in the kit. NumPy's default sort may swap them.
+    - It starts no processes.
 
-    As in VOCMetric, IoUs are float32: one that misses the threshold by less than 1e-7 may be taken either way.
+    As in VOCMetric, IoUs are float32. One that differs from the threshold by less than 1e-7 may be above or below it.
 
     Args:
-        eval_mode: what 'mAP' and the 'AP_CLASS' are: '11points' or 'area'.
-        iou_thr: the IoU from which on a detection is true.
-        collect_device: 'cpu' or 'gpu', as BaseMetric's.
-        prefix: of the metrics' names; 'pascal_voc' by default.
+        eval_mode: the mode of 'mAP' and 'AP_CLASS': '11points' or 'area'.
+        iou_thr: the lowest IoU of a true detection.
+        collect_device: 'cpu' or 'gpu', as for BaseMetric.
+        prefix: the prefix of the metrics' names, by default 'pascal_voc'.
     """
 
     def __init__(
@@ -61,15 +64,15 @@ class VOCDetectionMetric(VOCMetric):
         super().__init__(iou_thrs=float(iou_thr), eval_mode=eval_mode, collect_device=collect_device, prefix=prefix)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """The metrics from what `process` collected.
+        """Compute the metrics from the results that `process` collected.
 
         Args:
-            results: for each image its annotations (dict of bboxes (n, 4), labels (n,), bboxes_ignore, labels_ignore) and its
-                detections, an array (m, 5) of x1, y1, x2, y2, score for each class.
+            results: for each image its annotations (dict of bboxes (n, 4), labels (n,), bboxes_ignore, labels_ignore)
+                and its detections, an array (m, 5) of x1, y1, x2, y2, score for each class.
 
         Returns:
-            mAP (in the main mode), mAP_11points and mAP_area over the classes with an object that is not difficult (NaN if no
-            class has one), and AP_CLASS for each of these, in the main mode.
+            mAP (in the main mode), mAP_11points and mAP_area over the classes with an object that is not difficult (NaN
+            if no class has one), and AP_CLASS for each of these classes, in the main mode.
         """
         classes = self.dataset_meta['classes']
         curves = {name: _curve(results, label, self.iou_thrs[0]) for label, name in enumerate(classes)}
@@ -92,9 +95,9 @@ class VOCDetectionMetric(VOCMetric):
 
 @dataclass
 class _Curve:
-    """One class: how many true and false detections there are among the first, second, ... of its detections.
+    """The cumulative counts of true and false detections of one class, arrays of shape (m,).
 
-    Those of difficult objects are in neither count. Arrays of shape (m,).
+    Detections of difficult objects are in neither count.
     """
 
     num_objects: int
@@ -108,10 +111,10 @@ class _Curve:
 
     def ap(self, mode: str) -> float:
         precision = self.true / np.maximum(self.true + self.false, 1)
-        best = np.maximum.accumulate(precision[::-1])[::-1]  # from here on, hence at this recall or more
+        best = np.maximum.accumulate(precision[::-1])[::-1]  # the best precision at this recall or a greater one
         if mode == 'area':
             return float(np.sum(np.diff(self.true, prepend=0) * best) / self.num_objects)
-        # In integers: recall >= t / 10, without the rounding of 3 * 0.1.
+        # recall >= t / 10 in integers, to avoid the rounding error of 3 * 0.1.
         reached = [best[self.true * 10 >= t * self.num_objects] for t in range(11)]
         return sum(float(b[0]) for b in reached if len(b)) / 11
 
@@ -121,7 +124,7 @@ def _curve(results: list, label: int, iou_thr: float) -> _Curve:
     objects = [truth['bboxes'][truth['labels'] == label] for truth, _ in results]
     difficult = [truth['bboxes_ignore'][truth['labels_ignore'] == label] for truth, _ in results]
     order = np.argsort(-np.concatenate([d[:, 4] for d in detections]), kind='stable')
-    # The place in the order stands for the score: no two are equal, so MMDetection's unstable sort cannot swap them.
+    # The rank takes the place of the score. No two ranks are equal, so MMDetection's unstable sort cannot swap them.
     place = np.empty(len(order))
     place[order] = np.arange(len(order))
     true, false, start = np.zeros(len(order), int), np.zeros(len(order), int), 0
@@ -152,14 +155,14 @@ def _table(curves: dict[str, _Curve], means: dict[str, float]) -> str:
 
 @METRICS.register_module()
 class SampleCocoMetric(CocoMetric):
-    """COCO's metric for data sets without a COCO annotation file: the truth comes with each sample.
+    """COCO's metric for data sets without a COCO annotation file. It takes the ground truth from each sample.
 
-    MMDetection's CocoMetric can do without the file only if the test pipeline packs 'instances'; this one takes the boxes that
-    `LoadAnnotations` put there, so any pipeline that VOCMetric works with will do. Difficult objects become COCO's
-    crowds (`iscrowd`): whoever finds one is neither rewarded nor punished. A box's area is width times height.
+    MMDetection's CocoMetric needs the file unless the test pipeline packs 'instances'. This metric uses the boxes of
+    `LoadAnnotations`, so it supports every pipeline that VOCMetric supports. Difficult objects become COCO's crowds
+    (`iscrowd`), whose detections are ignored. The area of a box is width times height.
 
     Args:
-        **kwargs: as CocoMetric's, but for ann_file.
+        **kwargs: those of CocoMetric, except ann_file.
     """
 
     def __init__(self, **kwargs) -> None:
@@ -168,7 +171,7 @@ class SampleCocoMetric(CocoMetric):
         super().__init__(**kwargs)
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        """Collect detections and truth of a batch.
+        """Collect the detections and the ground truth of a batch.
 
         Args:
             data_batch: not used.

@@ -1,4 +1,4 @@
-"""Detections of a test set scored by COCO's and Pascal VOC's evaluators, and what each image's detections came to."""
+"""Score the detections of a test set by COCO's and Pascal VOC's evaluators, and list the outcome for each image."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.metrics import MODES, SampleCocoMetric, VOCDetectionMetric
 from cbam_mmdet.utils.config import evaluators_of, set_default_scope
 
-# COCOeval's figures, in the order of its `stats`.
+# The names of COCOeval's figures, in the order of its `stats`.
 COCO_FIGURES = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l', 'AR@1', 'AR@10', 'AR@100', 'AR_s', 'AR_m', 'AR_l')
 AREAS = ('all', 'small', 'medium', 'large')
 
 
 @dataclass
 class Box:
-    """An object or a detection: x, y, width, height in pixels; the score of an object is None."""
+    """An object or a detection. Its box is x, y, width, height in pixels. The score of an object is None."""
 
     xywh: tuple[float, float, float, float]
     label: str
@@ -38,9 +38,9 @@ class Box:
 
 @dataclass
 class Outcome:
-    """What a detector made of one image at an IoU of 0.5: objects, and detections that reach the score threshold.
+    """The result of a detector for one image at an IoU of 0.5, with the detections that reach the score threshold.
 
-    Objects that COCO ignores (crowds, difficult ones), and detections of these, are in none of the lists.
+    Objects that COCO ignores (crowds, difficult ones) and their detections are in none of the lists.
     """
 
     path: str
@@ -52,12 +52,12 @@ class Outcome:
 
 @dataclass
 class Scores:
-    """A run's detections, scored.
+    """The scores of a run's detections.
 
     Args:
         coco: COCO's evaluation, accumulated and summarized.
         voc: the figures of VOCDetectionMetric.
-        voc_mode: what its AP of each class is, '11points' or 'area'.
+        voc_mode: the mode of its AP of each class, '11points' or 'area'.
         classes: the class names, in the order of the evaluation.
         paths: the image file of each image id.
     """
@@ -70,12 +70,12 @@ class Scores:
 
     @property
     def figures(self) -> dict[str, float | None]:
-        """COCO's twelve figures; None where there is no object to find."""
+        """COCO's twelve figures. A figure is None if there is no object for it."""
         return {name: _known(value) for name, value in zip(COCO_FIGURES, self.coco.stats, strict=True)}
 
     @property
     def num_objects(self) -> dict[str, int]:
-        """How many objects each class has, without those that COCO ignores."""
+        """The number of objects of each class, without those that COCO ignores."""
         counts = dict.fromkeys(self.classes, 0)
         names = dict(zip(self.coco.params.catIds, self.classes, strict=True))
         for annotation in self.coco.cocoGt.anns.values():
@@ -84,15 +84,18 @@ class Scores:
         return counts
 
     def class_ap(self, name: str, iou: float | None = None, area: str = 'all') -> float | None:
-        """AP of a class, the mean of COCOeval's precision over recall, at one IoU or all; None without an object."""
+        """The AP of one class: the mean of COCOeval's precision over recall, at one IoU or over all IoUs.
+
+        It is None if the class has no object.
+        """
         values = self._precision(iou, area)[:, :, self.classes.index(name)]
         return float(values[values > -1].mean()) if (values > -1).any() else None
 
     def precision_recall(self, iou: float, name: str | None = None) -> tuple[np.ndarray, np.ndarray] | None:
-        """COCOeval's precision at each of its recalls, of a class or as the mean of all; None without an object.
+        """COCOeval's precision at each of its recalls, of one class or as the mean over classes.
 
         Returns:
-            Recall and precision, each of shape (101,).
+            Recall and precision, each of shape (101,), or None if there is no object.
         """
         values = self._precision(iou, 'all')[0]
         values = values if name is None else values[:, [self.classes.index(name)]]
@@ -100,7 +103,7 @@ class Scores:
         return (np.asarray(self.coco.params.recThrs), there.mean(1)) if there.size else None
 
     def outcomes(self, score_thr: float) -> dict[str, Outcome]:
-        """By image file, what was missed, found, and found where nothing is, as COCOeval matches at an IoU of 0.5."""
+        """For each image file its objects, found and missed, and false detections, as COCOeval matches at IoU 0.5."""
         params, names = self.coco.params, dict(zip(self.coco.params.catIds, self.classes, strict=True))
         outcomes = {image: Outcome(path) for image, path in self.paths.items()}
         at = int(np.argmin(np.abs(params.iouThrs - 0.5)))
@@ -122,7 +125,7 @@ class Scores:
         return {outcome.path: outcome for outcome in outcomes.values()}
 
     def _precision(self, iou: float | None, area: str) -> np.ndarray:
-        """(IoUs, recalls, classes)"""
+        """An array of shape (IoUs, recalls, classes)."""
         precision = self.coco.eval['precision'][:, :, :, AREAS.index(area), -1]
         return precision if iou is None else precision[np.isclose(self.coco.params.iouThrs, iou)]
 
@@ -133,10 +136,10 @@ def score(cfg: Config, results: list[dict], name: str) -> Scores:
     Args:
         cfg: the config that names the test data.
         results: a dict for each image, as DumpDetResults writes them.
-        name: what to call the results in an error.
+        name: the name of the results in an error message.
 
     Raises:
-        UserError: if the results are of other images than the test data's.
+        UserError: if the images of the results are not those of the test data.
     """
     set_default_scope(cfg)
     with _quiet():
@@ -146,9 +149,9 @@ def score(cfg: Config, results: list[dict], name: str) -> Scores:
         if ids != infos.keys():
             foreign, lacking = len(ids - infos.keys()), len(infos.keys() - ids)
             raise UserError(
-                f"{name} is not of this config's test set ({foreign} of its {len(ids)} images are not in it, {lacking} "
-                f'of {len(infos)} are lacking): write it anew with tools/test.py, or give its data set with '
-                '--data-root DIR'
+                f"{name} is not of this config's test set ({len(ids - infos.keys())} of its {len(ids)} images are "
+                f'not in it, {len(infos.keys() - ids)} of {len(infos)} are lacking): write it anew with '
+                'tools/test.py, or give its data set with --data-root DIR'
             )
         samples = [_with_truth(sample, infos[sample['img_id']]) for sample in results]
         metrics = evaluators_of(cfg, 'test')
@@ -174,7 +177,7 @@ def _coco(samples: list[dict], meta: dict, ann_file: str | None) -> COCOeval:
         records = mmengine.load(metric.results2json(found, f'{folder}/found')['bbox'])
     if records:
         detections = truth.loadRes(records)
-    else:  # which loadRes cannot do
+    else:  # loadRes does not support an empty list
         detections = COCO()
         detections.dataset = {**truth.dataset, 'annotations': []}
         detections.createIndex()
@@ -188,7 +191,7 @@ def _coco(samples: list[dict], meta: dict, ann_file: str | None) -> COCOeval:
 
 
 def _with_truth(sample: dict, info: dict) -> dict:
-    """DumpDetResults leaves out what is not predicted."""
+    """Add the ground truth to a sample, which DumpDetResults leaves out."""
     parts = defaultdict(list)
     for instance in info['instances']:
         parts['ignored_instances' if instance['ignore_flag'] else 'gt_instances'].append(instance)
@@ -207,13 +210,13 @@ def _known(value: float) -> float | None:
 
 
 def _plain(image_id: object) -> object:
-    """COCOeval sorts the ids by numpy, and keeps numpy's types."""
+    """An image id as a Python type. COCOeval sorts the ids with NumPy and keeps its types."""
     return image_id.item() if isinstance(image_id, np.generic) else image_id
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Evaluators print what the report holds in its tables."""
+    """Silence the evaluators inside this context: the report has their output in its tables."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:

@@ -1,4 +1,4 @@
-"""Pictures of a run, and its report."""
+"""Pictures and reports of runs."""
 
 from cbam_mmdet.visualization.run_pictures import draw_curve, draw_sheet, read_scalars
 

@@ -1,6 +1,6 @@
-"""Attention maps: each CBAM's spatial gate over an image, its channel gate's distribution, and both in figures.
+"""Attention maps: each CBAM's spatial gate over an image, the distribution of its channel gate, and figures of both.
 
-Both for one image, and as the average of several.
+They are for one image, or averages over several.
 """
 
 from __future__ import annotations
@@ -27,35 +27,37 @@ from cbam_mmdet.models.gates import SATURATED, RecordedGates, gate_figures, reco
 from cbam_mmdet.utils.tables import Column, Table, code
 from cbam_mmdet.visualization.sheets import image_grid, save_sheet, show_image
 
-# A gate that moves by less than this share of its range is dead: it does not answer to what it sees.
+# A gate whose values vary by less than this share of its range is dead: it does not depend on its input.
 DEAD = 0.01
 BINS = 40
 COLUMNS = 6
 NOTES = (
-    '`mean` and `spread` (standard deviation) of all values of all images, each image counting the same; `closed`: '
-    f'share below {SATURATED:g} of the range, `open`: share above {1 - SATURATED:g} of it, `saturated`: both; '
-    f'`distance` from identity: mean of |gate - 1|; `dead`: channels whose value differs by less than {DEAD:g} of the '
-    'range between any two images (unknown for one image), or images over which the spatial gate differs by less than '
-    'that. The range is (0, 1) for the sigmoid gate, (0, 2) for the unit gate.'
+    '`mean` and `spread` (standard deviation) of all values of all images, each image counting the same; '
+    f'`closed`: share below {SATURATED:g} of the range, `open`: share above {1 - SATURATED:g} of it, '
+    '`saturated`: both; `distance` from identity: mean of |gate - 1|; '
+    f'`dead`: channels whose value differs by less than {DEAD:g} of the range between any two images (unknown for one '
+    'image), or images over which the spatial gate differs by less than that. The range is (0, 1) for the sigmoid '
+    'gate, (0, 2) for the unit gate.'
 )
 
 
 @dataclass(frozen=True)
 class GateRow:
-    """One gate of one CBAM over the images seen; figures as in gates.gate_figures.
+    """The statistics of one gate of one CBAM over some images, as models.gates.gate_figures defines them.
 
     Attributes:
-        name: the CBAM's dotted name; `stage` and `block` are its parts.
+        name: the CBAM's dotted name. `stage` and `block` are its parts.
         gate: 'channel' or 'spatial'.
-        images: how many were seen.
+        images: the number of images.
         mean: mean over the images.
         spread: standard deviation of all values, each image counting the same.
         closed: share of values below 0.05 of the range.
         open: share above 0.95 of the range.
         saturated: closed + open.
         distance: from identity, the mean of |value - 1|.
-        dead: channel: the share of channels whose value differs by less than 0.01 of the range between any two images
-            (None for a single image). Spatial: the share of images over which the map differs by less than that.
+        dead: for the channel gate, the share of channels whose value differs by less than 0.01 of the range between any
+            two images (None for a single image). For the spatial gate, the share of images over which the map differs
+            by less than that.
     """
 
     name: str
@@ -73,10 +75,10 @@ class GateRow:
 
 
 class GateAverage:
-    """The gates of one CBAM over images that come one after another; no map is kept but the average.
+    """A running average of the gates of one CBAM over images. It keeps no map except the average.
 
     Attributes:
-        map: (H, W), the mean spatial gate, of the first image's size, to which the others are resized. None without a
+        map: (H, W), the mean spatial gate. The maps of all images are resized to the first one's size. None without a
             spatial branch.
         counts: (BINS,), the histogram of all values of the channel gate over (0, upper).
     """
@@ -91,7 +93,7 @@ class GateAverage:
         self._flat = 0
 
     def add(self, gates: RecordedGates) -> None:
-        """Take the images of a recording in."""
+        """Add the images of a recording."""
         for values in gates.channel:
             values = values.float().cpu()
             self._figures['channel'].append(gate_figures(values, self.upper))
@@ -110,13 +112,13 @@ class GateAverage:
                 self.map = self.map + (values - self.map) / seen
 
     def rows(self) -> list[GateRow]:
-        """A row for each gate that was seen."""
+        """A row for each gate with at least one image."""
         rows = []
         for gate, figures in self._figures.items():
             if not figures:
                 continue
             means, spreads, closed, opened, distance = torch.stack(figures).double().unbind(1)
-            # The variance of all values: that within the images, and that between them.
+            # The variance of all values is that within the images plus that between them.
             spread = (spreads.square().mean() + means.var(correction=0)).sqrt()
             images = len(figures)
             if gate == 'spatial':
@@ -140,12 +142,12 @@ def stage_and_block(name: str) -> tuple[str, str]:
 
 
 def gates_over(model: nn.Module, image: np.ndarray, pipeline: Callable) -> dict[str, RecordedGates]:
-    """The gates of a detector over one image, the padding of the batch cut off.
+    """The gates of a detector over one image, without the padding of the batch.
 
     Args:
-        model: from apis.infer.load_detector.
+        model: a detector from apis.infer.load_detector.
         image: (H, W, 3) BGR.
-        pipeline: from datasets.transforms.arrays.array_pipeline(model.cfg).
+        pipeline: the result of array_pipeline(model.cfg).
 
     Raises:
         UserError: if the model holds no CBAM.
@@ -170,17 +172,17 @@ def attend(
     pictures: int = 8,
     warn: Callable[[str], None] = print,
 ) -> list[GateRow]:
-    """Attention maps of a detector over images: pictures and tables.
+    """Write the attention maps of a detector over images, as pictures and tables.
 
-    Writes `out_dir/vis/NAME.png` for each of the first images; `out_dir/average.png`, `gates.md` and `gates.csv`
-    for all of them together; and `gates_by_image.csv`, the same figures image by image.
+    It writes `out_dir/vis/NAME.png` for each of the first images, `out_dir/average.png`, `gates.md` and `gates.csv` for
+    all images together, and `gates_by_image.csv` with the figures of each image.
 
     Args:
-        model: from apis.infer.load_detector.
+        model: a detector from apis.infer.load_detector.
         files: images.
-        out_dir: where to write.
-        pictures: of how many images to draw one.
-        warn: called with a message for each image that cannot be read, and is skipped.
+        out_dir: the folder to write to.
+        pictures: the number of images that get a picture.
+        warn: called with a message for each image that cannot be read, which is skipped.
 
     Returns:
         The rows of the table.
@@ -223,15 +225,16 @@ def attend(
 
 
 def draw_gates(averages: Iterable[GateAverage], out: Path, image: np.ndarray | None = None, title: str = '') -> Path:
-    """One sheet: for each CBAM its spatial gate, over the image if one is given, and its channel gate's distribution.
+    """Draw a sheet with the spatial gate (over the image, if given) and the channel gate's distribution of each CBAM.
 
-    A stage starts a new line. Each map has its own colours, from its least value to its greatest, which stand above it.
+    Each stage starts a new line. The colours of each map range from its least value to its greatest, which stand above
+    it.
 
     Args:
-        averages: one for each CBAM, in order.
+        averages: an average for each CBAM, in order.
         out: the picture to write.
         image: (H, W, 3) BGR.
-        title: of the sheet.
+        title: the title of the sheet.
 
     Returns:
         out.
@@ -266,7 +269,7 @@ def draw_gates(averages: Iterable[GateAverage], out: Path, image: np.ndarray | N
 
 
 def markdown(rows: Sequence[GateRow]) -> str:
-    """The table, a line for each gate, and what its columns mean."""
+    """The table with a line for each gate, and an explanation of its columns."""
     columns = {
         Column('stage', code): lambda row: row.stage,
         Column('block', code): lambda row: row.block,

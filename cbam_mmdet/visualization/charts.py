@@ -1,4 +1,7 @@
-"""Line charts, drawn two ways: as SVG for the report, whose colours the page sets, and by Matplotlib for a paper."""
+"""Line charts that can be drawn in two ways: as SVG for the report, and by Matplotlib for a paper.
+
+The report's page sets the colours of the SVG.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# By the number of the run, as --run-0, --run-1, ... in report.css. People who see no red or no green can
-# distinguish them.
+# By the number of the run, as --run-0, --run-1, ... in report.css. Colour-blind people can distinguish them, too.
 COLOURS = ('#0062b1', '#c8500a', '#00795c', '#94388a', '#7a6400', '#4a4a52')
 COLOURS_ON_DARK = ('#6cb6ff', '#ff9a5c', '#4fd0a8', '#e59adb', '#dcc35a', '#c2c2cc')
 WIDTH, HEIGHT = 380, 230
@@ -23,14 +25,14 @@ MOST_POINTS = 400
 
 @dataclass(frozen=True)
 class Line:
-    """A run's values.
+    """The line of a run.
 
     Args:
-        label: as the legend has it.
+        label: its text in the legend.
         x, y: the points.
-        run: the number of the run, for its colour.
-        dashed: a second line of the same run.
-        marks: whether the points are few, and marked.
+        run: the number of the run, which sets the colour.
+        dashed: whether it is dashed, as the second line of the same run.
+        marks: whether the points are marked, because they are few.
     """
 
     label: str
@@ -46,12 +48,12 @@ class Chart:
     """Lines over a common axis.
 
     Args:
-        name: of its files, without suffix.
-        title: what it shows.
-        x_label, y_label: the axes.
-        lines: at least one.
-        x_range, y_range: (low, high); by default what the lines need, from 0 on.
-        ends: whether a line's last value says something, so that the legend gives it.
+        name: the name of its files, without suffix.
+        title: its title.
+        x_label, y_label: the labels of the axes.
+        lines: at least one line.
+        x_range, y_range: (low, high), by default from 0 to the greatest value of the lines.
+        ends: whether a line's last value is of interest, so that the legend shows it.
     """
 
     name: str
@@ -65,12 +67,12 @@ class Chart:
 
     @property
     def summary(self) -> str:
-        """The chart in words, for those who do not see it."""
+        """A description of the chart for screen readers."""
         ends = [f'{line.label}: {line.y[-1]:.3g} at {line.x[-1]:g}' for line in self.lines]
         return f'{self.y_label} over {self.x_label}' + (f'; last values: {"; ".join(ends)}' if self.ends else '')
 
     def svg(self) -> Markup:
-        """The chart for report.html: classes, no colours."""
+        """The chart for report.html. It has CSS classes and no colours."""
         (x0, x1), (y0, y1) = self._ranges()
         width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
@@ -103,7 +105,7 @@ class Chart:
         return Markup(''.join(parts))
 
     def draw(self, folder: Path) -> None:
-        """Write NAME.png and NAME.pdf, of a column's width, with text that stays text."""
+        """Write NAME.png and NAME.pdf with the width of a column. The PDF keeps text as text."""
         with matplotlib.rc_context({'pdf.fonttype': 42, 'font.size': 8}):
             figure = Figure(figsize=(3.4, 2.4), layout='constrained')
             self.plot(figure.add_subplot())
@@ -147,7 +149,7 @@ def _short(value: float) -> str:
 
 
 def _thinned(line: Line) -> list[tuple[float, float]]:
-    """Points without those in the middle of a level stretch, and no more than a screen can show."""
+    """The points without those inside a constant stretch, and at most about MOST_POINTS of them."""
     points = list(zip(line.x, line.y, strict=True))
     inner = [
         p for before, p, after in zip(points, points[1:], points[2:], strict=False) if not before[1] == p[1] == after[1]

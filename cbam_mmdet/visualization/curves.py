@@ -1,4 +1,4 @@
-"""The curves of trainings: each loss, and the mAPs of the validations, over the iterations."""
+"""The curves of trainings over the iterations: each loss, and the mAPs of the validations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def loss_charts(rows: Mapping[str, Sequence[dict]]) -> list[Chart]:
     """A chart for each loss that was logged.
 
     Args:
-        rows: the rows of losses of each run, by its name (see engine.run_reader.read_scalars).
+        rows: the rows of losses of each run, by the run's name (see engine.run_reader.read_scalars).
     """
     losses = dict.fromkeys(key for each in rows.values() for row in each for key in row if 'loss' in key)
     charts = [
@@ -29,10 +29,10 @@ def loss_charts(rows: Mapping[str, Sequence[dict]]) -> list[Chart]:
 
 
 def metric_charts(rows: Mapping[str, Sequence[dict]]) -> list[Chart]:
-    """A chart for each of METRICS that was measured; COCO's figures are -1 where there is nothing to measure.
+    """A chart for each of METRICS that was measured. COCO's figures are -1 if there is nothing to measure.
 
     Args:
-        rows: the rows of metrics of each run, by its name.
+        rows: the rows of metrics of each run, by the run's name.
     """
     charts = [
         Chart(key.replace('/', '_'), title, 'iteration', 'mAP', _lines(rows, key, lambda m: m >= 0), y_range=(0, 1))
@@ -44,7 +44,7 @@ def metric_charts(rows: Mapping[str, Sequence[dict]]) -> list[Chart]:
 def _lines(
     rows: Mapping[str, Sequence[dict]], key: str, known: Callable[[float], bool], few: float = math.inf
 ) -> list[Line]:
-    """A line for each run that has known values; fewer points than `few` are marked."""
+    """A line for each run that has known values. Its points are marked if they are fewer than `few`."""
     lines = []
     for i, (name, each) in enumerate(rows.items()):
         points = [(row['step'], row[key]) for row in each if key in row and known(row[key])]

@@ -1,6 +1,6 @@
-"""Grad-CAM of images, one or two detectors side by side as in figure 4 of CBAM's paper.
+"""Grad-CAM sheets of images, for one or two detectors side by side, as in figure 4 of CBAM's paper.
 
-Each image has a sheet, and its maps as arrays.
+The maps are also written as arrays.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from cbam_mmdet.visualization.sheets import draw_box, image_grid, save_sheet, sh
 
 @dataclass(frozen=True)
 class Choice:
-    """Which boxes of an image are explained.
+    """The choice of the boxes of an image that are explained.
 
     Attributes:
-        class_name: boxes of this class only.
-        top: the detections with the best scores, so many; None for all.
-        box: x1, y1, x2, y2 in pixels: this box in place of detections; without a class name, the class that the
-            detector sees there.
-        score_thr: no detection with a lower score.
+        class_name: the class of the boxes, or None for any.
+        top: the number of detections, those with the best scores. None for all.
+        box: x1, y1, x2, y2 in pixels, a box in place of detections. Without a class name, its class is the one that the
+            detector finds there.
+        score_thr: the lowest score of a detection.
     """
 
     class_name: str | None = None
@@ -52,10 +52,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One detector's maps of one image.
+    """The maps of one detector for one image.
 
     Attributes:
-        name: of the detector.
+        name: the name of the detector.
         layers: the names of the layers.
         maps: (layers, h, w) in 0..1.
         scores: the detector's score of each target.
@@ -79,27 +79,27 @@ def explain_images(
     method: str = 'gradcam++',
     warn: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Write for each image a sheet, its maps and its scores.
+    """Write a sheet, the maps and the scores for each image.
 
     The sheet is `out_dir/NAME.png`. Each detector has `out_dir/raw/NAME_MODEL.npy`, of shape (layers, H, W), and
-    `out_dir/raw/NAME_MODEL.json`: the layers, the boxes, and the scores that the detector gives these boxes. The boxes
-    are detections of the first detector.
+    `out_dir/raw/NAME_MODEL.json`: the layers, the boxes, and the score that the detector gives them. The first
+    detector's detections are explained. The other detectors give their scores of the same boxes.
 
     Args:
-        models: detectors from apis.infer.load_detector, by the names that the sheet shows.
+        models: detectors from apis.infer.load_detector, by their names in the sheet.
         files: images.
-        out_dir: where to write.
-        choice: what is explained.
-        layers: by their names; by default the last block of each stage of each detector's backbone.
-        method: one of gradcam.METHODS.
-        warn: called with a message for each image that is skipped, since it has no detection or cannot be read.
+        out_dir: the folder to write to.
+        choice: the choice of the boxes.
+        layers: names of layers, by default the last block of each stage of each detector's backbone.
+        method: one of analysis.gradcam.METHODS.
+        warn: called with a message for each image that is skipped because it has no detection or cannot be read.
 
     Returns:
         The sheets that were written.
 
     Raises:
-        UserError: for a layer, class or method that does not exist; detectors of different classes; a box and several
-            images; a single image that cannot be explained.
+        UserError: for an unknown layer, class or method, for detectors of different classes, for a box and several
+            images, and for a single image that cannot be explained.
     """
     classes = _check(models, files, choice, method)
     layers_of = {name: find_layers(model, layers) for name, model in models.items()}
@@ -131,7 +131,7 @@ def explain_images(
 
 
 def _check(models: dict[str, nn.Module], files: Sequence[Path], choice: Choice, method: str) -> tuple[str, ...]:
-    """Refuse arguments that do not fit; return the classes that all detectors know."""
+    """Refuse arguments that do not fit together, and return the classes of the detectors."""
     method_class(method)
     first, *others = models
     classes = tuple(models[first].dataset_meta['classes'])
@@ -178,10 +178,10 @@ def _write_raw(explanation: Explanation, record: dict, folder: Path, name: str) 
 
 
 def choose_targets(model: nn.Module, image: np.ndarray, choice: Choice) -> list[Target]:
-    """The boxes of an image, (H, W, 3) BGR, that a choice stands for; none where nothing is detected.
+    """The chosen boxes of an image, (H, W, 3) BGR. The list is empty if nothing is detected.
 
     Raises:
-        UserError: if a given box is no box in the image, or no class is seen in it.
+        UserError: if the box of the choice does not lie in the image, or the detector finds no class in it.
     """
     classes = list(model.dataset_meta['classes'])
     label = None if choice.class_name is None else classes.index(choice.class_name)
@@ -203,15 +203,15 @@ def draw_cams(
     out: Path,
     title: str = '',
 ) -> Path:
-    """One sheet: a line for each detector, with the image and the boxes, then the map of each layer over the image.
+    """Draw a sheet with a line for each detector: the image with the boxes, then the map of each layer over the image.
 
     Args:
         image: (H, W, 3) BGR.
         targets: the boxes.
         explanations: one for each detector.
-        classes: names of the classes.
+        classes: the names of the classes.
         out: the picture to write.
-        title: of the sheet.
+        title: the title of the sheet.
 
     Returns:
         out.

@@ -1,4 +1,4 @@
-"""What a run did, in two pictures: its training curve, and a sheet of images with predicted and true boxes."""
+"""Two pictures of a run: its training curve, and a sheet of images with predicted and true boxes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TRUTH = dict(color='white', linestyle=(0, (4, 3)), linewidth=1.6)
 
 
 def draw_curve(work_dir: str | Path, out: str | Path) -> Path:
-    """Draw the loss over the iterations, and the mAP of each validation, of the newest training in a work dir.
+    """Draw the loss over the iterations, and the mAP of each validation, for the newest training in a work dir.
 
     Args:
-        work_dir: where tools/train.py wrote.
+        work_dir: the --work-dir of tools/train.py.
         out: the picture to write.
 
     Returns:
@@ -50,17 +50,17 @@ def draw_sheet(cfg: Config, results: str | Path, out: str | Path, num_images: in
     """Draw the first images of the test set with true boxes (dashed) and predicted ones (by class, with score).
 
     Args:
-        cfg: the config; its test dataloader names the images and the truth.
-        results: what `tools/test.py --out FILE.pkl` wrote.
+        cfg: the config. Its test dataloader names the images and the annotations.
+        results: the file that `tools/test.py --out FILE.pkl` wrote.
         out: the picture to write.
-        num_images: how many images.
-        score_thr: predictions below are not drawn.
+        num_images: the number of images.
+        score_thr: the lowest score of a prediction that is drawn.
 
     Returns:
         out.
 
     Raises:
-        UserError: if the results are missing or not of this test set.
+        UserError: if the results are missing or do not belong to this test set.
     """
     predictions = {sample['img_id']: sample for sample in read_results(results)}
     set_default_scope(cfg)

@@ -1,4 +1,4 @@
-"""Sheets of images: axes without frames, images and boxes in them, written as one picture."""
+"""Sheets of images: axes without frames, with images and boxes in them, written as one picture."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from matplotlib.patches import Rectangle
 
 
 def image_grid(rows: int, columns: int, size: tuple[float, float], **layout: Any) -> tuple[Figure, np.ndarray]:
-    """A figure of (width, height) inches, and its axes, (rows, columns), which show no frame and no ticks.
+    """Make a figure, and its axes of shape (rows, columns) without frames and ticks.
 
     Args:
-        rows, columns: how many axes.
-        size: of the figure.
+        rows, columns: the numbers of axes.
+        size: (width, height) of the figure in inches.
         layout: further arguments of Figure.subplots.
     """
     figure = Figure(figsize=size, layout='constrained')
@@ -45,7 +45,7 @@ def box_corners(xywh: tuple[float, float, float, float]) -> tuple[float, float, 
 
 
 def save_sheet(figure: Figure, out: str | Path) -> Path:
-    """Write a figure as a picture for the screen, into a folder that is made if need be."""
+    """Write a figure as a picture for the screen, and create its folder if it does not exist."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)

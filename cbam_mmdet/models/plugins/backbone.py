@@ -38,8 +38,8 @@ def PluginBackbone(
     Args:
         backbone: the config of any registered backbone, e.g. of type 'ResNet', 'SSDVGG' or 'mmpretrain.VGG'.
         plugins: a dict for each plugin, with two keys. `cfg` is its type and arguments, and a `postfix` to make its
-            name unique. `after` is the dotted name in the backbone of the module that it follows, a pattern, or a list of
-            patterns, which takes each module once. In a pattern * ? [12] match characters within one segment of the
+            name unique. `after` is the dotted name in the backbone of the module that it follows, a pattern, or a list
+            of patterns, which takes each module once. In a pattern * ? [12] match characters within one segment of the
             name, and ** matches any number of segments. 'outputs' means each feature map that the backbone returns.
             Without `after` the plugin goes to the usual place of this backbone (see places.py). Plugins at one module
             run in the order of this list. None or an empty list leaves the backbone plain.

@@ -16,8 +16,8 @@ OUTPUTS = 'outputs'  # stands for the maps that the backbone returns
 
 BOTTLENECK, BASIC_BLOCK = ['layer*.*.bn3'], ['layer*.*.bn2']
 
-# Class of the backbone -> lists of patterns. The first list with a match is used. Derived classes share the place. Those
-# of ResNet are ResNeXt, Res2Net, ResNeSt, RegNet, and the ResNets of DetectoRS and TridentNet.
+# Class of the backbone -> lists of patterns. The first list with a match is used. Derived classes share the place.
+# Those of ResNet are ResNeXt, Res2Net, ResNeSt, RegNet, and the ResNets of DetectoRS and TridentNet.
 PLACES: dict[str, list[list[str]]] = {
     'ResNet': [BOTTLENECK, BASIC_BLOCK],
     'HRNet': [['layer1.*.bn3', 'stage*.*.branches.*.*.bn2']],

@@ -1,4 +1,4 @@
-"""The report of one run, or of several compared: one HTML file that needs nothing else, its tables and its figures."""
+"""The report of one run, or a comparison of several: one HTML file without dependencies, with tables and figures."""
 
 from cbam_mmdet.visualization.report.write import write_report
 

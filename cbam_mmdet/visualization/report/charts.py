@@ -10,7 +10,7 @@ from cbam_mmdet.visualization.curves import loss_charts, metric_charts
 from cbam_mmdet.visualization.report.evaluation import EvaluatedRun
 from cbam_mmdet.visualization.report.tables import class_names
 
-MOST_CLASSES = 12  # with a precision-recall curve of their own
+MOST_CLASSES = 12  # the number of classes with a precision-recall curve
 
 
 def make_charts(runs: Sequence[EvaluatedRun]) -> dict[str, list[Chart]]:
@@ -32,7 +32,7 @@ def _precision_recall(runs: Sequence[EvaluatedRun]) -> list[Chart]:
 
 
 def _chart(runs: Sequence[EvaluatedRun], name: str, title: str, ious: Sequence[float], class_name: str | None) -> Chart:
-    """Precision over recall of one class, or as the mean of all; without lines where there is no object."""
+    """Precision over recall of one class, or the mean of all. It has no line for a run without an object."""
     lines = []
     for i, run in enumerate(runs):
         for iou in ious if class_name is None or class_name in run.scores.classes else ():

@@ -1,4 +1,4 @@
-"""Images as data URIs, which stand in the page itself."""
+"""Images as data URIs, which are part of the page."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ WIDEST = 480  # pixels of a picture in the page
 
 
 def jpeg_uri(image: np.ndarray, widest: int = WIDEST) -> str:
-    """An image, (H, W, 3) BGR, made smaller where it is wider than so many pixels."""
+    """The data URI of an image, (H, W, 3) BGR, which is resized if it is wider than so many pixels."""
     scale = min(1, widest / image.shape[1])
     image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
     return _uri('jpeg', cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 82])[1])
 
 
 def map_uri(values: np.ndarray) -> tuple[str, float, float]:
-    """A map, (H, W), in colours from its lowest value to its highest, and these two."""
+    """The data URI of a map, (H, W), with colours from its lowest value to its highest, and these two values."""
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / max(high - low, 1e-6)
     rgb = (matplotlib.colormaps['viridis'](scaled)[..., :3] * 255).round().astype(np.uint8)

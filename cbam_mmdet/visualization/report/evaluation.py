@@ -1,6 +1,6 @@
-"""What the newest checkpoint of a run detects in the test set, how that scores, and what the network costs.
+"""Evaluate the newest checkpoint of a run: its detections in the test set, their scores, and the network's cost.
 
-The test set is the config's. The configs for COCO and VOC test on their validation images.
+The test set is that of the config. The configs for COCO and VOC test on their validation images.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from cbam_mmdet.visualization.attention import gates_over
 
 @dataclass
 class EvaluatedRun:
-    """A training, what its newest checkpoint detects, and what it costs.
+    """A training with the detections of its newest checkpoint and the cost of its network.
 
     Args:
         record: the training.
         checkpoint: its newest checkpoint.
-        scores: of the detections.
-        outcomes: what was found and missed, by image file.
-        cost: None where the network cannot be counted; `no_cost` says why.
-        no_cost: empty where it can.
-        gates: by image file and CBAM.
+        scores: the scores of the detections.
+        outcomes: the objects found and missed, by image file.
+        cost: the cost of the network, or None if it cannot be counted.
+        no_cost: the reason why it cannot be counted, or ''.
+        gates: the gates by image file and CBAM.
     """
 
     record: TrainingRecord
@@ -59,7 +59,7 @@ class EvaluatedRun:
 def evaluate(
     record: TrainingRecord, checkpoint: str, *, data_root: str | None, score_thr: float, trust_checkpoint: bool
 ) -> EvaluatedRun:
-    """Score a checkpoint's detections; see write_report for the arguments."""
+    """Score the detections of a checkpoint. write_report explains the arguments."""
     detections = _detections(record, checkpoint, data_root, trust_checkpoint)
     cfg = copy.deepcopy(record.tested)
     point_at_data(cfg, data_root, None)
@@ -74,7 +74,7 @@ def evaluate(
 
 
 def worst_first(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """The image files by their missed objects in all runs, most first; those with equally many by false detections."""
+    """The image files, sorted by the missed objects of all runs, most first, and then by the false detections."""
     missed, false = Counter(), Counter()
     for run in runs:
         for path, outcome in run.outcomes.items():
@@ -84,7 +84,7 @@ def worst_first(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def add_gates(runs: Sequence[EvaluatedRun], paths: Sequence[str], device: str | None, trust_checkpoint: bool) -> None:
-    """Record each run's gates over those of the images that are in its test set."""
+    """Record the gates of each run over those of the images that are in its test set."""
     for run in runs:
         model = load_detector(run.record.tested, run.checkpoint, device, trust_checkpoint)
         if find_cbams(model):
@@ -93,7 +93,7 @@ def add_gates(runs: Sequence[EvaluatedRun], paths: Sequence[str], device: str | 
 
 
 def _detections(record: TrainingRecord, checkpoint: str, data_root: str | None, trust_checkpoint: bool) -> list[dict]:
-    """What tools/test.py --out has written since the checkpoint; without it, detect now."""
+    """The detections that tools/test.py --out wrote after the checkpoint. If there are none, detect now."""
     results = record.work_dir / 'results.pkl'
     if not data_root and results.is_file() and results.stat().st_mtime >= os.path.getmtime(checkpoint):
         written = datetime.fromtimestamp(results.stat().st_mtime)
@@ -103,7 +103,7 @@ def _detections(record: TrainingRecord, checkpoint: str, data_root: str | None, 
     with TemporaryDirectory() as folder:
         results = f'{folder}/results.pkl'
         cfg = copy.deepcopy(record.tested)
-        # MMEngine keeps a visualizer by its name for the whole process: the next run needs another one.
+        # MMEngine keeps a visualizer by its name as long as the process lives, so each run needs another name.
         cfg.visualizer = ConfigDict(type='DetLocalVisualizer', name=folder, vis_backends=[])
         test(cfg, checkpoint, data_root=data_root, work_dir=folder, out=results, trust_checkpoint=trust_checkpoint)
         return read_results(results)

@@ -1,4 +1,4 @@
-"""What the page shows by SVG and CSS, for a paper: PNG and PDF files of charts, detections and attention maps."""
+"""The figures of the page as PNG and PDF files for a paper: charts, detections and attention maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's page, from its template report.html."""
+"""Render the page of the report from its template report.html."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def render_page(runs: Sequence[EvaluatedRun], **parts: Any) -> str:
     """The page's HTML.
 
     Args:
-        runs: the first is the one that the others are compared with.
-        parts: what the template shows besides: `tables`, `charts`, `pictures`, `attention`, `num_tested`, `score_thr`.
+        runs: the runs. The others are compared with the first one.
+        parts: the other arguments of the template: `tables`, `charts`, `pictures`, `attention`, `num_tested` and
+            `score_thr`.
     """
     loader = PackageLoader('cbam_mmdet.visualization.report', '.')
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)

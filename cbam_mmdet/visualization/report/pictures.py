@@ -1,4 +1,4 @@
-"""The images in the report's page: test images, whose boxes the page draws, and spatial gates."""
+"""The images of the report's page: test images, with boxes that the page draws over them, and spatial gates."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Picture:
     """A test image.
 
     Args:
-        name: of its file.
-        width, height: of the image, in pixels; the boxes are in these.
+        name: the name of its file.
+        width, height: the size of the image, in the pixels that the boxes use.
         data: its data URI.
-        parts: (run's name, outcome, outcome in words) for each run.
+        parts: (run's name, outcome, outcome as text) for each run.
     """
 
     name: str
@@ -52,7 +52,7 @@ def make_picture(path: str, runs: Sequence[EvaluatedRun]) -> Picture:
 def make_heats(
     runs: Sequence[EvaluatedRun], paths: Sequence[str]
 ) -> list[tuple[str, list[tuple[str, str, list[Heat]]]]]:
-    """For each run with CBAMs its name, and for each image: name, data URI, spatial gates."""
+    """For each run with CBAMs its name, and (name, data URI, spatial gates) for each image."""
     shown = []
     for run in runs:
         rows = []

@@ -38,7 +38,7 @@ def make_tables(runs: Sequence[EvaluatedRun], score_thr: float) -> dict[str, lis
 
 
 def class_names(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """The classes of all runs, in the order of the first run that has them."""
+    """The classes of all runs, in the order of the runs."""
     return list(dict.fromkeys(name for run in runs for name in run.scores.classes))
 
 
@@ -49,11 +49,11 @@ def _names(runs: Sequence[EvaluatedRun]) -> list[str]:
 def _compare(
     runs: Sequence[EvaluatedRun], first: str, rows: Sequence[tuple[str, Sequence[Cell]]], name: str, caption: str
 ) -> Table:
-    """A value for each run, and the difference of each other run from the first."""
+    """A table with a value for each run, and the difference of each other run from the first one."""
     names = _names(runs)
     changes = ['difference'] if len(names) == 2 else [f'{name}, difference' for name in names[1:]]
     body = [[row, *values, *(change(values[0], value) for value in values[1:])] for row, values in rows]
-    # Of what a network costs, less is better: its changes have no colour.
+    # A lower cost is better, so changes of the cost have no colour.
     return Table([first, *names, *changes], body, name, caption, better=name != 'complexity')
 
 
@@ -64,7 +64,7 @@ def _facts(runs: Sequence[EvaluatedRun]) -> Table:
 
 
 def _differing_settings(runs: Sequence[EvaluatedRun]) -> list[Table]:
-    """What the trainings of several runs differ in."""
+    """The settings that differ between the trainings of several runs."""
     if len(runs) == 1:
         return []
     first = runs[0].record.trained
@@ -78,7 +78,7 @@ def _differing_settings(runs: Sequence[EvaluatedRun]) -> list[Table]:
 
 
 def _changed_settings(runs: Sequence[EvaluatedRun]) -> list[Table]:
-    """What each run changes in the configs that its own inherits from."""
+    """The settings that each run changes in the configs that its own config inherits from."""
     tables = []
     for i, run in enumerate(runs):
         if run.record.changes:

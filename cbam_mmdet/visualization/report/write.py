@@ -1,4 +1,4 @@
-"""Evaluate runs, and write their report: what tools/report.py calls."""
+"""Evaluate runs, and write their report, for tools/report.py."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cbam_mmdet.visualization.report.page import render_page
 from cbam_mmdet.visualization.report.pictures import make_heats, make_picture
 from cbam_mmdet.visualization.report.tables import make_tables
 
-ATTENTION_IMAGES = 3  # with attention maps
-FIGURE_IMAGES = 4  # with detections, in the figure for a paper
+ATTENTION_IMAGES = 3  # the number of images with attention maps
+FIGURE_IMAGES = 4  # the number of images with detections in the figure for a paper
 
 
 def write_report(
@@ -33,19 +33,19 @@ def write_report(
     """Write `report.html`, `tables/*.csv`, `tables/*.md`, `figures/*.png` and `figures/*.pdf`.
 
     Args:
-        work_dirs: the --work-dir of each training; the others are compared with the first.
-        out_dir: where to write; by default the folder `report` in the first work dir.
-        data_root: folder of the test data, in place of the configs'.
-        num_images: pictures of detections.
-        score_thr: the pictures and counts leave out detections with a lower score; the other tables and curves use all.
-        device: for the attention maps: 'cpu', 'cuda:0', ...; by default the GPU if there is one.
+        work_dirs: the --work-dir of each training. The others are compared with the first one.
+        out_dir: the folder to write to, by default `report` in the first work dir.
+        data_root: the folder of the test data, in place of the configs'.
+        num_images: the number of pictures of detections.
+        score_thr: the lowest score of detections in the pictures and counts. The other tables and curves use all.
+        device: the device for the attention maps: 'cpu', 'cuda:0', ..., by default the GPU if there is one.
         trust_checkpoint: load checkpoints by full unpickling, which runs code from the file.
 
     Returns:
         The HTML file.
 
     Raises:
-        UserError: for a work dir without log, config or checkpoint, and whatever keeps tools/test.py from testing.
+        UserError: for a work dir without log, config or checkpoint, and for errors of tools/test.py.
     """
     records = read_runs(work_dirs)
     checkpoints = [find_checkpoint(str(record.work_dir)) for record in records]
