@@ -269,7 +269,8 @@ class Ablation:
     def __init__(self, folder, trained, shapes):
         self.work_dir, self.tools, self.shapes = folder / 'work', folder / 'tools', shapes
         self.tools.mkdir()
-        shutil.copy(TOOLS / 'ablate.py', self.tools)
+        for name in ('ablate.py', 'arguments.py'):
+            shutil.copy(TOOLS / name, self.tools)
         (self.tools / 'train.py').write_text(STAND_IN)
         self.environment = dict(os.environ, WEIGHTS=str(trained / 'epoch_1.pth'))
         self.configs = [folder / f'{name}.py' for name in ('first', 'second', 'third')]
