@@ -48,7 +48,9 @@ def write_all(root, shapes, trained):
     write_image_folders(root / 'imagenet', root / 'photo.jpg')
 
     for name in ('demo', 'plain', 'cbam'):
-        shutil.copytree(trained, root / 'work_dirs' / name)
+        copy = shutil.copytree(trained, root / 'work_dirs' / name)
+        config = copy / 'faster_rcnn_cbam.py'
+        config.write_text(config.read_text().replace(str(shapes), 'data/shapes'))
     write_weights(root)
     return root
 
