@@ -12,7 +12,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from cbam_mmdet.datasets import CLASSES, write_voc
+from cbam_mmdet.datasets import CLASSES, ensure_shapes
 from cbam_mmdet.engine.checkpoint.keys import to_official
 
 
@@ -34,13 +34,13 @@ def write_all(root, shapes, trained):
     rename_coco(shutil.copytree(shapes, root / 'coco'), CocoDataset.METAINFO['classes'])
     rename_coco(shutil.copytree(shapes, root / 'coco-style'), ['cat', 'dog', 'cow', 'hen', 'pig', 'ass'])
 
-    voc = write_voc(root / 'VOCdevkit', num_train=4, num_val=2, image_size=64, progress=False)
+    voc = ensure_shapes(root / 'VOCdevkit', 4, 2, image_size=64, style='voc', progress=False)
     shutil.copytree(rename_voc(voc / 'VOC2007', VOCDataset.METAINFO['classes']), voc / 'VOC2012')
     shutil.copytree(voc / 'VOC2007', root / 'VOC2007')
     flat = shutil.copytree(voc / 'VOC2007', root / 'my_data')
     for old, new in (('trainval', 'train'), ('test', 'val')):
         (flat / f'ImageSets/Main/{old}.txt').rename(flat / f'ImageSets/Main/{new}.txt')
-    cells = write_voc(root / 'bccd', num_train=4, num_val=2, image_size=64, progress=False)
+    cells = ensure_shapes(root / 'bccd', 4, 2, image_size=64, style='voc', progress=False)
     rename_voc(cells / 'VOC2007', ['RBC', 'WBC', 'Platelets'])
     (root / 'images_and_annotations').mkdir()
     shutil.copytree(voc / 'VOC2007/JPEGImages', root / 'images_and_annotations/images')
@@ -48,7 +48,9 @@ def write_all(root, shapes, trained):
     write_image_folders(root / 'imagenet', root / 'photo.jpg')
 
     for name in ('demo', 'plain', 'cbam'):
-        shutil.copytree(trained, root / 'work_dirs' / name)
+        copy = shutil.copytree(trained, root / 'work_dirs' / name)
+        config = copy / 'faster_rcnn_cbam.py'
+        config.write_text(config.read_text().replace(str(shapes), 'data/shapes'))
     write_weights(root)
     return root
 

@@ -181,7 +181,7 @@ def run(block, folder, run_tool, capfd):
 
 def assert_printed(expected, output, where):
     """Every line of the page occurs in the output, in this order; `...` stands for anything."""
-    pattern = '.*'.join(re.escape(line.strip()).replace(r'\.\.\.', '.*') for line in expected.splitlines())
+    pattern = r'\s.*?'.join(re.escape(line.strip()).replace(r'\.\.\.', '.*') for line in expected.splitlines())
     assert re.search(pattern, output, re.S), f'{where} says\n{expected}\nand what was printed is\n{output[-3000:]}'
 
 
