@@ -190,7 +190,7 @@ def trained(shapes, tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def demo(tmp_path_factory):
-    """A folder with the demo's data set (shapes/), and the demo's detector trained on it as `make demo` does (work/): minutes."""
+    """The demo's data set (shapes/), and its detector trained on it as `make demo` does (work/): takes minutes."""
     folder = tmp_path_factory.mktemp('whole_demo')
     train('--data-root', ensure_shapes(folder / 'shapes'), '--work-dir', folder / 'work')
     return folder

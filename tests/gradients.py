@@ -1,7 +1,7 @@
 """One training step of a small FCOS with CBAM, in float64, in one process or in several: gradients and statistics.
 
-FCOS, because its losses are divided by the objects of all processes together. The norms are synchronized by AllReduceBN, as
-torch's SyncBatchNorm refuses CPUs; a single process has torch's own BatchNorm.
+FCOS, because its losses are divided by the objects of all processes together. The norms are synchronized by
+AllReduceBN, as torch's SyncBatchNorm refuses CPUs; a single process has torch's own BatchNorm.
 """
 
 import cbam_mmdet  # noqa: F401  # isort: skip  (before mmdet)
@@ -71,7 +71,7 @@ def batch():
 
 
 def step(place, rank=0, processes=1):
-    """Gradients of all parameters and the statistics of all norms, after one step on this process's share of the batch."""
+    """Gradients of all parameters and the statistics of all norms, after a step on this process's share of a batch."""
     torch.manual_seed(0)
     model = build(place, 'AllReduceBN' if processes > 1 else 'BN').double().train()
     run = model

@@ -119,7 +119,8 @@ def test_plugin_at_a_position_that_does_not_exist(train, tmp_path):
 
 
 def test_stages_of_the_wrong_length(train, tmp_path):
-    text = "model = dict(backbone=dict(plugins=[dict(cfg=dict(type='CBAM'), stages=(True, True, True), position='after_conv3')]))"
+    plugin = "dict(cfg=dict(type='CBAM'), stages=(True, True, True), position='after_conv3')"
+    text = f'model = dict(backbone=dict(plugins=[{plugin}]))'
     assert_refused(train(config=config_with(tmp_path, text)), r'plugins\[0\].stages=.* has 3 entries: expected 4')
 
 
@@ -548,7 +549,8 @@ def test_pretrained_weights_without_a_network(train, tmp_path, monkeypatch):
 
     monkeypatch.setattr('urllib.request.urlopen', offline)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    text = "model = dict(backbone=dict(init_cfg=dict(_delete_=True, type='Pretrained', checkpoint='torchvision://resnet50')))"
+    weights = "dict(_delete_=True, type='Pretrained', checkpoint='torchvision://resnet50')"
+    text = f'model = dict(backbone=dict(init_cfg={weights}))'
     assert_refused(train(config=config_with(tmp_path, text)), 'a download failed', 'model.backbone.init_cfg=None')
 
 

@@ -46,7 +46,8 @@ def odd_shapes(tmp_path_factory):
 def two_processes(odd_shapes, tmp_path_factory):
     """A work dir that dist_train.sh filled, from another folder, and what it printed.
 
-    Everything that a large run needs at once: bf16, gradient accumulation, activation checkpointing, a scaled learning rate.
+    Everything that a large run needs at once: bf16, gradient accumulation, activation checkpointing, a scaled
+    learning rate.
     """
     work_dir = tmp_path_factory.mktemp('work') / 'two'
     options = tiny(
@@ -200,7 +201,8 @@ def test_same_seed_same_curve_in_two_processes(shapes, tmp_path):
 
 @pytest.mark.parametrize('option, message', [
     (['--data-root', '/nowhere'], 'no folder /nowhere/'),  # found by the first process
-    pytest.param(['--cfg-options', 'no-pair'], 'KEY=VALUE', marks=pytest.mark.slow),  # by each, before they know of each other
+    # By each process, before they know of each other.
+    pytest.param(['--cfg-options', 'no-pair'], 'KEY=VALUE', marks=pytest.mark.slow),
     # torch's SyncBatchNorm refuses CPUs, in both processes.
     pytest.param(['--cfg-options', 'sync_bn=torch'], 'SyncBN needs a GPU', marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -245,8 +247,8 @@ def test_wrong_arguments(name, args, variables, message, tmp_path):
     ('8', {'NNODES': '2', 'NODE_RANK': '1', 'MASTER_ADDR': '127.0.0.1'},
      '--nproc-per-node 8 --max-restarts 0 --nnodes 2 --node-rank 1 --master-addr 127.0.0.1 --master-port 29500'),
     ('8', {'NNODES': '2:4', 'RDZV_ENDPOINT': '127.0.0.1:29400', 'RDZV_ID': 'job7', 'MAX_RESTARTS': '3'},
-     '--nproc-per-node 8 --max-restarts 3 --nnodes 2:4 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:29400 --rdzv-id job7 '
-     '--rdzv-conf is_host=1 --local-addr 127.0.0.1'),
+     '--nproc-per-node 8 --max-restarts 3 --nnodes 2:4 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:29400 '
+     '--rdzv-id job7 --rdzv-conf is_host=1 --local-addr 127.0.0.1'),
     ('two', {}, 'GPUS=two'),
     ('0', {}, 'GPUS=0'),
     ('8', {'MAX_RESTARTS': '-1'}, 'MAX_RESTARTS=-1'),
@@ -269,7 +271,8 @@ def test_what_torchrun_is_given(gpus, environment, expected):
 def test_slurm_asks_for_nodes_and_starts_one_torchrun_on_each(tmp_path):
     """With stand-ins for srun, scontrol and python, that print what they are given."""
     stand_ins = {
-        'srun': 'while [ "$1" != bash ]; do echo "srun $1"; shift; done; SLURM_JOB_ID=7 SLURM_STEP_ID=0 SLURM_STEP_NODELIST=x "$@"',
+        'srun': 'while [ "$1" != bash ]; do echo "srun $1"; shift; done\n'
+        'SLURM_JOB_ID=7 SLURM_STEP_ID=0 SLURM_STEP_NODELIST=x "$@"',
         'scontrol': 'printf "node1\\nnode2\\n"',
         'python': 'echo "python $*"; echo "NNODES=$NNODES RDZV_ENDPOINT=$RDZV_ENDPOINT RDZV_ID=$RDZV_ID"',
     }

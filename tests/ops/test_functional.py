@@ -97,7 +97,7 @@ def test_plain_pytorch_saves_more_than_the_input():
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_exact_as_plain_pytorch(dtype):
-    """By the median of nine draws: in half precision near maxima tie, and which one gets the gradient is luck for both."""
+    """By the median of nine draws: in half precision near maxima tie; which one gets the gradient is luck for both."""
     errors = []
     for seed in range(9):
         torch.manual_seed(seed)

@@ -85,7 +85,8 @@ def config(folder, custom_hooks='[]', more=''):
         f"_base_ = '{DEMO}'\n"
         "custom_imports = dict(imports=['cbam_mmdet', 'signal_hook'])\n"
         f"custom_hooks = [dict(type='EMAHook', momentum=0.1)] + {custom_hooks}\n"
-        'train_pipeline = [*_base_.train_pipeline[:2], dict(type="PhotoMetricDistortion"), *_base_.train_pipeline[2:]]\n'
+        'before, after = _base_.train_pipeline[:2], _base_.train_pipeline[2:]\n'
+        'train_pipeline = [*before, dict(type="PhotoMetricDistortion"), *after]\n'
         'train_dataloader = dict(dataset=dict(pipeline=train_pipeline))\n'
         'default_hooks = dict(logger=dict(interval=1), checkpoint=dict(by_epoch=False, interval=1, max_keep_ckpts=2))\n'
         'log_processor = dict(window_size=1)\n'
@@ -193,8 +194,8 @@ def test_training_with_workers_that_stay_ends(finished):
 
 
 def start(
-    folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=(), persistent=False, processes=1, more='', epochs=True,
-    fresh=True,
+    folder, shapes, custom_hooks='[]', seed=7, workers=0, resume=(), persistent=False, processes=1, more='',
+    epochs=True, fresh=True,
 ):  # fmt: skip
     """Start a training, whose exit code `wait` gives.
 
@@ -356,8 +357,8 @@ def test_a_signal_is_not_lost_while_the_processes_agree(monkeypatch, tmp_path):
     """It comes after this process has said that it has none, before it knows what the others say."""
     hook, saved = StopSignalHook(interval=1), []
     runner = SimpleNamespace(
-        model=torch.nn.Linear(1, 1), optim_wrapper=None, train_loop=None, val_loop=None, hooks=[], work_dir=str(tmp_path),
-        epoch=0, iter=0, save_checkpoint=lambda *args, **_: saved.append(args),
+        model=torch.nn.Linear(1, 1), optim_wrapper=None, train_loop=None, val_loop=None, hooks=[],
+        work_dir=str(tmp_path), epoch=0, iter=0, save_checkpoint=lambda *args, **_: saved.append(args),
     )  # fmt: skip
     monkeypatch.setattr(stop_signal, 'get_world_size', lambda: 2)
     monkeypatch.setattr(stop_signal, 'all_reduce', lambda *_: os.kill(os.getpid(), signal.SIGTERM))
