@@ -149,9 +149,9 @@ def score(cfg: Config, results: list[dict], name: str) -> Scores:
         if ids != infos.keys():
             foreign, lacking = len(ids - infos.keys()), len(infos.keys() - ids)
             raise UserError(
-                f"{name} is not of this config's test set ({len(ids - infos.keys())} of its {len(ids)} images are "
-                f'not in it, {len(infos.keys() - ids)} of {len(infos)} are lacking): write it anew with '
-                'tools/test.py, or give its data set with --data-root DIR'
+                f"{name} is not of this config's test set ({foreign} of its {len(ids)} images are not in it, "
+                f'{lacking} of {len(infos)} are lacking): write it anew with tools/test.py, or give its data set with '
+                '--data-root DIR'
             )
         samples = [_with_truth(sample, infos[sample['img_id']]) for sample in results]
         metrics = evaluators_of(cfg, 'test')

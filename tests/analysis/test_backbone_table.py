@@ -93,7 +93,7 @@ def test_backbone(name):
     [('ResNet-18', 0.09), ('ResNet-34', 0.16), ('ResNet-50', 2.53), ('ResNet-101', 4.78), ('ResNeXt-50 32x4d', 2.53)],
 )
 def test_parameters_added_are_the_papers(name, added):
-    """Table 4: e.g. ResNet-101 with 44.55 M parameters, and 49.33 M with CBAM. ResNet-18's 11.69 and 11.78 M round the same way."""
+    """Table 4: ResNet-101 has 44.55 M parameters, and 49.33 M with CBAM; ResNet-18 11.69 and 11.78 M."""
     assert measure(name).added / 1e6 == pytest.approx(added, abs=0.0101)
 
 

@@ -1,9 +1,9 @@
 """Every command and every piece of Python on the pages runs, on tiny data and with small models: no page can go stale.
 
 A fenced block of `bash` is run as it stands, but for the substitutions and the options below. A block that cannot run
-here has an HTML comment on the line before, `<!-- not run: REASON -->`; one that shows a failure has
-`<!-- fails: REASON -->`. A block of `text` with the comment `<!-- printed -->` is compared with what the block before it
-printed; `...` stands for anything.
+here has an HTML comment on the line before, `<!-- not run: REASON -->`; one that shows a failure has `<!-- fails:
+REASON -->`. A block of `text` with the comment `<!-- printed -->` is compared with what the block before it printed;
+`...` stands for anything.
 """
 
 import os
@@ -214,7 +214,7 @@ def is_config(block):
 
 @pytest.mark.parametrize('block', filter(is_config, PYTHON), ids=str)
 def test_configs(block, tmp_path):
-    """A piece of a config merges into a shipped one, brings no unknown key, and its backbone has the CBAMs that it names."""
+    """A piece of a config merges into a shipped one, has no unknown key; its backbone has the CBAMs named."""
     text = as_run(block)
     base = "_base_ = __import__('cbam_mmdet').config_path('faster_rcnn_r50_cbam.py')\n"
     file = tmp_path / 'piece.py'

@@ -30,7 +30,7 @@ CLASSES = ('often', 'rare', 'only detected', 'only there', 'neither', 'only diff
 
 
 def devkit_matches(detections, objects, threshold=0.5):
-    """detections: (image, score, box); objects: (image, box, difficult). For each detection by falling score 1, 0 or None."""
+    """From (image, score, box) and (image, box, difficult): 1, 0 or None for each detection, by falling score."""
     found, outcome = set(), []
     for image, _, (bx1, by1, bx2, by2) in sorted(detections, key=lambda d: -d[1]):
         best, match = -np.inf, None
@@ -277,7 +277,8 @@ def test_shipped_config_on_real_data(run_tool, tmp_path):
         '--cfg-options', 'model.backbone.init_cfg=None', 'model.backbone.base_channels=16',
         'model.neck.in_channels=[64,128,256,512]', 'train_cfg.max_epochs=1', 'train_dataloader.dataset.times=1',
         'train_dataloader.dataset.dataset.datasets.0.indices=2', 'train_dataloader.num_workers=0',
-        'train_dataloader.persistent_workers=False', 'train_dataloader.dataset.dataset.datasets.0.pipeline.2.scale=(160,128)',
+        'train_dataloader.persistent_workers=False',
+        'train_dataloader.dataset.dataset.datasets.0.pipeline.2.scale=(160,128)',
         *(f'{split}_dataloader.{option}' for split in ('val', 'test') for option in (
             'num_workers=0', 'persistent_workers=False', 'dataset.indices=6', 'dataset.pipeline.1.scale=(160,128)')),
         'model.test_cfg.rcnn.score_thr=0.0', 'model.test_cfg.rpn.max_per_img=100',

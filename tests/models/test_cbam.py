@@ -1,4 +1,4 @@
-"""CBAM against the paper: a textbook re-statement of its equations, its parameter counts, and what a backbone does with it."""
+"""CBAM against the paper: its equations restated, its parameter counts, and what a backbone does with it."""
 
 import copy
 import itertools

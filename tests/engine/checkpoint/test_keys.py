@@ -17,7 +17,7 @@ BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 
 
 
 def official(depth, reduction=16, classes=1000, width=64):
-    """A state dict with the names and shapes of the authors' code, and random values, written from its published keys."""
+    """Random weights under the names and in the shapes of the authors' code, written from its published keys."""
     torch.manual_seed(depth)
     state = {}
 
@@ -164,7 +164,10 @@ def test_a_config_with_plugin_backbone_takes_the_file_itself(tmp_path):
         ({'layer2.3.bn1.weight': None}, '1 keys missing: layer2.3.bn1.weight'),
         ({'layer1.1.cbam.ChannelGate.mlp.3.weight': torch.zeros(256, 8)},
          r'1 keys of another shape: layer1.1.cbam.ChannelGate.mlp.3.weight \(\(256, 8\), expected \(256, 16\)\)'),
-        ({'layer1.3.conv1.weight': torch.zeros(1)}, 'not the weights of a ResNet-18, 34, 50 or 101: stages of 4, 4, 6, 3'),
+        (
+            {'layer1.3.conv1.weight': torch.zeros(1)},
+            'not the weights of a ResNet-18, 34, 50 or 101: stages of 4, 4, 6, 3',
+        ),
     ],
 )  # fmt: skip
 def test_leftover_missing_and_misshapen_keys_are_named(change, message):

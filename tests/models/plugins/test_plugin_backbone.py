@@ -1,4 +1,4 @@
-"""PluginBackbone: where the plugins go, that they do there what MMDetection's own plugins do, and that nothing else changes."""
+"""PluginBackbone: where plugins go, that they do what MMDetection's own plugins do, and that nothing else changes."""
 
 import copy
 import os
@@ -351,7 +351,8 @@ def test_without_a_scope():
     program = (
         'import cbam_mmdet, mmdet.models\n'
         'from mmdet.registry import MODELS\n'
-        "m = MODELS.build(dict(type='PluginBackbone', backbone=dict(type='ResNet', depth=18), plugins=[dict(cfg=dict(type='CBAM'))]))\n"
+        "m = MODELS.build(dict(type='PluginBackbone', backbone=dict(type='ResNet', depth=18), "
+        "plugins=[dict(cfg=dict(type='CBAM'))]))\n"
         'print(type(m.layer1[0].bn2.cbam).__name__)\n'
     )
     done = subprocess.run(
@@ -441,10 +442,20 @@ class Odd(nn.Module):
         (R18, 'layers*', CBAM_CFG, ['matches no module', 'it holds conv1, bn1', 'layer1']),
         (R18, 'layer1.0.bn2.weight', CBAM_CFG, ['matches no module']),
         (R18, ['layer1.*.bn2', 'nowhere'], CBAM_CFG, ["'nowhere' matches no module"]),
-        (R18, 'layer1.0.bn2', dict(type='Halve'), ['Halve after layer1.0.bn2 makes', r'\(1, 4, 56, 56\) of \(1, 8, 56, 56\)']),
+        (
+            R18,
+            'layer1.0.bn2',
+            dict(type='Halve'),
+            ['Halve after layer1.0.bn2 makes', r'\(1, 4, 56, 56\) of \(1, 8, 56, 56\)'],
+        ),
         (R18, 'layer1.0.bn2', dict(type='CBAN'), ["'CBAN' is not a registered model", "did you mean 'CBAM'"]),
         (dict(type='Odd'), 'pair', CBAM_CFG, [r'pair \(Pair\) returns a tuple', 'one tensor of shape']),
-        (dict(type='Odd'), 'tokens', CBAM_CFG, [r'tokens \(Tokens\) returns a tensor of shape \(1, 50176, 16\)', "after='outputs'"]),
+        (
+            dict(type='Odd'),
+            'tokens',
+            CBAM_CFG,
+            [r'tokens \(Tokens\) returns a tensor of shape \(1, 50176, 16\)', "after='outputs'"],
+        ),
         (dict(type='Odd'), 'looping', CBAM_CFG, ['looping', 'runs its children itself']),
         (dict(type='Odd'), 'listed', CBAM_CFG, ['listed never run']),
         (dict(type='Odd'), 'relu', CBAM_CFG, ['relu runs several times', r'\[8, 16\]']),
