@@ -6,9 +6,9 @@
 It compares the equations in plain PyTorch (`textbook`, plain_cbam.py), torch.compile of these, timm's CbamModule where
 timm is installed, and our CBAM, eager and fused. `fused` needs a GPU; TRITON_INTERPRET=1 tries the script on a CPU.
 
-Times are medians of rounds that alternate between the contenders, so that a slow moment of the machine meets all. On a
-GPU they are taken by events. The ratios are what counts; milliseconds belong to one machine. `bandwidth` is that of the
-forward pass, counted at 3 reads and 1 write of x, as a share of what copying x reaches here.
+Times are medians of rounds that alternate between the contenders, so that a slow moment of the machine affects all of
+them. On a GPU they are measured by events. Compare the ratios: milliseconds belong to one machine. `bandwidth` is that
+of the forward pass, counted as 3 reads and 1 write of x, as a share of the bandwidth of copying x.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channel
 
 
 def contenders(channels: int, x: torch.Tensor, names: list[str]) -> dict[str, torch.nn.Module]:
-    """The modules to compare, those of the names that there are here."""
+    """The modules with these names that can be built here."""
 
     def textbook():
         return PlainCBAM(channels).to(x.device, x.dtype)
@@ -75,12 +75,12 @@ def milliseconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def medians(runs: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, taken in turns."""
+    """The median of the milliseconds of each run, measured in turns."""
     times = {name: [] for name in runs}
     for i in range(rounds + 2):
         for name, run in runs.items():
             taken = milliseconds(run, device)
-            if i >= 2:  # the first two warm up
+            if i >= 2:  # the first two rounds are a warm-up
                 times[name].append(taken)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -126,7 +126,7 @@ def measure(case: dict, names: list[str], device: torch.device, rounds: int) -> 
 
 
 def _peak(run: Callable[[], None]) -> int:
-    """Bytes that the run takes at its height beyond what was there."""
+    """The peak number of bytes of the run, beyond those that existed before."""
     run()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -23,7 +23,7 @@ from mmdet.registry import METRICS
 from record import machine, write
 
 CLASSES, SIZE = 80, (640, 480)
-# COCO's own; MMDetection's default is 100, 300, 1000, and its metric names the recalls after those.
+# COCO's own limits. MMDetection's default is 100, 300, 1000, and its metric names the recalls after those.
 LIMITS = (1, 10, 100)
 METRIC_ITEMS = [
     'mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l',
@@ -36,14 +36,14 @@ FIGURES = [
 
 
 def draw_boxes(random: np.random.Generator, count: int) -> np.ndarray:
-    """(count, 4): x1, y1, x2, y2, of all of COCO's sizes."""
+    """Boxes of all of COCO's sizes: an array (count, 4) of x1, y1, x2, y2."""
     extent = np.minimum(np.exp(random.uniform(np.log(8), np.log(400), (count, 2))), np.array(SIZE) - 2)
     corner = random.uniform(0, 1, (count, 2)) * (np.array(SIZE) - extent)
     return np.hstack([corner, corner + extent])
 
 
 def draw(images: int, detections: int) -> tuple[dict, list[dict]]:
-    """COCO's annotations, and what a detector would hand to the metric."""
+    """Annotations in COCO's format, and the data samples of a detector for the metric."""
     random = np.random.default_rng(0)
     annotations, samples = [], []
     for image in range(1, images + 1):
@@ -59,7 +59,7 @@ def draw(images: int, detections: int) -> tuple[dict, list[dict]]:
         right = random.random(len(near)) < 0.8
         known = np.where(right, np.repeat(labels, 3)[: len(near)], random.integers(CLASSES, size=len(near)))
         guessed = np.concatenate([known, random.integers(CLASSES, size=detections - len(near))])
-        # In half precision scores tie, as a detector's do.
+        # In half precision some scores are equal, as those of a detector are.
         scores = np.concatenate([random.beta(3, 2, len(near)), random.beta(1, 6, detections - len(near))]).astype('f2')
         instances = dict(
             bboxes=torch.tensor(found).float(), scores=torch.tensor(scores).float(), labels=torch.tensor(guessed)
@@ -71,7 +71,7 @@ def draw(images: int, detections: int) -> tuple[dict, list[dict]]:
 
 
 def measure(name: str, module, evaluator: str, ann_file: str, samples: list[dict]) -> tuple[float, list[float], dict]:
-    """Seconds, the twelve figures unrounded, and what the metric returns."""
+    """The seconds, the twelve unrounded figures, and the result of the metric."""
     metric = METRICS.build(dict(type=name, ann_file=ann_file, metric_items=METRIC_ITEMS, proposal_nums=LIMITS))
     metric.dataset_meta = dict(classes=[f'class{i}' for i in range(CLASSES)])
     metric.process({}, samples)

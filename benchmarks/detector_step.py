@@ -31,7 +31,7 @@ from cbam_mmdet.utils.config import load_config
 
 
 def draw(batch: int, width: int, height: int, device: str, boxes: int = 7) -> tuple[torch.Tensor, list[DetDataSample]]:
-    """Images of noise, each with some boxes: 7 is COCO's mean."""
+    """Images of noise, each with some boxes. The mean of COCO is 7."""
     samples = []
     for _ in range(batch):
         corner = torch.rand(boxes, 2) * torch.tensor([width, height]) / 2
@@ -46,7 +46,7 @@ def draw(batch: int, width: int, height: int, device: str, boxes: int = 7) -> tu
 
 
 class Step:
-    """A detector and its optimizer; calling it trains one step."""
+    """A detector and its optimizer. A call trains one step."""
 
     def __init__(self, model: torch.nn.Module, device: str, amp: bool, channels_last: bool) -> None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -66,7 +66,7 @@ class Step:
 
 
 def build(config: str, impl: str | None, fuse_tail: bool = False) -> torch.nn.Module:
-    """The detector with every CBAM's impl set; with None its plain twin."""
+    """The detector with this `impl` in every CBAM, or its plain twin for None."""
     cfg = load_config(cbam_mmdet.config_path(config))
     cfg.model.backbone.init_cfg = None
     if impl is None:
@@ -110,7 +110,7 @@ def main() -> None:
         for name, step in steps.items():
             start = time.perf_counter()
             step(*batch)
-            if i >= 2:  # the first two warm up
+            if i >= 2:  # the first two rounds are a warm-up
                 times[name].append(time.perf_counter() - start)
     median = {name: statistics.median(values) for name, values in times.items()}
     rows = []

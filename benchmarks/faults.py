@@ -33,12 +33,12 @@ from cbam_mmdet.engine.scalars import is_training, scalar_logs
 ROOT = Path(__file__).resolve().parent.parent
 INTERVAL = 5
 EPOCH = 4  # iterations: 8 images in batches of 2
-# How often a life ends where; the rest is any moment of its training.
+# The probabilities of the moments at which a life ends. In all other cases it is a random moment of the training.
 WHILE_WRITING, WHILE_STARTING = 0.4, 0.1
 
 
 def start(folder: Path, epochs: int) -> subprocess.Popen:
-    """The one command, first start and resumption alike."""
+    """Start the training, or resume it, with the same command."""
     options = dict(
         train_cfg=dict(max_epochs=epochs, val_interval=10),
         train_dataloader=dict(batch_size=2),
@@ -62,7 +62,7 @@ def start(folder: Path, epochs: int) -> subprocess.Popen:
 
 
 def curve(work_dir: Path) -> dict[int, dict[str, float]]:
-    """Iteration -> losses and learning rate, of all lives; the last line counts, and one that was cut off does not."""
+    """Iteration -> losses and learning rate, of all lives. The last complete line of an iteration counts."""
     found = {}
     for _, rows in scalar_logs(work_dir):
         for row in filter(is_training, rows):
@@ -71,7 +71,7 @@ def curve(work_dir: Path) -> dict[int, dict[str, float]]:
 
 
 def end(process: subprocess.Popen, where: str, work_dir: Path, rng: random.Random) -> None:
-    """SIGKILL at a random moment of the kind asked for; return at once if the run ends by itself."""
+    """Send SIGKILL at a random moment of this kind, or return as soon as the run ends by itself."""
     if where == 'starting':
         time.sleep(rng.uniform(0, 8))
     else:
@@ -89,7 +89,7 @@ def end(process: subprocess.Popen, where: str, work_dir: Path, rng: random.Rando
 
 
 def resumed_at(log: str) -> int | None:
-    """The iteration that the last life in a log resumed from; 0 if from nothing, None if it did not come so far."""
+    """The iteration from which the last life in a log resumed. 0 if it started anew, None if it ended before that."""
     life = log.rpartition('=== life')[2]
     found = re.search(r'--resume: .* from \S*/iter_(\d+)\.pth', life)
     if found:

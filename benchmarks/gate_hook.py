@@ -4,8 +4,8 @@
                                    [--out benchmarks/results/gate_hook]
 
 A step is that of detector_step.py. A logged step also runs the hook around it and writes through MMEngine's
-visualizer. Both alternate on one detector, so that a slow moment of the machine meets both. `cost_ms` is the median
-of the pairs' differences; a training logs one step in `interval`, so the hook's share of a training is cost_ms /
+visualizer. Both alternate on one detector, so that a slow moment of the machine affects both. `cost_ms` is the median
+of the pairs' differences. A training logs one step in `interval`, so the hook's share of a training is cost_ms /
 (interval * step_ms). `hook_ms` is the time inside the hook's own methods, without the recording within the forward
 pass.
 """
@@ -59,7 +59,7 @@ def main() -> None:
         hook.before_train(runner)
         for i in tqdm(range(args.rounds + 2), disable=None):
             times = {}
-            for with_hook in (i % 2 == 0, i % 2 == 1):  # neither is always first
+            for with_hook in (i % 2 == 0, i % 2 == 1):  # so that neither is always first
                 start = time.perf_counter()
                 if with_hook:
                     hook.before_train_iter(runner, 0)
@@ -70,7 +70,7 @@ def main() -> None:
                     hook.after_train_iter(runner, 0)
                     own = begun - start + time.perf_counter() - ended
                 times[with_hook] = time.perf_counter() - start
-            if i >= 2:  # the first two warm up
+            if i >= 2:  # the first two rounds are a warm-up
                 plain.append(times[False])
                 logged.append(times[True])
                 inside.append(own)

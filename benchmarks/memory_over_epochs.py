@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def peak(process: str = 'self') -> float:
-    """MiB that a process held at most since the last call, or since its start."""
+    """The peak memory of a process in MiB since the last call, or since its start."""
     lines = Path(f'/proc/{process}/status').read_text().splitlines()
     kilobytes = next(int(line.split()[1]) for line in lines if line.startswith('VmHWM'))
     Path(f'/proc/{process}/clear_refs').write_text('5')
@@ -33,7 +33,7 @@ def peak(process: str = 'self') -> float:
 
 
 class PeakHook(Hook):
-    """After each epoch with its validation: the peaks since the last one."""
+    """Record the peaks after each epoch with its validation."""
 
     priority = 'HIGHEST'  # at the end of the training, before another hook ends the workers
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class PlainCBAM(torch.nn.Module):
-    """CBAM as people write it in plain PyTorch: what memory and speed are compared with."""
+    """CBAM as people write it in plain PyTorch, the reference for memory and speed."""
 
     def __init__(self, channels, reduction=16):
         super().__init__()
@@ -29,7 +29,7 @@ class PlainCBAM(torch.nn.Module):
 
 
 def saved_share(module, x):
-    """Bytes saved for the backward pass beyond x itself, as a share of x's; a storage counts once."""
+    """The bytes saved for the backward pass, without x itself, as a share of the bytes of x. A storage counts once."""
     storages = {}
 
     def pack(tensor):

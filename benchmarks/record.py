@@ -1,4 +1,4 @@
-"""What every benchmark writes: the machine, and one record as JSON, as a Markdown table and as a plot of the JSON."""
+"""Write the record of a benchmark with a description of the machine: as JSON, as a Markdown table, and as a plot."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from cbam_mmdet.utils.tables import Column, Table
 
 
 def machine(script: str, *packages: str) -> dict:
-    """The command, the machine, how busy it was, and versions."""
+    """The command, the machine and its load, and the versions of packages."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
     return dict(
         command=' '.join(['python', script, *sys.argv[1:]]),
@@ -27,7 +27,7 @@ def machine(script: str, *packages: str) -> dict:
 
 
 def write(record: dict, out: Path | None, labels: list[str], bars: dict[str, list[float | None]], unit: str) -> None:
-    """Print the record's rows; with `out` write OUT.json, OUT.md and OUT.png as well.
+    """Print the record's rows, and with `out` also write OUT.json, OUT.md and OUT.png.
 
     Args:
         record: plain values, with `rows`, a list of dicts with the same keys.
@@ -42,7 +42,7 @@ def write(record: dict, out: Path | None, labels: list[str], bars: dict[str, lis
     if out is None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    # The groups go along, so that the plot can be made again from the file.
+    # The file includes the groups, so that the plot can be drawn again from it.
     record['plot'] = dict(labels=labels, bars=bars, unit=unit)
     out.with_suffix('.json').write_text(json.dumps(record, indent=1) + '\n')
     out.with_suffix('.md').write_text(table)
@@ -50,7 +50,7 @@ def write(record: dict, out: Path | None, labels: list[str], bars: dict[str, lis
 
 
 def markdown(record: dict) -> str:
-    """The facts, and the rows as a table."""
+    """The facts of a record, and its rows as a table."""
     rows = record['rows']
     header = [Column(key.replace('_', ' '), _plain) for key in rows[0]]
     table = Table(header, [list(row.values()) for row in rows], nothing=_plain(None))
@@ -58,7 +58,7 @@ def markdown(record: dict) -> str:
 
 
 def head(record: dict) -> list[str]:
-    """Lines of Markdown: the command, and everything else but the rows."""
+    """Lines of Markdown with the command and all other facts, without the rows."""
     facts = {key: value for key, value in record.items() if key not in ('rows', 'command')}
     return [
         f'    {record["command"]}\n',

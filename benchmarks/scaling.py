@@ -28,8 +28,8 @@ from cbam_mmdet.utils.config import load_config, set_data_root
 from cbam_mmdet.utils.tables import Column, Table
 
 GPUS, GPUS_PER_NODE = (1, 8, 64, 256), 8
-COCO_IMAGES = 117_266  # of train2017, those with a box
-# Bytes a second in one direction: of a GPU, half of NVLink 4's 900 GB/s; of a node, all its ports together.
+COCO_IMAGES = 117_266  # the images of train2017 with a box
+# Bytes per second in one direction. For a GPU this is half of NVLink 4's 900 GB/s, for a node the sum of all its ports.
 NVLINK = 450e9
 NETWORKS = {
     '8 x 400 Gb/s a node': 400e9,
@@ -81,7 +81,7 @@ def loss_of(model: torch.nn.Module, batch: int, device: str) -> torch.Tensor:
 
 
 def kept_bytes(model: torch.nn.Module) -> int:
-    """Bytes that the backward pass of one image keeps alive, the weights left out."""
+    """The bytes that are kept for the backward pass of one image, without the weights."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     kept = {}
 
@@ -94,12 +94,12 @@ def kept_bytes(model: torch.nn.Module) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = loss_of(model, 1, 'cpu')
     total = sum(kept.values())
-    del loss  # until here the storages live, so no address is used twice
+    del loss  # the storages exist until here, so no address is used twice
     return total
 
 
 def loading_rate(dataset: dict, seconds: float) -> float:
-    """Images a second of one process, through the training pipeline and into a batch."""
+    """Images per second that one process loads, through the training pipeline and into a batch."""
     images = DATASETS.build(dataset)
     start, count = time.perf_counter(), 0
     while time.perf_counter() < start + seconds:
@@ -109,7 +109,7 @@ def loading_rate(dataset: dict, seconds: float) -> float:
 
 
 def measure_step(model: torch.nn.Module, batch: int, rounds: int = 20) -> tuple[float, int]:
-    """Median seconds of forward, backward and SGD on this GPU in fp32, and the peak of its memory in bytes."""
+    """The median seconds of forward, backward and SGD on this GPU in fp32, and its peak memory in bytes."""
     model = model.cuda()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-5, momentum=0.9)
@@ -126,7 +126,7 @@ def measure_step(model: torch.nn.Module, batch: int, rounds: int = 20) -> tuple[
 
 
 def table(figures: dict) -> str:
-    """The projection, as Markdown; '?' where the time of a step is not known."""
+    """The projection as Markdown, with '?' if the time of a step is not known."""
     size, alone, batch = figures['all_reduce_bytes'], figures['step_seconds'], figures['batch']
     cases = [
         (count, name, network)
@@ -177,7 +177,7 @@ def main() -> None:
         batch=batch,
         trained_parameters=trained,
         all_reduce_bytes=4 * trained,
-        # Weights; of each trained parameter a gradient, its copy in DDP's bucket, and SGD's momentum.
+        # The weights, and for each trained parameter a gradient, its copy in DDP's bucket, and SGD's momentum.
         fixed_bytes=weights + 3 * 4 * trained,
         kept_bytes_per_image=kept_bytes(model),
         images_per_second_and_core=loading_rate(cfg.train_dataloader.dataset, args.seconds),

@@ -1,7 +1,7 @@
 """One training step of a small FCOS with CBAM, in float64, in one process or in several: gradients and statistics.
 
-FCOS, because its losses are divided by the objects of all processes together. The norms are synchronized by
-AllReduceBN, as torch's SyncBatchNorm refuses CPUs; a single process has torch's own BatchNorm.
+It is FCOS because its losses are divided by the number of objects in all processes. AllReduceBN synchronizes the norms,
+as torch's SyncBatchNorm does not support CPUs. A single process has torch's own BatchNorm.
 """
 
 import cbam_mmdet  # noqa: F401  # isort: skip  (before mmdet)
@@ -22,7 +22,7 @@ PLACES = ('plugins', 'PluginBackbone')
 
 @MODELS.register_module()
 class AllReduceBN(nn.BatchNorm2d):
-    """Batch statistics over all processes, of equally many pixels each: mean and mean square are averaged."""
+    """Batch statistics over all processes of equally many pixels: means and mean squares are averaged."""
 
     def forward(self, x):
         if not self.training:

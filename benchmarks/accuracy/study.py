@@ -33,7 +33,7 @@ from cbam_mmdet.utils.tables import Column, Table
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The arguments of CBAM; SE is its channel branch with one pool.
+# The arguments of CBAM. SE is its channel branch with one pool.
 ATTENTIONS = {
     'plain': None,
     'SE': dict(pools=('avg',), spatial=None),
@@ -44,12 +44,12 @@ ATTENTIONS = {
 
 @dataclass(frozen=True)
 class Data:
-    """A data set's detector, and how long it is trained."""
+    """The detector for a data set, and the length of its trainings."""
 
     config: str
     epochs: int
     finetune_epochs: int
-    variations: bool = True  # of fine-tuning
+    variations: bool = True  # whether to vary the fine-tuning
 
 
 DATA = {
@@ -60,19 +60,19 @@ DATA = {
 
 @dataclass(frozen=True)
 class Finetune:
-    """A way to put an attention into the trained plain detector."""
+    """A way to fine-tune the trained plain detector with an attention."""
 
     attention: str
-    lr_mult: float = 1.0  # of the attention's parameters
+    lr_mult: float = 1.0  # for the attention's parameters, as decay_mult
     decay_mult: float = 1.0
-    last_stages: int = 4  # that get one
+    last_stages: int = 4  # the number of stages with an attention
     norm_eval: bool = False  # every BatchNorm of the backbone, CBAM's too, keeps its running statistics
-    warmup: bool = True  # of the learning rate, over the first 50 iterations
-    lr: float = 0.1  # of the rate from scratch
-    control: str = 'plain'  # what was fine-tuned in the same way without an attention
+    warmup: bool = True  # a warm-up of the learning rate over the first 50 iterations
+    lr: float = 0.1  # as a share of the learning rate from scratch
+    control: str = 'plain'  # the fine-tuning without an attention that it is compared with
 
 
-# Compared with each other; then what fine-tuning leaves open, varied one thing at a time.
+# FINETUNES are compared with each other. VARIATIONS change one setting of the fine-tuning at a time.
 FINETUNES = {name: Finetune(name) for name in ATTENTIONS}
 VARIATIONS = {
     'unit gate, lr x 10': Finetune('CBAM, unit gate', lr_mult=10),
@@ -96,7 +96,7 @@ class StudyRun:
     epochs: int
 
     def metrics(self) -> dict[str, float] | None:
-        """The mAPs of the validation of the last epoch; None before it."""
+        """The mAPs of the validation of the last epoch, or None before it."""
         metrics = final_metrics(self.folder, self.epochs)
         return metrics and {key.split('/')[-1]: value for key, value in metrics.items() if 'mAP' in key}
 
@@ -108,11 +108,11 @@ def base_config(data: str, attention: str, seed: int, epochs: int, last_stages: 
     if arguments is None:
         cfg.model.backbone.plugins = None
     else:
-        # The reduction is that of the demo's CBAM, whose layers are narrow.
+        # The reduction is that of the demo's CBAM, which has few channels.
         plugin.cfg = dict(type='CBAM', reduction=plugin.cfg.reduction, **arguments)
         if 'stages' in plugin or 'position' in plugin:
             plugin.stages = tuple(stage >= 4 - last_stages for stage in range(4))
-        elif last_stages < 4:  # of PluginBackbone, whose usual place is in all stages
+        elif last_stages < 4:  # PluginBackbone, whose usual place is in all stages
             plugin.after = f'layer[{5 - last_stages}-4].*.bn2'
     cfg.randomness = dict(seed=seed)
     cfg.train_cfg.update(max_epochs=epochs, val_interval=epochs)
@@ -128,7 +128,7 @@ def _read(config: str) -> Config:
 
 
 def runs(data: str, seed: int, work_dir: Path) -> dict[tuple[str, str], StudyRun]:
-    """('scratch' or 'finetune', name) -> run, in the order in which they can be made."""
+    """('scratch' or 'finetune', name) -> run, in an order in which they can be trained."""
     folder, settings, made = work_dir / data, DATA[data], {}
     for name in ATTENTIONS:
         cfg = base_config(data, name, seed, settings.epochs)
@@ -173,7 +173,7 @@ def train(run: StudyRun, data_root: str) -> None:
 
 
 def table(data: str, work_dir: Path, seeds: list[int], metric: str) -> tuple[Table, list[dict]]:
-    """The table for people, and the rows as data, of all runs that are done."""
+    """The table of all finished runs, and its rows as data."""
     by_seed = {seed: runs(data, seed, work_dir) for seed in seeds}
     header = [
         data,
@@ -244,7 +244,7 @@ def main() -> None:
 
 
 def _trained(data: str, work_dir: Path) -> dict:
-    """What was run. The hours are those of trainings that came to their end; what a kill cost is not among them."""
+    """A description of the study. The hours are those of finished trainings, without the time that kills cost."""
     files = [*(work_dir / data).glob('*/*/seed*/seconds')]
     hours = sum(float(x) for file in files for x in file.read_text().split()) / 3600
     settings = DATA[data]
