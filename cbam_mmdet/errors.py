@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """A training that was told to stop by a signal, and has saved a checkpoint, or (None) could not."""
+    """A training that a signal stopped, and has saved a checkpoint, or (None) could not."""
 
     def __init__(self, number: int, checkpoint: str | None) -> None:
         name = signal.Signals(number).name
@@ -25,7 +25,7 @@ class Stopped(Exception):
 
 
 def did_you_mean(name: str, choices: Iterable[str], n: int = 3) -> str:
-    """A hint '; did you mean 'a' or 'b'?' for a misspelt name; empty if nothing is near."""
+    """A hint '; did you mean 'a' or 'b'?' for a misspelt name; empty if no name is similar."""
     choices = [choice for choice in choices if choice != name]
     folded = {choice.lower(): choice for choice in choices}
     matches = [folded[m] for m in difflib.get_close_matches(name.lower(), folded, n=n, cutoff=0.6)]

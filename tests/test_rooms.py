@@ -33,6 +33,8 @@ def imports(path: Path, known: set[str]) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f'{path}: a relative import hides the room'
+            if path.parent != PACKAGE:
+                assert node.module != 'cbam_mmdet', f'{path}: the package itself imports nearly every room'
             names |= {f'{node.module}.{alias.name}' for alias in node.names}
     below = {name.removeprefix('cbam_mmdet.') for name in names if name.startswith('cbam_mmdet.')}
     return {name if name in known else name.rpartition('.')[0] for name in below} & known

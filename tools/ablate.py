@@ -36,6 +36,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    from cbam_mmdet.utils.config import find_config_file
+
+    for path in [*args.configs, *([args.base] if args.base else [])]:
+        find_config_file(path)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the training is stopped too
     with contextlib.redirect_stdout(sys.stderr):  # MMDetection prints when imported; stdout may be a list of commands
         from cbam_mmdet.apis.ablate import ablate

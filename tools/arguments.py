@@ -28,8 +28,8 @@ class KeyValues(argparse.Action):
         for pair in values:
             if '=' not in pair:
                 parser.error(
-                    f'{option_string} takes KEY=VALUE pairs, with no space around the =, got {pair!r}. An example: '
-                    '--cfg-options train_cfg.max_epochs=3 load_from=a.pth'
+                    f'{option_string} takes KEY=VALUE pairs, with no space around the =, got {pair!r}. As an example, '
+                    '--cfg-options takes train_cfg.max_epochs=3 load_from=a.pth, and --cbam takes gate=sigmoid'
                 )
         from mmengine.config import DictAction
 

@@ -28,12 +28,13 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     from cbam_mmdet.datasets.inputs import expand_to_images
+    from cbam_mmdet.datasets.layouts import require_data_roots
     from cbam_mmdet.engine.checkpoint.files import find_checkpoint
     from cbam_mmdet.utils.config import load_config
 
-    cfg = load_config(args.config, args.cfg_options)
     checkpoint = find_checkpoint(args.checkpoint)
     files = expand_to_images(args.inputs) if args.inputs else None
+    cfg = load_config(args.config, args.cfg_options, None if files or args.data_root else require_data_roots('val'))
     from cbam_mmdet.apis.infer import load_detector  # MMDetection takes seconds to import
     from cbam_mmdet.datasets.pointing import validation_images
     from cbam_mmdet.visualization.attention import attend, markdown

@@ -4,6 +4,7 @@ python tools/convert_annotations.py DIR/ImageSets/Main/trainval.txt FILE.json
 """
 
 import argparse
+from pathlib import Path
 
 from arguments import Parser, run
 
@@ -16,6 +17,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    from cbam_mmdet.errors import UserError
+
+    if not Path(args.source).is_file():
+        raise UserError(f'{args.source} does not exist')
     from cbam_mmdet.datasets.convert import convert  # MMDetection takes seconds to import
 
     print(f'{convert(args.source, args.target)} images: {args.target}')

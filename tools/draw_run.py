@@ -21,15 +21,17 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from cbam_mmdet.engine.run_reader import find_config
+    from cbam_mmdet.engine.run_reader import find_config, require_results, require_work_dir
     from cbam_mmdet.utils.config import load_config
 
     work_dir = Path(args.work_dir)
+    results = args.results or work_dir / 'results.pkl'
+    require_work_dir(work_dir)
+    require_results(results)
     cfg = load_config(str(find_config(work_dir)))
     from cbam_mmdet.visualization import draw_curve, draw_sheet  # MMDetection takes seconds to import
 
     curve = draw_curve(work_dir, work_dir / 'curve.png')
-    results = args.results or work_dir / 'results.pkl'
     sheet = draw_sheet(cfg, results, work_dir / 'detections.png', args.num_images, args.score_thr)
     print(f'training curve:                {curve}\npredicted and true boxes:      {sheet}')
 

@@ -49,13 +49,14 @@ def main(args: argparse.Namespace) -> int:
     from cbam_mmdet.utils.config import load_config
 
     pairs = [(args.config, args.checkpoint), *([args.compare] if args.compare else [])]
-    detectors = [(load_config(path, args.cfg_options), find_checkpoint(checkpoint)) for path, checkpoint in pairs]
+    checkpoints = [find_checkpoint(checkpoint) for _, checkpoint in pairs]
     files = expand_to_images(args.inputs)
+    configs = [load_config(path, args.cfg_options) for path, _ in pairs]
     from cbam_mmdet.apis.infer import load_detector  # MMDetection takes seconds to import
     from cbam_mmdet.visualization.gradcam_sheet import Choice, explain_images
 
     models = {}
-    for (cfg, checkpoint), (path, _) in zip(detectors, pairs, strict=True):
+    for cfg, checkpoint, (path, _) in zip(configs, checkpoints, pairs, strict=True):
         name = Path(path).stem if Path(path).stem not in models else f'{Path(path).stem}_2'
         models[name] = load_detector(cfg, checkpoint, args.device, args.trust_checkpoint)
     choice = Choice(args.class_name, args.top or None, tuple(args.box) if args.box else None, args.score_thr)

@@ -26,10 +26,10 @@ def main(args: argparse.Namespace) -> int:
     from cbam_mmdet.engine.checkpoint.files import find_checkpoint
     from cbam_mmdet.utils.config import load_config
 
-    cfg = load_config(args.config, args.cfg_options)
     checkpoint = find_checkpoint(args.checkpoint)
     for source in args.inputs:
         expand_inputs(Path(source))
+    cfg = load_config(args.config, args.cfg_options)
     from cbam_mmdet.apis.infer import infer, load_detector  # MMDetection takes seconds to import
 
     model = load_detector(cfg, checkpoint, args.device, args.trust_checkpoint)

@@ -35,8 +35,8 @@ def main(args: argparse.Namespace) -> None:
     from cbam_mmdet.engine.checkpoint.files import find_checkpoint
     from cbam_mmdet.utils.config import load_config
 
-    cfg = load_config(args.config, args.cfg_options)
     checkpoint = find_checkpoint(args.checkpoint)
+    cfg = load_config(args.config, args.cfg_options)
     from cbam_mmdet.apis.insert import insert_cbam  # MMDetection takes seconds to import
 
     made = insert_cbam(

@@ -31,6 +31,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    from cbam_mmdet.engine.run_reader import require_work_dir
+
+    for folder in args.work_dirs:
+        require_work_dir(folder)
     from cbam_mmdet.visualization.report import write_report  # MMDetection takes seconds to import
 
     path = write_report(

@@ -132,7 +132,7 @@ def ablate(
         work_dir: the folder for everything.
         tools: the folder of train.py and test.py.
         base: the detector that configs/ablation/ builds on, in place of the demo's.
-        data_root: re-points every dataloader and evaluator (see config.set_data_root).
+        data_root: re-points every dataloader and evaluator (see utils.config.set_data_root).
         classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
         cfg_options: settings to override in every config.
         rounds: how often each detector's speed is measured.

@@ -51,7 +51,8 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
         cfg: the config.
         checkpoint: the weights, a file or a work dir; every key must fit.
         device: 'cpu', 'cuda:0', ...; by default the GPU if there is one.
-        trust_checkpoint: load it by full unpickling, which runs code from the file (see checkpoints.load_checkpoint).
+        trust_checkpoint: load it by full unpickling, which runs code from the file (see
+            engine.checkpoint.loading.load_checkpoint).
 
     Raises:
         UserError: if the checkpoint is missing, cut off, or of another architecture.

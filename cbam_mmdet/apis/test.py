@@ -39,7 +39,8 @@ def test(
     Args:
         cfg: the config.
         checkpoint: the weights: a file, or a work dir for its newest.
-        data_root: re-points every dataloader and evaluator (see config.set_data_root and datasets.voc.fit_layout).
+        data_root: re-points every dataloader and evaluator (see utils.config.set_data_root and
+            datasets.voc.fit_layout).
         classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
         work_dir: for the log; by default the config's, else work_dirs/NAME.
         out: a .pkl file for the detections of all images.
@@ -47,7 +48,8 @@ def test(
         show_dir: a folder, below work_dir, for the pictures.
         wait_time: seconds that a window stays.
         tta: test-time augmentation (horizontal flip where the config has no `tta_pipeline`).
-        trust_checkpoint: load it by full unpickling, which runs code from the file (see checkpoints.load_checkpoint).
+        trust_checkpoint: load it by full unpickling, which runs code from the file (see
+            engine.checkpoint.loading.load_checkpoint).
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Returns:

@@ -48,7 +48,8 @@ def train(
 
     Args:
         cfg: the config.
-        data_root: re-points every dataloader and evaluator (see config.set_data_root and datasets.voc.fit_layout).
+        data_root: re-points every dataloader and evaluator (see utils.config.set_data_root and
+            datasets.voc.fit_layout).
         classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
         work_dir: for logs and checkpoints; by default the config's, else work_dirs/NAME.
         amp: mixed precision: 'fp16' (or True; needs a GPU) or 'bf16'.
@@ -56,7 +57,7 @@ def train(
         resume: a checkpoint to resume from; True for the newest intact one in work_dir; 'auto' for that if there is
             one.
         trust_checkpoint: load checkpoints by full unpickling, which runs code from the file (see
-            checkpoints.load_checkpoint).
+            engine.checkpoint.loading.load_checkpoint).
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Returns:

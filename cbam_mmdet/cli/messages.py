@@ -22,7 +22,6 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OperatorError):
         return str(error)
     for explainer in (
-        _cfg_options,
         _unknown_type,
         _wrong_argument,
         _no_readable_image,
@@ -44,20 +43,6 @@ def _without_worker_traceback(text: str) -> str:
     """An exception raised in a DataLoader's worker arrives with that worker's traceback as its text."""
     _, found, tail = text.rpartition(f'{UserError.__name__}: ')
     return tail.strip() if found and 'Traceback (most recent call last)' in text else text
-
-
-def _cfg_options(error: BaseException) -> str | None:
-    """MMEngine's parser of --cfg-options fails on a pair without '='."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not isinstance(error, ValueError) or not frames:
-        return None
-    code = frames[-1][0].f_code
-    if code.co_name != '__call__' or not code.co_filename.endswith('mmengine/config/config.py'):
-        return None
-    return (
-        '--cfg-options takes KEY=VALUE pairs, with no space around the =: --cfg-options train_cfg.max_epochs=3 '
-        'load_from=a.pth'
-    )
 
 
 def _no_readable_image(error: BaseException) -> str | None:

@@ -23,9 +23,9 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool's main function and exit with its code; turn known failures into one message on stderr.
 
-    Of several processes with the same mistake one says so. Under torchrun each writes its message into the error file
-    that torchrun names, and tools/launch.py prints the first. What all do together, to stop at a signal, the first
-    process says.
+    Under torchrun each process writes its message into the error file that torchrun names, and tools/launch.py prints
+    the first one of its machine. An attempt that torchrun will restart prints its messages itself. What all processes
+    do together, to stop at a signal, the first process prints.
     """
     if int(os.environ.get('RANK', 0)) > 0:  # the first of several processes prints the same
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
@@ -50,15 +50,30 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    error_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
-    if error_file:
-        # As torch.distributed.elastic.multiprocessing.errors.record writes it, but for the traceback.
-        content = dict(message=dict(message=message, extraInfo=dict(timestamp=str(int(time.time())))))
-        with open(error_file, 'w', encoding='utf-8') as file:
-            json.dump(content, file)
-    else:
+    if not _write_error_file(message) or _will_be_restarted():
         _say(f'error: {message}')
     _end(code)
+
+
+def _write_error_file(message: str) -> bool:
+    """Hand a message to torchrun, where that has started this process; whether it could be written."""
+    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if not path:
+        return False
+    # As torch.distributed.elastic.multiprocessing.errors.record writes it, but for the traceback.
+    content = dict(message=dict(message=message, extraInfo=dict(timestamp=str(int(time.time())))))
+    try:
+        with open(path, 'w', encoding='utf-8') as file:
+            json.dump(content, file)
+    except OSError:  # a full disk may be what the message is about
+        return False
+    return True
+
+
+def _will_be_restarted() -> bool:
+    """torchrun reports the errors of the last attempt alone."""
+    restarts, attempt = (int(os.environ.get(f'TORCHELASTIC_{name}', 0)) for name in ('MAX_RESTARTS', 'RESTART_COUNT'))
+    return attempt < restarts
 
 
 def _say(message: str, aloud: bool = True) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mmengine.config import Config
 
-from cbam_mmdet.compat.patches import patch, replaced, replaced_items
+from cbam_mmdet.compat.patches import emptied, patch, replaced, replaced_items
 
 
 @patch('mmengine.config.Config._get_cfg_path')
@@ -50,9 +50,8 @@ def local_files_written_by(backend: type) -> Iterator[None]:
     with (
         replaced_items(registry_utils.backends, local=backend),
         replaced_items(registry_utils.prefix_to_backends, **{'': backend}),
-        replaced_items(io.backend_instances),
+        emptied(io.backend_instances),
     ):
-        io.backend_instances.clear()
         yield
 
 

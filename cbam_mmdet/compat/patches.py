@@ -48,9 +48,22 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced_items(mapping: dict, **values: Any) -> Iterator[None]:
-    """Set items of a dict, and put back at the end what stood there, in the old order."""
-    before = dict(mapping)
+    """Set items of a dict, and put back at the end what stood under these keys. Other keys are left alone."""
+    before = {key: mapping[key] for key in values if key in mapping}
     mapping.update(values)
+    try:
+        yield
+    finally:
+        for key in values:
+            mapping.pop(key, None)
+        mapping.update(before)
+
+
+@contextlib.contextmanager
+def emptied(mapping: dict) -> Iterator[None]:
+    """Empty a dict that remembers results, and put them back at the end in place of those of the meantime."""
+    before = dict(mapping)
+    mapping.clear()
     try:
         yield
     finally:

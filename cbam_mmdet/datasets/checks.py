@@ -113,7 +113,9 @@ def require_annotation_file(dataset: ConfigDict, split: str) -> str:
     require_data_root(dataset, split)
     path = annotation_file(dataset)
     if not osp.isfile(path):
-        raise UserError(f'the {split} data set has no annotation file {path}. Expected:\n{expected_layout(dataset)}')
+        layout = expected_layout(dataset)
+        expected = f'Expected:\n{layout}' if layout else HELP
+        raise UserError(f'the {split} data set has no annotation file {path}. {expected}')
     return path
 
 

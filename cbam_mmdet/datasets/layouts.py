@@ -34,7 +34,8 @@ LAYOUTS = {
 def expected_layout(dataset: ConfigDict) -> str | None:
     """The expected layout of a data set's folder as text, or None for other kinds (LVIS, panoptic, ...)."""
     kind = dataset.get('type')
-    layout = LAYOUTS.get(kind if isinstance(kind, str) else getattr(kind, '__name__', ''))
+    name = kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', '')  # 'mmdet.CocoDataset'
+    layout = LAYOUTS.get(name)
     root = (dataset.get('data_root') or '').rstrip('/') or '.'
     return layout and f'{layout.format(root=root)}\n{HELP}'
 

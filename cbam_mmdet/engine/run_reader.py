@@ -96,8 +96,7 @@ def read_results(path: str | Path) -> list[dict]:
     Raises:
         UserError: if the file is missing, cut off, or something else.
     """
-    if not Path(path).is_file():
-        raise UserError(f'{path} does not exist: write it with tools/test.py CONFIG CHECKPOINT --out {path}')
+    require_results(path)
     try:
         samples = pickle.loads(Path(path).read_bytes())
         samples[0]['img_id'], samples[0]['pred_instances']['bboxes']
@@ -109,9 +108,28 @@ def read_results(path: str | Path) -> list[dict]:
     return samples
 
 
+def require_results(path: str | Path) -> None:
+    """Look for a file of detections, of which nothing is read.
+
+    Raises:
+        UserError: if it does not exist.
+    """
+    if not Path(path).is_file():
+        raise UserError(f'{path} does not exist: write it with tools/test.py CONFIG CHECKPOINT --out {path}')
+
+
+def require_work_dir(path: str | Path) -> None:
+    """Look for the folder of a training, of which nothing is read.
+
+    Raises:
+        UserError: if it does not exist.
+    """
+    if not Path(path).is_dir():
+        raise UserError(f'{path} is not a folder: give the --work-dir of tools/train.py')
+
+
 def _read_run(work_dir: Path, name: str) -> TrainingRecord:
-    if not work_dir.is_dir():
-        raise UserError(f'{work_dir} is not a folder: give the --work-dir of tools/train.py')
+    require_work_dir(work_dir)
     logs = _training_logs(work_dir)
     train, validations = _join(logs)
     config = find_config(work_dir)

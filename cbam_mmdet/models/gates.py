@@ -56,7 +56,7 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, RecordedGates]]:
         model: any module that holds CBAMs.
 
     Yields:
-        For each CBAM, by its dotted name, its :class:`Gates`: detached, on the model's device.
+        For each CBAM, by its dotted name, its :class:`RecordedGates`: detached, on the model's device.
 
     Raises:
         UserError: if the model holds no CBAM.

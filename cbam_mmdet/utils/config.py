@@ -52,12 +52,7 @@ def load_config(path: str, cfg_options: dict | None = None, check: Callable[[Con
     Raises:
         UserError: if the file is missing or is not a config, or if an option does not fit.
     """
-    if path.startswith(PREFIX):
-        path = config_path(path[len(PREFIX) :])
-    if not osp.isfile(path):
-        folder = Path(path).parent
-        siblings = [str(p) for p in folder.glob('*.py')] if folder.is_dir() else []
-        raise UserError(f'config {path!r} does not exist{did_you_mean(path, siblings)}')
+    path = find_config_file(path)
     with _readable(path):
         cfg = Config.fromfile(path, import_custom_modules=False)
     _check_kind(cfg, path)
@@ -68,6 +63,21 @@ def load_config(path: str, cfg_options: dict | None = None, check: Callable[[Con
         with _readable(path):
             import_modules_from_strings(**cfg.custom_imports)
     return cfg
+
+
+def find_config_file(path: str) -> str:
+    """The path of a config file, or of one that the package ships ('cbam_mmdet::NAME.py').
+
+    Raises:
+        UserError: if it does not exist, with similar names.
+    """
+    if path.startswith(PREFIX):
+        return config_path(path[len(PREFIX) :])
+    if not osp.isfile(path):
+        folder = Path(path).parent
+        siblings = [str(p) for p in folder.glob('*.py')] if folder.is_dir() else []
+        raise UserError(f'config {path!r} does not exist{did_you_mean(path, siblings)}')
+    return path
 
 
 @contextlib.contextmanager

@@ -34,11 +34,13 @@ def draw_curve(work_dir: str | Path, out: str | Path) -> Path:
         out.
 
     Raises:
-        UserError: if the work dir holds no log of a training run.
+        UserError: if the work dir holds no log of a training run, or no finite loss.
     """
     train, validations = read_scalars(work_dir)
     name = Path(work_dir).resolve().name
-    (loss,) = (chart for chart in loss_charts({name: train}) if chart.name == 'loss')
+    loss = next((chart for chart in loss_charts({name: train}) if chart.name == 'loss'), None)
+    if loss is None:
+        raise UserError(f'{work_dir}: every loss that was logged is infinite or NaN, so there is no curve to draw')
     charts = [loss, *metric_charts({name: validations})[:1]]
     figure = Figure(figsize=(4.5 * len(charts), 3.5), layout='constrained')
     for chart, axes in zip(charts, figure.subplots(1, len(charts), squeeze=False).flat, strict=True):

@@ -107,6 +107,21 @@ def test_tools_leave_mmengine_as_it_was(run_tool, shapes, tmp_path):
     assert {name: state() for name, state in states.items()} == before
 
 
+def test_what_others_set_meanwhile_is_kept():
+    """MMEngine's registry of file backends, and a DataLoader's attributes, take more than our patch while it lasts."""
+
+    class Other(LocalBackend):
+        pass
+
+    with mmengine_patches.local_files_written_by(Backend):
+        registry_utils.register_backend('other', Other)
+    assert registry_utils.backends.pop('other') is Other
+    loader = DataLoader([1, 2, 3], batch_size=2)
+    with torch_patches.loader_parts(loader, batch_sampler=SAMPLER):
+        loader.worker_init_fn = nothing
+    assert loader.worker_init_fn is nothing and loader.batch_sampler is not SAMPLER
+
+
 def test_assume_constant_result_does_what_torch_does():
     """It sets an attribute in torch's place; a torch that marks such functions in another way fails here."""
 

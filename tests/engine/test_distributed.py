@@ -226,6 +226,26 @@ def test_a_process_that_fails_alone_ends_all(own_shapes, tmp_path):
     assert 'Traceback' not in result.err
 
 
+def test_the_reason_is_printed_also_before_a_restart(tmp_path):
+    """torchrun keeps the error files of the last attempt alone."""
+    tool = tmp_path / 'fails_once.py'
+    tool.write_text(
+        'import os\n'
+        'from cbam_mmdet.cli import run_tool\n'
+        'from cbam_mmdet.errors import UserError\n'
+        'def main():\n'
+        '    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":\n'
+        '        raise UserError("the reason of the first attempt")\n'
+        'run_tool(main)\n'
+    )
+    command = [sys.executable, str(ROOT / 'tools/launch.py'), '1', str(tool)]
+    for restarts, code in ((1, 0), (0, 2)):
+        environment = dict(os.environ, MAX_RESTARTS=str(restarts), PYTHONPATH=str(ROOT))
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert done.stderr.count('error: the reason of the first attempt') == 1
+
+
 @pytest.mark.parametrize('name, args, variables, message', [
     ('dist_train.sh', ['c.py'], {}, 'usage: dist_train.sh CONFIG GPUS'),
     ('dist_test.sh', ['c.py', '2'], {}, 'usage: dist_test.sh CONFIG CHECKPOINT GPUS'),

@@ -6,6 +6,7 @@ import sys
 import pytest
 from conftest import DEMO, ROOT
 
+SSD = str(ROOT / 'configs/ssd300_vgg16_cbam_voc0712.py')
 TOOLS = sorted(path.name for path in (ROOT / 'tools').glob('*.py') if path.name != 'arguments.py')
 # Runs a script as Python would, and reports at the end which of some modules it has imported.
 PROGRAM = """
@@ -51,7 +52,13 @@ def test_a_pair_without_equals_sign_is_found_before_torch_is_imported():
     [
         ('train.py', ['configs/faster_rcnn_r5_cbam.py'], "did you mean 'configs/faster_rcnn_r50_cbam.py'"),
         ('train.py', ['configs/faster_rcnn_r50_cbam_voc0712.py'], 'no folder data/VOCdevkit/'),
-        ('infer.py', [DEMO, 'nothing.pth', 'photo.jpg'], 'checkpoint nothing.pth does not exist'),
+        # A config whose custom_imports import MMDetection.
+        ('infer.py', [SSD, 'nothing.pth', 'photo.jpg'], 'checkpoint nothing.pth does not exist'),
+        ('gradcam.py', ['--config', SSD, '--checkpoint', DEMO, 'photo.jpg'], 'is not a checkpoint of PyTorch'),
+        ('ablate.py', ['nothing.py'], "config 'nothing.py' does not exist"),
+        ('report.py', ['nothing'], 'nothing is not a folder'),
+        ('draw_run.py', ['nothing'], 'nothing is not a folder'),
+        ('convert_annotations.py', ['nothing.txt', 'x.json'], 'nothing.txt does not exist'),
     ],
 )
 def test_what_is_missing_is_found_before_mmdetection_is_imported(name, args, message, tmp_path):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.models.cbam import CBAM
 
 DEPTHS: dict[tuple[str, tuple[int, ...]], int] = {
     ('BasicBlock', (2, 2, 2, 2)): 18,
@@ -231,9 +232,7 @@ def _check_official(state_dict: Mapping[str, Tensor]) -> tuple[str, int]:
 
 
 def _official_shapes(block: str, depth: int, state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    import torchvision
-
-    from cbam_mmdet.models.cbam import CBAM
+    import torchvision  # takes a second, and only this function needs it
 
     mlp = state_dict.get('layer1.0.cbam.ChannelGate.mlp.1.weight')
     reduction = mlp.shape[1] // mlp.shape[0] if mlp is not None and mlp.dim() == 2 else 16

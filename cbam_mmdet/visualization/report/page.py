@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from cbam_mmdet import __version__
+from cbam_mmdet.version import __version__
 from cbam_mmdet.visualization.charts import COLOURS, COLOURS_ON_DARK
 from cbam_mmdet.visualization.report.evaluation import EvaluatedRun
 
