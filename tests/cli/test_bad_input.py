@@ -425,7 +425,7 @@ def count_xml(names):
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason='the BCCD images are not there')
-def test_voc_faults(run_tool, tmp_path):
+def test_voc_faults(run_tool, shapes, tmp_path):
     root = tmp_path / 'bccd'
     shutil.copytree(BCCD / 'VOC2007/Annotations', root / 'VOC2007/Annotations')
     shutil.copytree(BCCD / 'VOC2007/ImageSets', root / 'VOC2007/ImageSets')
@@ -434,13 +434,14 @@ def test_voc_faults(run_tool, tmp_path):
         "dict(_delete_=True, type='VOCDataset', data_root='{root}', ann_file='VOC2007/ImageSets/Main/trainval.txt', "
         "data_prefix=dict(sub_data_root='VOC2007/'), metainfo=dict(classes={classes}))"
     )
-    config = config_with(
-        tmp_path, f'train_dataloader = dict(dataset={split.format(root=f"{root}/", classes=("red", "white"))})'
-    )
-    assert_refused(run_tool('train.py', config), 'none is the same', "'RBC'")
-    config = config_with(
-        tmp_path, f'train_dataloader = dict(dataset={split.format(root=f"{root}/", classes=("RBC", "WBC"))})'
-    )
+
+    def config_of(classes):
+        train = f'train_dataloader = dict(dataset={split.format(root=f"{root}/", classes=classes)})'
+        others = f"val_dataloader = test_dataloader = dict(dataset=dict(data_root='{shapes}/'))"
+        return config_with(tmp_path, f'{train}\n{others}')
+
+    assert_refused(run_tool('train.py', config_of(('red', 'white'))), 'none is the same', "'RBC'")
+    config = config_of(('RBC', 'WBC'))
     first = sorted((root / 'VOC2007/Annotations').iterdir())[0]
     first.write_text(first.read_text()[:200])
     assert_refused(run_tool('train.py', config), rf"annotation file {first} is not in Pascal VOC's format")
@@ -462,7 +463,7 @@ def test_classes_that_do_not_fit(run_tool, shapes, tmp_path, names, patterns):
 
 def test_classes_of_data_that_are_not_there(run_tool, tmp_path):
     result = run_tool('train.py', DEMO, '--classes', 'auto', *tiny(tmp_path, tmp_path / 'nowhere'))
-    assert_refused(result, 'the train data set is not there: no folder .*nowhere', 'instances_train2017.json')
+    assert_refused(result, '--data-root .*nowhere: there is no folder .*nowhere', 'instances_train2017.json')
 
 
 # Training
