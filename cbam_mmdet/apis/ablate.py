@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from mmdet.registry import DATASETS
+from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from torch import Tensor, nn
@@ -35,8 +35,9 @@ from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.engine.scalars import final_metrics, json_lines, metrics_of
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.models.cbam import CBAM
 from cbam_mmdet.models.plugins.checks import check_plugins
-from cbam_mmdet.utils.config import load_config, set_default_scope
+from cbam_mmdet.utils.config import class_of, load_config, set_default_scope
 from cbam_mmdet.utils.files import AtomicLocalBackend
 from cbam_mmdet.utils.tables import Cell, Column, Table
 
@@ -397,7 +398,7 @@ def _base_variable(base: str | None) -> Iterator[None]:
 
 def _check_base(base: str) -> None:
     plugins = load_config(base).model.get('backbone', {}).get('plugins') or [{}]
-    if plugins[0].get('cfg', {}).get('type') != 'CBAM':
+    if class_of(MODELS, plugins[0].get('cfg', {}).get('type')) is not CBAM:
         raise UserError(f'--base {base}: its model.backbone.plugins[0] must be a CBAM, whose arguments are then varied')
 
 

@@ -21,7 +21,7 @@ Where the served operators differ from mmcv's own, on purpose:
 - RoIPool works on the CPU, too, and a RoI without area gets no gradient, where mmcv sends it to the first pixel.
 - Under ``torch.use_deterministic_algorithms`` (MMEngine's ``randomness=dict(deterministic=True)``) the gradients of
   RoIAlign and RoIPool are deterministic, and those of deformable convolution raise torch's error on CUDA, where mmcv
-  goes on with sums in random order.
+  continues with sums in random order.
 """
 
 import ctypes

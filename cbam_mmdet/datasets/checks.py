@@ -324,7 +324,7 @@ def _check_voc(path: str, dataset: ConfigDict, classes: tuple[str, ...], split: 
     folder = voc_image_folder(dataset)
     names = image_names_by_stem(folder) if osp.isdir(folder) else {}
     files = [names.get(image_id, f'{image_id}.jpg') for image_id in ids]
-    if dataset['type'] in ('XMLDataset', XMLDataset):
+    if class_of(DATASETS, dataset['type']) is XMLDataset:
         _require_jpg(path, files)
     _check_image_files(path, split, folder, files)
     return report

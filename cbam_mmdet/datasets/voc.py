@@ -10,7 +10,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config, ConfigDict
 
 from cbam_mmdet.datasets.inputs import IMAGES
-from cbam_mmdet.utils.config import SPLITS, split_datasets
+from cbam_mmdet.utils.config import SPLITS, class_of, split_datasets
 from cbam_mmdet.utils.logging import log
 
 
@@ -54,7 +54,7 @@ def fit_image_suffix(cfg: Config) -> None:
     for split in SPLITS:
         for dataset in split_datasets(cfg, split):
             folder = voc_image_folder(dataset)
-            if dataset['type'] not in ('VOCDataset', VOCDataset) or not osp.isdir(folder):
+            if class_of(DATASETS, dataset['type']) is not VOCDataset or not osp.isdir(folder):
                 continue
             others = {osp.splitext(name)[1] for name in image_names_by_stem(folder).values()} - {'.jpg'}
             if others:

@@ -110,7 +110,7 @@ class _Branch(abc.ABC):
     def backward_map(self, grad_map: Tensor, grads: dict[int, Tensor]) -> Tensor:
         """From the gradient of the map to that of the descriptor; the parameters' go into grads."""
         wanted = [self.pooled, *self.parameters]
-        # The graph stays whole for a second backward pass (retain_graph=True); it is freed with this object.
+        # The graph is kept for a second backward pass (retain_graph=True); it is freed with this object.
         grad_pooled, *grad_parameters = torch.autograd.grad(
             self.map, wanted, grad_map.to(self.map.dtype), retain_graph=True, allow_unused=True
         )
