@@ -42,6 +42,8 @@ def main(args: argparse.Namespace) -> int:
         warn=lambda message: print(f'warning: {message}', file=sys.stderr),
     )
     print(f'{done.detections} detections in {done.images} images: {done.out_dir}/predictions.json')
+    if not done.detections:
+        print(f'no score reaches {args.score_thr}: a lower --score-thr shows weaker detections')
     if not args.no_draw:
         print(f'pictures: {done.out_dir}/vis')
     if done.broken:

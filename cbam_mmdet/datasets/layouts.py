@@ -22,7 +22,10 @@ VOC_LAYOUT = """\
     {root}/VOC2007/  (and VOC2012/ where the config names it)
         JPEGImages/*.jpg   Annotations/*.xml
         ImageSets/Main/trainval.txt   ImageSets/Main/test.txt"""
-HELP = 'Point at another folder with --data-root DIR. To see everything work without a data set of your own: make demo'
+HELP = (
+    'Point at another folder with --data-root DIR. docs/own_data.md shows how to bring other folders into this layout. '
+    'To see everything work without a data set of your own: make demo'
+)
 LAYOUTS = {
     'CocoDataset': COCO_LAYOUT,
     'XMLDataset': VOC_LAYOUT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import os.path as osp
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,12 +12,18 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import OPTIMIZERS, Registry, init_default_scope
+from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
 from cbam_mmdet.errors import UserError, did_you_mean
 
 SPLITS = ('train', 'val', 'test')
 CONFIG_DIR = Path(__file__).parents[1] / '.mim' / 'configs'
+# Top-level names that a training or a test reads: those of MMEngine's Runner, and those of this package.
+RUNNER_SETTINGS = {*inspect.signature(Runner.__init__).parameters} - {'self', 'cfg'} | {
+    'runner_type', 'strategy', 'model_wrapper_cfg', 'find_unused_parameters', 'sync_bn', 'compile', 'auto_scale_lr',
+    'tta_model', 'tta_pipeline', 'custom_imports', 'gate_statistics', 'broken_images',
+}  # fmt: skip
 PREFIX = 'cbam_mmdet::'
 
 
@@ -101,8 +108,13 @@ def _check_kind(cfg: Config, path: str) -> None:
 def _merge(cfg: Config, cfg_options: dict, path: str) -> None:
     for key in cfg_options:
         first = key.split('.')[0]
-        if first not in cfg and did_you_mean(first, cfg):
-            warnings.warn(f'--cfg-options {key}: the config has no {first!r}{did_you_mean(first, cfg)}', stacklevel=3)
+        if first not in cfg and first not in RUNNER_SETTINGS:
+            hint = did_you_mean(first, {*cfg, *RUNNER_SETTINGS})
+            if hint:
+                raise UserError(f'--cfg-options {key}: the config has no {first!r}{hint}')
+            warnings.warn(
+                f'--cfg-options {key}: the config has no {first!r}, and no setting has this name', stacklevel=3
+            )
     try:
         cfg.merge_from_dict(cfg_options)
     except (KeyError, TypeError, IndexError) as error:

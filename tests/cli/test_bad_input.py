@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ import torch
 from conftest import DATA, DEMO, ROOT, SMALL, cfg_options, tiny
 
 from cbam_mmdet.datasets.checks import check_data
+from cbam_mmdet.utils.config import load_config
 
 BCCD = DATA / 'bccd'
 
@@ -137,9 +139,16 @@ def test_cfg_options_without_an_equals_sign(run_tool):
     assert_refused(run_tool('train.py', DEMO, '--cfg-options', 'train_cfg.max_epochs', '3'), 'takes KEY=VALUE pairs')
 
 
-def test_misspelt_cfg_option_is_named(train):
-    with pytest.warns(UserWarning, match="no 'optim_wraper'; did you mean 'optim_wrapper'"):
-        assert train('optim_wraper.optimizer.lr=1').code == 0
+def test_misspelt_cfg_option_is_refused(train):
+    assert_refused(train('optim_wraper.optimizer.lr=1'), "no 'optim_wraper'; did you mean 'optim_wrapper'")
+
+
+def test_cfg_option_that_nothing_reads_is_named():
+    with pytest.warns(UserWarning, match="the config has no 'lr', and no setting has this name"):
+        load_config(DEMO, {'lr': 0.1})
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load_config(DEMO, {'gate_statistics': False, 'resume': True, 'model_wrapper_cfg.type': 'DDP'})
 
 
 def test_config_of_mmdetection_2(run_tool, tmp_path):
