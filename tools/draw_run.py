@@ -27,8 +27,9 @@ def main(args: argparse.Namespace) -> None:
     work_dir = Path(args.work_dir)
     results = args.results or work_dir / 'results.pkl'
     require_work_dir(work_dir)
+    config = find_config(work_dir)
     require_results(results)
-    cfg = load_config(str(find_config(work_dir)))
+    cfg = load_config(str(config))
     from cbam_mmdet.visualization import draw_curve, draw_sheet  # MMDetection takes seconds to import
 
     curve = draw_curve(work_dir, work_dir / 'curve.png')

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -318,10 +319,10 @@ def test_killed_in_the_second_run_it_resumes_there(ablation):
     assert not (ablation.work_dir / 'third').exists()
 
     out, err = ablation.start('--print-commands').communicate(timeout=120)
-    train, work_dir = f'{sys.executable} {ablation.tools}/train.py', ablation.work_dir
-    assert out.splitlines() == [  # nothing but commands, and only those that are left
-        f'{train} {work_dir}/configs/second.py --work-dir {work_dir}/second --resume auto',
-        f'{train} {work_dir}/configs/third.py --work-dir {work_dir}/third',
+    train, work_dir = [sys.executable, f'{ablation.tools}/train.py'], ablation.work_dir
+    assert list(map(shlex.split, out.splitlines())) == [  # nothing but commands, and only those that are left
+        [*train, f'{work_dir}/configs/second.py', '--work-dir', f'{work_dir}/second', '--resume', 'auto'],
+        [*train, f'{work_dir}/configs/third.py', '--work-dir', f'{work_dir}/third'],
     ], err
     assert not (work_dir / 'third').exists()
 

@@ -208,7 +208,7 @@ def test_in_a_forked_process():
     'options', [dict(pools='lp'), dict(spatial='conv'), dict(spatial=None), dict(order='parallel')]
 )
 def test_fused_refuses_what_it_does_not_cover(options):
-    with pytest.raises(UserError, match="impl='fused' serves"):
+    with pytest.raises(UserError, match="impl='fused' supports"):
         CBAM(8, impl='fused', **options)
     assert CBAM(8, **options).implementation(torch.zeros(1, 8, 2, 2)) == 'eager'
 
