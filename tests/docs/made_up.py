@@ -99,7 +99,6 @@ def write_weights(root):
     """The demo's plain detector, and a ResNet-50 with CBAM under the authors' keys."""
     init_default_scope('mmdet')
     plain = Config.fromfile(ROOT / 'configs/demo/faster_rcnn.py')
-    plain.model.backbone.base_channels, plain.model.neck.in_channels = 4, [16, 32, 64, 128]
     torch.save(dict(state_dict=MODELS.build(plain.model).state_dict()), root / 'plain.pth')
     backbone = dict(type='ResNet', depth=50, plugins=[dict(cfg=dict(type='CBAM'), position='after_conv3')])
     theirs = to_official(MODELS.build(backbone).state_dict()).state_dict
