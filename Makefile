@@ -23,7 +23,8 @@ help:
 
 setup: $(READY)
 
-$(READY): setup.py constraints.txt overrides.txt tools/setup_env.sh
+KERNELS := cbam_mmdet/ops/cpu_kernels.c cbam_mmdet/ops/cpu_kernels.h
+$(READY): setup.py constraints.txt overrides.txt tools/setup_env.sh $(KERNELS)
 	@bash tools/setup_env.sh $(VENV)
 	@touch $@
 

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from cbam_mmdet.ops import cpu_passes
+from cbam_mmdet import CBAM
+from cbam_mmdet.ops import c_passes
 from cbam_mmdet.ops.functional import INTERPRETED
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -19,13 +20,24 @@ if INTERPRETED:
     CASES = [*itertools.product(SHAPES[:2], DTYPES), *itertools.product(SHAPES[2:], DTYPES[1:3])]
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
 FUSED = pytest.param('fused', marks=[pytest.mark.kernels, *([] if INTERPRETED else [pytest.mark.gpu])])
-IMPLS = ['eager', FUSED]
+NO_LIBRARY = 'the interpreter serves CPUs' if INTERPRETED else c_passes.unavailable()
+C = pytest.param('c', marks=pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY)))
+IMPLS = ['eager', C, FUSED]
+
+
+def make(impl, channels, **options):
+    """A CBAM by PyTorch's operators, by the C library, or by Triton's kernels ('fused')."""
+    return CBAM(channels, impl='eager' if impl == 'eager' else 'fused', **options).to(device_of(impl))
+
+
+def device_of(impl):
+    return DEVICE if impl == 'fused' else 'cpu'
 
 
 @pytest.fixture(autouse=True)
-def many_small_blocks(monkeypatch):
-    """So that small maps are cut up and shared out, too."""
-    monkeypatch.setattr(cpu_passes, 'BLOCK', 4096)
+def several_threads(monkeypatch):
+    """So that small maps are shared out, too."""
+    monkeypatch.setattr(c_passes, 'SERIAL', 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

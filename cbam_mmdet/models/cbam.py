@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -133,10 +133,14 @@ class SpatialAttention(nn.Module):
         """(N, C, H, W) -> (N, 1, H, W), of x's dtype."""
         return self.map_of(spatial_descriptor(x, self.reduce_weight)).to(x.dtype)
 
-    def map_of(self, descriptor: Tensor) -> Tensor:
-        """(N, K, H, W) -> (N, 1, H, W), in the parameters' dtype whatever autocast says: these tensors are small."""
+    def map_of(self, descriptor: Tensor, convolve: Callable[[Tensor, nn.Conv2d], Tensor] | None = None) -> Tensor:
+        """(N, K, H, W) -> (N, 1, H, W), in the parameters' dtype whatever autocast says: these tensors are small.
+
+        convolve(planes, conv) computes the convolution; None: conv itself.
+        """
         with _without_autocast(descriptor.device.type):
-            z = self.conv(descriptor.to(self.conv.weight.dtype))
+            planes = descriptor.to(self.conv.weight.dtype)
+            z = self.conv(planes) if convolve is None else convolve(planes, self.conv)
             return self.activation(z if self.bn is None else self._norm(self.bn, z))
 
     def _norm(self, bn: nn.Module, z: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ class SpatialBranch(Protocol):
     def reduce_weight(self) -> Tensor | None:
         """(1, C, 1, 1), the 1x1 convolution; None for [max; mean]."""
 
-    def map_of(self, descriptor: Tensor) -> Tensor:
-        """(N, K, H, W) -> (N, 1, H, W)."""
+    def map_of(self, descriptor: Tensor, convolve: Callable | None = None) -> Tensor:
+        """(N, K, H, W) -> (N, 1, H, W). convolve(planes, conv) computes the convolution; None: conv itself."""
 
     def map_parameters(self) -> list[nn.Parameter]:
         """The parameters between descriptor and map: not the 1x1 convolution that makes the descriptor."""

@@ -3,7 +3,7 @@
 Plain PyTorch keeps `x * channel_map` for the backward pass, a second copy of the largest tensors that a detector has.
 The ways here keep x alone, which its producer keeps anyway, and compute the rest again from the two small maps:
 
-    passes.py     the paper's module in six passes over memory, by cpu_passes.py or triton_passes.py
+    passes.py     the paper's module in six passes over memory, by c_passes.py, triton_passes.py or torch_passes.py
     variants.py   every variant of it, by one autograd function of PyTorch's operators
 
 Notation: x is (N, C, H, W) and P = H * W. A *descriptor* is what the pools leave of x: (N, K, C) for K channel pools,
@@ -16,13 +16,14 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from cbam_mmdet.compat.torch import assume_constant_result
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.ops import cpu_passes
+from cbam_mmdet.ops import c_passes, torch_passes
 from cbam_mmdet.ops.branches import ChannelBranch, SpatialBranch
 from cbam_mmdet.ops.passes import Passes, apply, as_map
 from cbam_mmdet.ops.variants import recompute
@@ -68,20 +69,26 @@ def choose(
 def implementation(
     x: Tensor, channel: ChannelBranch, spatial: SpatialBranch | None, order: str, impl: str = 'auto'
 ) -> str:
-    """What :func:`choose` takes for x: 'fused', the Triton kernels, or 'eager', PyTorch's operators.
+    """What :func:`choose` takes for x: 'fused', the kernels, or 'eager', PyTorch's operators.
 
-    'auto' takes the kernels for a CUDA tensor (of a GPU of compute capability 8.0 or more), where Triton is installed
-    and they support the variant: order 'channel-spatial', spatial 'pool', pools out of 'avg' and 'max', and any gate,
-    norm, kernel size, reduction, shape, layout and dtype. All else is eager: on a CPU in blocks (cpu_passes.py) for
-    the same variants, else one operator after the other. Under torch.export and torch.jit.trace, and without any
-    element, it is the equations: what leaves this process holds PyTorch's own operators.
+    'auto' takes the kernels wherever they support the variant (order 'channel-spatial', spatial 'pool', pools out of
+    'avg' and 'max', and any gate, norm, kernel size, reduction, shape and layout) and x:
+
+    - on a CPU the C library, where it was built, for fp32, fp64 and bf16;
+    - on a GPU of compute capability 8.0 or more the Triton kernels, where Triton is installed, for any dtype.
+
+    All else is eager: without a gradient the equations as they are written; with one the same passes by PyTorch's
+    operators on a CPU, and `recompute` elsewhere and for the other variants. None keeps a second feature map. Under
+    torch.export and torch.jit.trace, and without any element, it is the equations: what leaves this process holds
+    PyTorch's own operators. In a forked process (a worker that loads data) the C library does not serve: OpenMP's
+    threads do not live on there.
 
     Raises:
         UserError: for impl='fused' where one of these does not hold.
     """
-    if impl == 'eager' or (impl == 'auto' and x.device.type != 'cuda'):
+    if impl == 'eager':
         return 'eager'
-    obstacle = not_covered(channel, spatial, order) or _no_kernels(x.device)
+    obstacle = not_covered(channel, spatial, order) or (c_passes.obstacle(x) if _in_c(x) else _no_kernels(x.device))
     if obstacle and impl == 'fused':
         raise UserError(f"CBAM: impl='fused' {obstacle}; impl='auto' takes the kernels wherever they support it")
     return 'eager' if obstacle else 'fused'
@@ -96,6 +103,16 @@ def not_covered(channel: ChannelBranch, spatial: SpatialBranch | None, order: st
     if not set(channel.pools) <= {'avg', 'max'}:
         return f"supports the pools 'avg' and 'max', not {channel.pools}"
     return None
+
+
+def has_tail(x: Tensor) -> bool:
+    """Whether x's kernels can compute a block's tail (models/fused_tail.py): the C library's cannot."""
+    return not _in_c(x)
+
+
+def _in_c(x: Tensor) -> bool:
+    """Whether x's kernels are those of the C library, rather than Triton's."""
+    return x.device.type == 'cpu' and not INTERPRETED
 
 
 def _leaves_this_process() -> bool:
@@ -119,13 +136,12 @@ def _no_kernels(device: torch.device) -> str | None:
 
 
 def _passes_for(x: Tensor, chosen: str) -> Passes | None:
-    if chosen == 'fused':
-        from cbam_mmdet.ops import triton_passes  # Triton is optional
-
-        return triton_passes.CUSTOM_OPERATORS if torch.compiler.is_compiling() else triton_passes.EAGER_FUNCTIONS
-    if x.device.type == 'cpu':
-        return cpu_passes.CUSTOM_OPERATORS if torch.compiler.is_compiling() else cpu_passes.EAGER_FUNCTIONS
-    return None
+    if chosen == 'eager' and (x.device.type != 'cpu' or not torch.is_grad_enabled()):
+        return None
+    kernels: ModuleType = torch_passes if chosen == 'eager' else c_passes
+    if chosen == 'fused' and not _in_c(x):
+        from cbam_mmdet.ops import triton_passes as kernels  # Triton is optional
+    return kernels.CUSTOM_OPERATORS if torch.compiler.is_compiling() else kernels.EAGER_FUNCTIONS
 
 
 def _in_passes(x: Tensor, channel: ChannelBranch, spatial: SpatialBranch, order: str, passes: Passes) -> Tensor:
@@ -138,10 +154,13 @@ def _in_passes(x: Tensor, channel: ChannelBranch, spatial: SpatialBranch, order:
     pixels = x.flatten(2)
     if not pixels.is_contiguous() and not pixels.transpose(1, 2).is_contiguous():
         pixels = pixels.contiguous()
-    return as_map(apply(pixels, *map_functions(channel, spatial, x), passes), x.shape)
+    convolve = c_passes.convolve if passes is c_passes.EAGER_FUNCTIONS else None
+    return as_map(apply(pixels, *map_functions(channel, spatial, x, convolve), passes), x.shape)
 
 
-def map_functions(channel: ChannelBranch, spatial: SpatialBranch, x: Tensor) -> tuple[Callable, Callable]:
+def map_functions(
+    channel: ChannelBranch, spatial: SpatialBranch, x: Tensor, convolve: Callable | None = None
+) -> tuple[Callable, Callable]:
     """What passes.apply takes for x, (N, C, H, W).
 
     Returns:
@@ -153,9 +172,6 @@ def map_functions(channel: ChannelBranch, spatial: SpatialBranch, x: Tensor) -> 
         return channel.map_of(descriptor if planes == [0, 1] else descriptor[:, planes]).flatten(1)
 
     def spatial_gate(descriptor):
-        descriptor = descriptor.unflatten(2, x.shape[2:])
-        if x.device.type == 'cpu':  # the convolution's gradients take a third of the time in this layout
-            descriptor = descriptor.contiguous(memory_format=torch.channels_last)
-        return spatial.map_of(descriptor).flatten(1)
+        return spatial.map_of(descriptor.unflatten(2, x.shape[2:]), convolve).flatten(1)
 
     return channel_gate, spatial_gate

@@ -60,7 +60,10 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx, grad):
         refuse_second_derivatives()
         x, *saved = ctx.saved_tensors
+        dtype = x.dtype
         maps, argmax = saved[: len(ctx.branches)], saved[len(ctx.branches) :]
+        if x.device.type == 'cpu':  # whose sums and scatters of half precision take several times as long
+            x, grad, *maps = (t.to(accumulate_dtype(x)) for t in (x, grad, *maps))
         first, second = ctx.branches[0], ctx.branches[1] if len(maps) == 2 else None
         grads = {}
         late = None  # under 'parallel' the second branch pooled x, not u
@@ -81,7 +84,7 @@ class _Recompute(torch.autograd.Function):
         first.backward_pool(grad_descriptor, x, None, argmax[0], grad_x, grads)
         if late is not None:
             second.backward_pool(late, x, None, argmax[1], grad_x, grads)
-        return (grad_x, None, None, None, None, *(grads.get(id(p)) for p in ctx.parameters))
+        return (grad_x.to(dtype), None, None, None, None, *(grads.get(id(p)) for p in ctx.parameters))
 
 
 class _Branch(abc.ABC):
@@ -92,7 +95,7 @@ class _Branch(abc.ABC):
         self.parameters = [p for p in module.map_parameters() if p.requires_grad]
 
     @abc.abstractmethod
-    def pool(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
+    def pool(self, u: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         """The descriptor of u, (N, C, P), and the arguments of its maxima."""
 
     @abc.abstractmethod
@@ -101,7 +104,7 @@ class _Branch(abc.ABC):
 
     def attend(self, u: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         """The map for u, (N, C, P), as (N, C, 1) or (N, 1, P), of u's dtype; and the arguments of the maxima."""
-        pooled, argmax = self.pool(u)
+        pooled, argmax = self.pool(u, shape)
         with torch.enable_grad():
             self.pooled = pooled.detach().requires_grad_()
             self.map = self.compute_map(self.pooled, shape)
@@ -121,8 +124,8 @@ class _Branch(abc.ABC):
 class _ChannelBranch(_Branch):
     sum_dim = 2  # a channel's value multiplies all its pixels
 
-    def pool(self, u):
-        return pool_pixels(u, self.module.pools)
+    def pool(self, u, shape):
+        return pool_pixels(u.unflatten(2, shape), self.module.pools)
 
     def compute_map(self, pooled, shape):
         return self.module.map_of(pooled).flatten(2)
@@ -147,7 +150,7 @@ class _ChannelBranch(_Branch):
 class _SpatialBranch(_Branch):
     sum_dim = 1  # a pixel's value multiplies all its channels
 
-    def pool(self, u):
+    def pool(self, u, shape):
         return pool_channels(u, self.module.reduce_weight)
 
     def compute_map(self, pooled, shape):

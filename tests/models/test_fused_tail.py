@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from passes_cases import CASES, DEVICE, LAYOUTS, assert_near, draw
 from passes_cases import FUSED as FUSED_IMPL
 from passes_cases import few_programs as few_programs  # a fixture
-from passes_cases import many_small_blocks as many_small_blocks  # a fixture
+from passes_cases import several_threads as several_threads  # a fixture
 from plain_cbam import saved_share
 from torch import nn
 

@@ -1,24 +1,26 @@
-"""The six passes, on a CPU and as Triton kernels, against the equations in float64 under autograd.
+"""The six passes, by PyTorch's operators, in C and as Triton kernels, against the equations in float64 under autograd.
 
 Without a GPU the kernels run under Triton's interpreter, in a process of their own (test_triton_passes.py): a kernel is
 made for it when it is imported.
 """
 
 import copy
+import ctypes
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
-from passes_cases import CASES, DEVICE, IMPLS, LAYOUTS, assert_near, draw
+from passes_cases import CASES, IMPLS, LAYOUTS, NO_LIBRARY, assert_near, device_of, draw, make
 from passes_cases import few_programs as few_programs  # a fixture
-from passes_cases import many_small_blocks as many_small_blocks  # a fixture
+from passes_cases import several_threads as several_threads  # a fixture
 from plain_cbam import saved_share
 
 from cbam_mmdet import CBAM
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import cbam_reference
-from cbam_mmdet.ops import cpu_passes
+from cbam_mmdet.ops import c_passes
 from cbam_mmdet.ops.functional import INTERPRETED
 
 
@@ -32,16 +34,15 @@ def run(forward, module, x, grad):
 def both(x, grad, impl, training=True, **options):
     """What impl gives, and the equations in float64."""
     torch.manual_seed(1)
-    module = CBAM(x.shape[1], impl=impl, **options).train(training)
+    module = make(impl, x.shape[1], **options).train(training)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    exact = copy.deepcopy(module).double()
+    exact = copy.deepcopy(module).double().cpu()
     truth = run(lambda x: cbam_reference(x, exact.channel, exact.spatial), exact, x.double(), grad.double())
     if x.dtype == torch.float64:
         module = module.double()
-    if impl == 'fused':
-        module, x, grad = module.to(DEVICE), x.to(DEVICE), grad.to(DEVICE)
-    assert module.implementation(x) == impl
+    x, grad = x.to(device_of(impl)), grad.to(device_of(impl))
+    assert module.implementation(x) == module.impl
     return [value.cpu() for value in run(module, module, x, grad)], truth
 
 
@@ -49,6 +50,8 @@ def both(x, grad, impl, training=True, **options):
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize(('shape', 'dtype'), CASES)
 def test_equals_float64(shape, dtype, layout, impl):
+    if impl == 'c' and dtype == torch.float16:
+        pytest.skip('the C library has no fp16')
     x, grad = draw(shape, dtype, layout)
     ours, truth = both(x, grad, impl)
     assert_near(ours, truth, dtype)
@@ -114,9 +117,7 @@ def test_strided_input(layout, impl):
 @pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_output_is_the_same(context, impl):
     x, _ = draw((2, 64, 16, 16))
-    module = CBAM(64, impl=impl).eval()
-    if impl == 'fused':
-        module, x = module.to(DEVICE), x.to(DEVICE)
+    module, x = make(impl, 64).eval(), x.to(device_of(impl))
     with context():
         y = module(x)
     assert torch.equal(y, module(x).detach())
@@ -126,9 +127,7 @@ def test_without_gradients_the_output_is_the_same(context, impl):
 def test_a_loss_on_the_maps_alone(impl):
     """Then the last pass gets no gradient, and the others must do without its letters."""
     x, _ = draw((2, 16, 6, 10))
-    module = CBAM(16, impl=impl).eval()
-    if impl == 'fused':
-        module, x = module.to(DEVICE), x.to(DEVICE)
+    module, x = make(impl, 16).eval(), x.to(device_of(impl))
     maps = []
     for branch in (module.channel, module.spatial):
         branch.activation.register_forward_hook(lambda _, __, out: maps.append(out))
@@ -148,9 +147,7 @@ def test_a_loss_on_the_maps_alone(impl):
 def test_compiles_without_graph_break_to_the_same(layout, impl):
     torch._dynamo.reset()
     x, grad = draw((2, 16, 6, 10), layout=layout)
-    module = CBAM(16, impl=impl)
-    if impl == 'fused':
-        module, x, grad = module.to(DEVICE), x.to(DEVICE), grad.to(DEVICE)
+    module, x, grad = make(impl, 16), x.to(device_of(impl)), grad.to(device_of(impl))
     twin = copy.deepcopy(module)
     expected = run(twin, twin, x, grad)
     compiled = torch.compile(module, fullgraph=True, backend='aot_eager')  # fullgraph raises at a graph break
@@ -163,24 +160,59 @@ def test_compiles_without_graph_break_to_the_same(layout, impl):
 @pytest.mark.parametrize('compiled', [False, True])
 def test_saves_less_than_5_percent_of_the_input(compiled, dtype, impl, few_programs):
     torch._dynamo.reset()
-    module, x = CBAM(256, impl=impl), draw((1, 256, 25, 42), dtype)[0]
-    if impl == 'fused':
-        module, x = module.to(DEVICE), x.to(DEVICE)
+    module, x = make(impl, 256), draw((1, 256, 25, 42), dtype)[0].to(device_of(impl))
     run = torch.compile(module, fullgraph=True, backend='aot_eager') if compiled else module
     assert saved_share(run, x.requires_grad_()) < 0.05
 
 
-def test_the_number_of_threads_changes_nothing():
-    x, grad = draw((3, 64, 40, 30))
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_neither_threads_nor_instructions_change_a_bit(dtype, layout, monkeypatch):
+    """Of the C library, which cuts a tensor up by its shape alone; for CPUs with and without AVX2."""
+    (portable,) = Path(c_passes.__file__).parent.glob('_cpu_kernels.*')
+    x, grad = draw((3, 200, 40, 53), dtype, layout)
     results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+    for library, threads in ((c_passes._load(), 1), (c_passes._load(), 3), ((ctypes.CDLL(str(portable)), None), 2)):
+        monkeypatch.setattr(c_passes, '_load', lambda library=library: library)
+        c_passes._kernel.cache_clear()
+        monkeypatch.setattr(c_passes, '_threads', lambda elements, threads=threads: threads)
         torch.manual_seed(1)
-        module = CBAM(64).eval()
-        results.append(run(module, module, x, grad)[:2])
-        assert torch.get_num_threads() == threads
+        module = make('c', 200).eval()
+        results.append(run(module, module, x, grad))
+    c_passes._kernel.cache_clear()
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+@pytest.mark.parametrize('size', [1, 3, 5, 31, 33])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('shape', [(1, 2, 1, 1), (2, 1, 5, 9), (3, 2, 11, 45)])
+def test_convolution_equals_pytorchs(shape, dtype, size):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(shape[1], 1, size, padding=size // 2).to(dtype)
+    planes = torch.randn(shape, dtype=dtype, requires_grad=True)
+    grad = torch.randn(shape[0], 1, *shape[2:], dtype=dtype)
+    exact = copy.deepcopy(conv).double()
+    ours = run(lambda x: c_passes.convolve(x, conv), conv, planes, grad)
+    assert_near(ours, run(exact, exact, planes.double(), grad.double()), dtype)
+
+
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+def test_a_hook_on_the_convolution_is_called():
+    seen, module = [], make('c', 8)
+    module.spatial.conv.register_forward_hook(lambda *_: seen.append(1))
+    module(torch.randn(1, 8, 4, 4))
+    assert seen == [1]
+
+
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+def test_c_refuses_half_precision():
+    x = torch.zeros(1, 8, 2, 2, dtype=torch.float16)
+    assert CBAM(8).implementation(x) == 'eager'
+    with pytest.raises(UserError, match=r'supports fp32, fp64 and bf16 on a CPU, not torch\.float16'):
+        CBAM(8, impl='fused')(x)
 
 
 def test_a_lower_precision_of_matrix_products_changes_no_place():
@@ -194,13 +226,15 @@ def test_a_lower_precision_of_matrix_products_changes_no_place():
 
 
 def test_in_a_forked_process():
-    """The helping threads stay behind in the parent. (So do OpenMP's: one pass alone, which needs none.)"""
-    x, c, s = torch.randn(2, 64, 256), torch.rand(2, 64), torch.rand(2, 256)
-    y = cpu_passes.refine(x, s, c)
+    """As in a worker that loads data: OpenMP's threads stay behind in the parent, where a pass has started them."""
+    x, module = torch.randn(2, 64, 64, 64), CBAM(64).eval()
+    y = module(x).detach()
     child = os.fork()
     if child == 0:
         signal.alarm(30)  # rather than wait for threads that are not there
-        os._exit(0 if torch.equal(cpu_passes.refine(x, s, c), y) else 1)
+        torch.set_num_threads(1)  # as a worker does: PyTorch's own operators would wait, too
+        near = torch.allclose(module(x), y, rtol=1e-5, atol=1e-6)
+        os._exit(0 if near and module.implementation(x) == 'eager' else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -214,6 +248,12 @@ def test_fused_refuses_what_it_does_not_cover(options):
 
 
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter serves CPUs')
-def test_fused_refuses_a_cpu():
-    with pytest.raises(UserError, match='needs a CUDA tensor, this one is on cpu'):
-        CBAM(8, impl='fused')(torch.zeros(1, 8, 2, 2))
+def test_fused_refuses_a_cpu_without_the_library(monkeypatch):
+    monkeypatch.setenv('CBAM_CPU_KERNEL', '0')
+    c_passes._load.cache_clear()
+    try:
+        assert CBAM(8).implementation(torch.zeros(1, 8, 2, 2)) == 'eager'
+        with pytest.raises(UserError, match='needs the C library, which is switched off by CBAM_CPU_KERNEL=0'):
+            CBAM(8, impl='fused')(torch.zeros(1, 8, 2, 2))
+    finally:
+        c_passes._load.cache_clear()
