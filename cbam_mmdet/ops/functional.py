@@ -25,6 +25,7 @@ from cbam_mmdet.errors import UserError
 from cbam_mmdet.ops import cpu_passes
 from cbam_mmdet.ops.branches import ChannelBranch, SpatialBranch
 from cbam_mmdet.ops.passes import Passes, apply, as_map
+from cbam_mmdet.ops.self_test import kernels_obstacle
 from cbam_mmdet.ops.variants import recompute
 
 ORDERS = ('channel-spatial', 'spatial-channel', 'parallel')
@@ -32,6 +33,7 @@ IMPLS = ('auto', 'eager', 'fused')
 # Triton's interpreter, which runs kernels on a CPU, to test them.
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 HAS_TRITON = importlib.util.find_spec('triton') is not None
+KERNEL_DEVICES = ('cuda',)  # where 'auto' takes the Triton kernels
 
 
 def choose(
@@ -72,16 +74,18 @@ def implementation(
 
     'auto' takes the kernels for a CUDA tensor (of a GPU of compute capability 8.0 or more), where Triton is installed
     and they support the variant: order 'channel-spatial', spatial 'pool', pools out of 'avg' and 'max', and any gate,
-    norm, kernel size, reduction, shape, layout and dtype. All else is eager: on a CPU in blocks (cpu_passes.py) for
-    the same variants, else one operator after the other. Under torch.export and torch.jit.trace, and without any
-    element, it is the equations: what leaves this process holds PyTorch's own operators.
+    norm, kernel size, reduction, shape, layout and dtype. The kernels must pass their self-test (self_test.py), which
+    runs at the first tensor of each device, dtype and layout; where they fail, a warning says so once. All else is
+    eager: on a CPU in blocks (cpu_passes.py) for the same variants, else one operator after the other. Under
+    torch.export and torch.jit.trace, and without any element, it is the equations: what leaves this process holds
+    PyTorch's own operators.
 
     Raises:
         UserError: for impl='fused' where one of these does not hold.
     """
-    if impl == 'eager' or (impl == 'auto' and x.device.type != 'cuda'):
+    if impl == 'eager' or (impl == 'auto' and x.device.type not in KERNEL_DEVICES):
         return 'eager'
-    obstacle = not_covered(channel, spatial, order) or _no_kernels(x.device)
+    obstacle = not_covered(channel, spatial, order) or _no_kernels(x.device) or distrust(x, warn=impl == 'auto')
     if obstacle and impl == 'fused':
         raise UserError(f"CBAM: impl='fused' {obstacle}; impl='auto' takes the kernels wherever they support it")
     return 'eager' if obstacle else 'fused'
@@ -116,6 +120,12 @@ def _no_kernels(device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         return None if capability >= (8, 0) else f'needs compute capability 8.0, this GPU has {capability}'
     return f'needs a CUDA tensor, this one is on {device}'
+
+
+def distrust(x: Tensor, tail: bool = False, warn: bool = False) -> str | None:
+    """Why the kernels are not to be trusted with x, (N, C, H, W): what `self_test.kernels_obstacle` says."""
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return kernels_obstacle(x.device, x.dtype, channels_last, tail, warn)
 
 
 def _passes_for(x: Tensor, chosen: str) -> Passes | None:
