@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,16 +21,22 @@ from cbam_mmdet.compat.torch import assume_constant_result
 from cbam_mmdet.ops.passes import Passes, index_dtype
 
 DOCTOR = 'python tools/doctor.py'
-# (N, C, P), for the channels-last layout the second with C and P exchanged. The kernels cut the longest dimension into
-# several parts there, and their tiles have the sizes that they have in a detector: what is compiled is used again.
-SHAPES = ((2, 24, 63), (1, 17, 1063))
+# (N, C, P); for the channels-last layout C and P of the large one are exchanged. It is odd, and longer than a tile: the
+# kernels cut it into several parts, and their tiles have the sizes there that they have in a detector, so what is
+# compiled for the self-test is used again. For the small shapes, tiles of other sizes would be compiled.
+LARGE = (2, 17, 1063)
+SMALL = ((2, 24, 63), (3, 5, 1))
 
 # What a pass returned, what is right, and the pass's name: for each result of each pass.
 Results = Iterator[tuple[str, Tensor, Tensor]]
 
 
 def find_difference(
-    passes: Passes, device: torch.device | str, dtype: torch.dtype, channels_last: bool = False
+    passes: Passes,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    channels_last: bool = False,
+    shapes: Sequence[tuple[int, int, int]] = (LARGE, *SMALL),
 ) -> str | None:
     """Compare the six passes with their formulas in float64.
 
@@ -39,6 +45,7 @@ def find_difference(
         device: where they run.
         dtype: of the feature maps: fp64, fp32, bf16 or fp16.
         channels_last: the layout of the feature maps.
+        shapes: of the feature maps, out of LARGE and SMALL.
 
     Returns:
         A sentence that says what differs, or None.
@@ -46,14 +53,18 @@ def find_difference(
     Raises:
         Exception: whatever a pass raises.
     """
-    return _find_difference(functools.partial(_results, passes), device, dtype, channels_last)
+    return _find_difference(functools.partial(_results, passes), device, dtype, channels_last, shapes)
 
 
 def find_tail_difference(
-    tail_passes: Callable[[Tensor], Passes], device: torch.device | str, dtype: torch.dtype, channels_last: bool = False
+    tail_passes: Callable[[Tensor], Passes],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    channels_last: bool = False,
+    shapes: Sequence[tuple[int, int, int]] = (LARGE, *SMALL),
 ) -> str | None:
     """The same for the passes of a block's tail, given a function that makes them for the signs of the norm's scale."""
-    return _find_difference(functools.partial(_tail_results, tail_passes), device, dtype, channels_last)
+    return _find_difference(functools.partial(_tail_results, tail_passes), device, dtype, channels_last, shapes)
 
 
 @assume_constant_result
@@ -62,9 +73,9 @@ def kernels_obstacle(
 ) -> str | None:
     """Why the Triton kernels are not to be trusted with such a feature map; None where they pass their self-test.
 
-    It runs at the first call in the process for each device, dtype and layout: some milliseconds, and the compilation
-    of the kernels where Triton has not cached them. It cannot run while a CUDA graph is captured: kernels that were not
-    tested before are not taken then. To torch.compile the answer is a constant.
+    It runs at the first call in the process for each device, dtype and layout. It takes milliseconds, and where Triton
+    has not cached the kernels also the seconds of their compilation. It cannot run while a CUDA graph is captured:
+    kernels that were not tested before are not taken then. To torch.compile the answer is a constant.
 
     Args:
         device, dtype, channels_last: of the feature map.
@@ -99,9 +110,9 @@ def _test_kernels(device: torch.device, dtype: torch.dtype, channels_last: bool,
         from cbam_mmdet.ops import triton_passes  # Triton is optional
 
         if tail:
-            failure = find_tail_difference(triton_passes.tail_passes, device, dtype, channels_last)
+            failure = find_tail_difference(triton_passes.tail_passes, device, dtype, channels_last, [LARGE])
         else:
-            failure = find_difference(triton_passes.EAGER_FUNCTIONS, device, dtype, channels_last)
+            failure = find_difference(triton_passes.EAGER_FUNCTIONS, device, dtype, channels_last, [LARGE])
     except Exception as error:  # of a compiler, a driver, an assembler: which ones there are is not known here
         failure = f'{type(error).__name__}: {next(filter(None, map(str.strip, str(error).splitlines())), "")}'
     if failure is None:
@@ -124,9 +135,9 @@ def _in_a_thread(function: Callable[[], Any]) -> Any:
     return results[0]
 
 
-def _find_difference(results_for: Callable[..., Results], device, dtype, channels_last) -> str | None:
-    for n, c, p in SHAPES:
-        shape = (n, p, c) if channels_last and n == 1 else (n, c, p)
+def _find_difference(results_for: Callable[..., Results], device, dtype, channels_last, shapes) -> str | None:
+    for n, c, p in shapes:
+        shape = (n, p, c) if channels_last and (n, c, p) == LARGE else (n, c, p)
         with torch.no_grad():
             for name, actual, expected in results_for(_Inputs(shape, torch.device(device), dtype, channels_last)):
                 difference = _difference(actual.cpu(), expected)
