@@ -156,6 +156,16 @@ def test_the_kernels_pass(impl, dtype, channels_last):
         assert self_test.kernels_obstacle(torch.device(DEVICE), dtype, channels_last, tail) is None
 
 
+@KERNELS
+@CHANNELS_LAST
+def test_the_kernels_pass_with_every_shape(impl, channels_last):
+    from cbam_mmdet.ops import triton_passes
+
+    kernels, tail = triton_passes.EAGER_FUNCTIONS, triton_passes.tail_passes
+    assert self_test.find_difference(kernels, DEVICE, torch.float32, channels_last) is None
+    assert self_test.find_tail_difference(tail, DEVICE, torch.float32, channels_last) is None
+
+
 def test_nothing_is_tested_while_a_cuda_graph_is_captured(fresh):
     fresh.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
     device = torch.device('cuda', 0)

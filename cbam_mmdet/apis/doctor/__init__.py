@@ -109,7 +109,7 @@ def as_text(report: Report) -> str:
     seconds = sum(result.seconds for result in report.results)
     skipped = sum(result.status == SKIPPED for result in report.results)
     if not wrong:
-        return '\n'.join([*lines, f'All is well: {tests - skipped} self-tests in {seconds:.1f} s, {skipped} skipped.'])
+        return '\n'.join([*lines, f'All is well: {tests - skipped} checks in {seconds:.1f} s, {skipped} skipped.'])
     lines.append(f'{len(wrong)} things are wrong. What to do:' if len(wrong) > 1 else 'One thing is wrong. What to do:')
     return '\n'.join([*lines, *(f'  {result.name}: {result.remedy}' for result in wrong)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import sysconfig
 import tempfile
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LONGEST = 300  # characters of a message
+OTHER_PATH = re.compile(r'(?<![\w.~:/-])/(?:[^\s/:\'"]+/)+([^\s/:\'"]*)')  # not a URL
 
 
 class Skip(Exception):
@@ -35,16 +37,17 @@ def in_one_line(error: BaseException) -> str:
 def without_paths(text: str) -> str:
     """The text with short names for the folders of this environment and this user, and of bounded length."""
     folders = {
-        sysconfig.get_paths()['purelib']: 'site-packages',
-        sysconfig.get_paths()['stdlib']: 'python',
-        str(Path(__file__).parents[3]): 'cbam-mmdet',
-        sys.prefix: 'environment',
-        sys.base_prefix: 'python',
-        tempfile.gettempdir(): 'tmp',
         os.getcwd(): '.',
+        tempfile.gettempdir(): 'tmp',
         str(Path.home()): '~',
+        sys.base_prefix: 'python',
+        sys.prefix: 'environment',
+        str(Path(__file__).parents[3]): 'cbam-mmdet',
+        sysconfig.get_paths()['stdlib']: 'python',
+        sysconfig.get_paths()['purelib']: 'site-packages',
     }
     for folder in sorted(folders, key=len, reverse=True):  # the inner ones first
         if len(folder) > 1:
             text = text.replace(folder, folders[folder])
+    text = OTHER_PATH.sub(r'.../\1', text)
     return text if len(text) <= LONGEST else f'{text[:LONGEST]} ...'
