@@ -74,7 +74,7 @@ def kernels_obstacle(
     """Why the Triton kernels are not to be trusted with such a feature map; None where they pass their self-test.
 
     It runs at the first call in the process for each device, dtype and layout. It takes milliseconds, and where Triton
-    has not cached the kernels also the seconds of their compilation. It cannot run while a CUDA graph is captured:
+    has not cached the kernels also about a second, to compile them. It cannot run while a CUDA graph is captured:
     kernels that were not tested before are not taken then. To torch.compile the answer is a constant.
 
     Args:
