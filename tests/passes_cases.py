@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cbam_mmdet import CBAM
-from cbam_mmdet.ops import c_passes
+from cbam_mmdet.ops import c_passes, self_test
 from cbam_mmdet.ops.functional import INTERPRETED
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -18,6 +18,7 @@ if INTERPRETED:
     # each kernel cuts them into several blocks, and each reduction into several parts and steps.
     SHAPES = [*SHAPES[:2], (2, 5, 33, 35), (1, 1030, 3, 5)]
     CASES = [*itertools.product(SHAPES[:2], DTYPES), *itertools.product(SHAPES[2:], DTYPES[1:3])]
+    self_test.LARGE = self_test.SMALL[0]  # for the self-test that comes before the first use of each dtype and layout
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
 FUSED = pytest.param('fused', marks=[pytest.mark.kernels, *([] if INTERPRETED else [pytest.mark.gpu])])
 NO_LIBRARY = 'the interpreter serves CPUs' if INTERPRETED else c_passes.unavailable()

@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import CBAM, SpatialAttention
 from cbam_mmdet.models.plugins.apply_child import ApplyChild
-from cbam_mmdet.ops.functional import has_tail, map_functions
+from cbam_mmdet.ops.functional import distrust, has_tail, map_functions
 from cbam_mmdet.ops.passes import accumulate_dtype, apply, as_map
 
 LAST_NORM = {Bottleneck.forward: 3, BasicBlock.forward: 2}
@@ -41,10 +41,10 @@ LAST_NORM = {Bottleneck.forward: 3, BasicBlock.forward: 2}
 def fuse_tails(backbone: nn.Module) -> int:
     """Let every residual block that ends in one CBAM compute its tail in CBAM's passes, where it is supported.
 
-    It is where CBAM takes the Triton kernels (`CBAM.implementation` is 'fused' on a GPU), the block's last norm is a
-    BatchNorm with fixed statistics, the identity has the dtype and strides of the last convolution's output, nobody
-    listens by a forward hook on the norm, the CBAM or the ReLU, and the block is not under `with_cp` or
-    torch.compile. Otherwise the block's own forward runs. Weights keep their names.
+    It is where CBAM takes the Triton kernels (`CBAM.implementation` is 'fused' on a GPU) and the tail's pass their
+    self-test, the block's last norm is a BatchNorm with fixed statistics, the identity has the dtype and strides of the
+    last convolution's output, nobody listens by a forward hook on the norm, the CBAM or the ReLU, and the block is not
+    under `with_cp` or torch.compile. Otherwise the block's own forward runs. Weights keep their names.
 
     Args:
         backbone: with MMDetection's BasicBlock or Bottleneck (ResNet, ResNeXt, ...); its blocks are changed in place.
@@ -85,7 +85,8 @@ class FusedTail:
             v = block.conv2(out)
         identity = x if block.downsample is None else block.downsample(x)
         alike = (v.dtype, v.stride()) == (identity.dtype, identity.stride())
-        if alike and v.numel() and _is_dense(v) and has_tail(v) and cbam.implementation(v) == 'fused':
+        alike = alike and v.numel() and _is_dense(v) and has_tail(v)
+        if alike and cbam.implementation(v) == 'fused' and not distrust(v, tail=True, warn=True):
             return tail(v, identity, norm, cbam)
         return block.relu(_plugins(block, norm(v), 3) + identity)
 

@@ -24,6 +24,8 @@ from cbam_mmdet.compat.torch import assume_constant_result
 from cbam_mmdet.ops.passes import Passes, accumulate_dtype, as_operators, index_dtype
 
 DTYPES = {torch.float32: 'f32', torch.float64: 'f64', torch.bfloat16: 'bf16'}
+NOT_BUILT = 'was not built when cbam-mmdet was installed, for want of a C compiler such as gcc'
+SWITCHED_OFF = 'is switched off by CBAM_CPU_KERNEL=0'
 LONGEST_KERNEL = 31  # LONGEST in cpu_kernels.c
 SERIAL = 2**15  # elements: below, waking other threads costs more than they take over
 
@@ -67,7 +69,7 @@ def library() -> Path | None:
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
     if os.environ.get('CBAM_CPU_KERNEL') == '0':
-        return None, 'is switched off by CBAM_CPU_KERNEL=0'
+        return None, SWITCHED_OFF
     names = ['_cpu_kernels']
     if torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512'):
         names.insert(0, '_cpu_kernels_avx2')
@@ -75,7 +77,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     files = [here / (name + suffix) for name in names for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     built = [file for file in files if file.exists()]
     if not built:
-        return None, 'was not built when cbam-mmdet was installed, for want of a C compiler such as gcc'
+        return None, NOT_BUILT
     try:
         loaded = ctypes.CDLL(str(built[0]))
         built_of = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(loaded, 'cbam_source'))).decode()

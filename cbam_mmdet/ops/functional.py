@@ -26,6 +26,7 @@ from cbam_mmdet.errors import UserError
 from cbam_mmdet.ops import c_passes, torch_passes
 from cbam_mmdet.ops.branches import ChannelBranch, SpatialBranch
 from cbam_mmdet.ops.passes import Passes, apply, as_map
+from cbam_mmdet.ops.self_test import kernels_obstacle
 from cbam_mmdet.ops.variants import recompute
 
 ORDERS = ('channel-spatial', 'spatial-channel', 'parallel')
@@ -33,6 +34,7 @@ IMPLS = ('auto', 'eager', 'fused')
 # Triton's interpreter, which runs kernels on a CPU, to test them.
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 HAS_TRITON = importlib.util.find_spec('triton') is not None
+TRITON_DEVICES = ('cuda',)  # where 'auto' takes the Triton kernels
 
 
 def choose(
@@ -75,7 +77,9 @@ def implementation(
     'avg' and 'max', and any gate, norm, kernel size, reduction, shape and layout) and x:
 
     - on a CPU the C library, where it was built, for fp32, fp64 and bf16;
-    - on a GPU of compute capability 8.0 or more the Triton kernels, where Triton is installed, for any dtype.
+    - on a GPU of compute capability 8.0 or more the Triton kernels, where Triton is installed, for any dtype. They must
+      pass their self-test (self_test.py), which runs at the first tensor of each device, dtype and layout; where they
+      fail, a warning says so once.
 
     All else is eager: without a gradient the equations as they are written; with one the same passes by PyTorch's
     operators on a CPU, and `recompute` elsewhere and for the other variants. None keeps a second feature map. Under
@@ -86,9 +90,12 @@ def implementation(
     Raises:
         UserError: for impl='fused' where one of these does not hold.
     """
-    if impl == 'eager':
+    if impl == 'eager' or (impl == 'auto' and not _in_c(x) and x.device.type not in TRITON_DEVICES):
         return 'eager'
-    obstacle = not_covered(channel, spatial, order) or (c_passes.obstacle(x) if _in_c(x) else _no_kernels(x.device))
+    if _in_c(x):
+        obstacle = not_covered(channel, spatial, order) or c_passes.obstacle(x)
+    else:
+        obstacle = not_covered(channel, spatial, order) or _no_kernels(x.device) or distrust(x, warn=impl == 'auto')
     if obstacle and impl == 'fused':
         raise UserError(f"CBAM: impl='fused' {obstacle}; impl='auto' takes the kernels wherever they support it")
     return 'eager' if obstacle else 'fused'
@@ -133,6 +140,12 @@ def _no_kernels(device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         return None if capability >= (8, 0) else f'needs compute capability 8.0, this GPU has {capability}'
     return f'needs a CUDA tensor, this one is on {device}'
+
+
+def distrust(x: Tensor, tail: bool = False, warn: bool = False) -> str | None:
+    """Why the kernels are not to be trusted with x, (N, C, H, W): what `self_test.kernels_obstacle` says."""
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return kernels_obstacle(x.device, x.dtype, channels_last, tail, warn)
 
 
 def _passes_for(x: Tensor, chosen: str) -> Passes | None:

@@ -20,6 +20,7 @@ from cbam_mmdet import CBAM
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import cbam_reference
 from cbam_mmdet.models.fused_tail import tail
+from cbam_mmdet.ops import self_test
 from cbam_mmdet.ops.functional import INTERPRETED
 
 FUSED = pytest.mark.parametrize('impl', [FUSED_IMPL])
@@ -161,6 +162,27 @@ def test_steps_aside(impl, monkeypatch, few_programs):
             block.with_cp = False
     model(x)
     assert len(seen) == 3
+
+
+@FUSED
+def test_a_tail_that_fails_its_self_test_is_not_taken(impl, monkeypatch, few_programs):
+    from cbam_mmdet.ops import triton_passes
+
+    right = triton_passes.refine_tail
+    monkeypatch.setattr(self_test, '_verdicts', {})
+    monkeypatch.setattr(self_test, '_warned', [])
+    monkeypatch.setattr(triton_passes, 'refine_tail', lambda *args: right(*args) * 1.01)
+    monkeypatch.setattr('cbam_mmdet.models.fused_tail.tail', None)  # not to be called
+    fused, plain = backbones(impl, True), backbones('eager', False)
+    plain.load_state_dict(shake(fused).state_dict())
+    x = torch.randn(2, 3, 32, 32).to(DEVICE)
+    for model in (fused, plain):
+        model.to(DEVICE).eval()  # which returns None
+    with pytest.warns(UserWarning, match=r"the tail's refine .*python tools/doctor\.py.*the tail of a block") as caught:
+        ours = [*fused(x), *fused(x)]
+    assert len([warning for warning in caught if 'doctor' in str(warning.message)]) == 1
+    for y, expected in zip(ours, 2 * plain(x), strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter has kernels on a CPU')

@@ -17,7 +17,8 @@ triton = pytest.importorskip('triton')
 
 
 def test_passes_under_tritons_interpreter():
-    files = [str(ROOT / 'tests' / name) for name in ('ops/test_passes.py', 'models/test_fused_tail.py')]
+    names = ('ops/test_passes.py', 'ops/test_self_test.py', 'models/test_fused_tail.py', 'tools/test_doctor.py')
+    files = [str(ROOT / 'tests' / name) for name in names]
     command = [sys.executable, '-m', 'pytest', *files, '-m', 'kernels', '-p', 'no:cacheprovider', '-p', 'no:xdist']
     done = subprocess.run(command, env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]  # no test at all is an error, too
