@@ -19,7 +19,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 PLAIN = str(ROOT / 'configs/demo/faster_rcnn.py')
-SECTIONS = ['run', 'results', 'classes', 'curves', 'precision-recall', 'detections', 'attention', 'complexity']
+SECTIONS = [
+    'run', 'results', 'classes', 'errors', 'curves', 'precision-recall', 'detections', 'attention', 'complexity',
+]  # fmt: skip
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason='no Chromium here: apt-get install chromium')
 
