@@ -140,7 +140,7 @@ class HotCocoEval(COCOeval):
 
     @property
     def evalImgs(self) -> list[dict | None]:
-        """The matches in each image and category, as pycocotools has them."""
+        """The matches in each image and category, as pycocotools has them. Not all parts without any are listed."""
         parts = self.hot.eval_imgs
         for part in filter(None, parts):
             part['image_id'] = self.params.imgIds[part['image_id'] - 1]
