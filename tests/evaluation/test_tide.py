@@ -1,4 +1,4 @@
-"""The kinds of errors that the report shows, against TIDE's definitions (Bolya et al., ECCV 2020) in plain loops."""
+"""The kinds of errors that the report shows, against TIDE's definitions (Bolya et al., ECCV 2020)."""
 
 import contextlib
 import io
@@ -6,11 +6,12 @@ import io
 import numpy as np
 import pytest
 import torch
+from tide import KINDS, tide
 
 pytest.importorskip('hotcoco', reason="an optional extra: pip install '.[fast-eval]'")
 
 from cbam_mmdet.evaluation.metrics import SampleCocoMetric
-from cbam_mmdet.evaluation.scores import ERRORS, Scores
+from cbam_mmdet.evaluation.scores import Scores
 
 CLASSES = ('cat', 'dog', 'bird')
 BOX = (100, 100, 100, 100)  # x, y, width, height, of a cat in the first image
@@ -83,8 +84,8 @@ def instances(boxes, labels):
 )  # fmt: skip
 def test_hand_made_cases(detections, counts, gains):
     errors, _ = errors_of([(0, 0, BOX), (0, 1, DOG)], FOUND + detections)
-    assert {kind: it.count for kind, it in errors.items()} == {**dict.fromkeys(ERRORS, 0), **counts}
-    expected = {**dict.fromkeys(ERRORS, 0), **gains}
+    assert {kind: it.count for kind, it in errors.items()} == {**dict.fromkeys(KINDS, 0), **counts}
+    expected = {**dict.fromkeys(KINDS, 0), **gains}
     assert {kind: it.delta_ap for kind, it in errors.items()} == pytest.approx(expected, abs=1e-12)
 
 
@@ -94,61 +95,6 @@ def test_missed_objects_leave_the_count_of_objects():
     assert ap == pytest.approx(51 / 101)
     assert errors['missed'].count == 1
     assert errors['missed'].delta_ap == pytest.approx(50 / 101)
-
-
-def iou(a, b):
-    width, height = (max(min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]), 0) for i in (0, 1))
-    return width * height / (a[2] * a[3] + b[2] * b[3] - width * height)
-
-
-def average_precision(outcomes, count):
-    """COCO's AP of (score, whether it finds an object), with so many objects."""
-    true = np.cumsum([found for _, found in sorted(outcomes, reverse=True)])
-    precision, recall = true / np.arange(1, len(true) + 1), true / max(count, 1)
-    return np.mean([max(precision[recall >= threshold], default=0) for threshold in np.linspace(0, 1, 101)])
-
-
-def tide(objects, detections):
-    """The number of errors of each kind, and the gain of the AP at an IoU of 0.5 without them."""
-    finds = {}  # detection -> object
-    for d in sorted(range(len(detections)), key=lambda d: -detections[d][2]):
-        image, label, _, box = detections[d]
-        free = [o for o, it in enumerate(objects) if it[:2] == (image, label) and o not in finds.values()]
-        best = max(free, key=lambda o: iou(objects[o][2], box), default=None)
-        if best is not None and iou(objects[best][2], box) >= 0.5:
-            finds[d] = best
-    kinds, would_find = {}, {}
-    for d in set(range(len(detections))) - finds.keys():
-        image, label, _, box = detections[d]
-        overlaps = [(iou(it[2], box), o) for o, it in enumerate(objects) if it[0] == image]
-        own = max([it for it in overlaps if objects[it[1]][1] == label], default=(0, None))
-        other = max([it for it in overlaps if objects[it[1]][1] != label], default=(0, None))
-        if 0.1 <= own[0] <= 0.5:
-            kinds[d], would_find[d] = 'localization', own[1]
-        elif other[0] >= 0.5:
-            kinds[d], would_find[d] = 'classification', other[1]
-        elif own[0] >= 0.5:
-            kinds[d] = 'duplicate'
-        else:
-            kinds[d] = 'background' if max(own[0], other[0]) <= 0.1 else 'both'
-    missed = set(range(len(objects))) - set(finds.values()) - set(would_find.values())
-
-    def mean_ap(mended):
-        aps = []
-        for label in {it[1] for it in objects}:
-            wanted = {o for o, it in enumerate(objects) if it[1] == label}
-            outcomes = []
-            for d, (_, own, score, _) in enumerate(detections):
-                if d in finds or kinds[d] != mended:
-                    outcomes += [(score, d in finds)] if own == label else []
-                elif would_find.get(d) in wanted - set(finds.values()):
-                    rivals = [e for e in would_find if would_find[e] == would_find[d]]
-                    outcomes += [(score, True)] if d == max(rivals, key=lambda e: detections[e][2]) else []
-            aps.append(average_precision(outcomes, len(wanted - missed if mended == 'missed' else wanted)))
-        return np.mean(aps)
-
-    counts = {kind: list(kinds.values()).count(kind) for kind in ERRORS} | {'missed': len(missed)}
-    return counts, {kind: max(mean_ap(kind) - mean_ap(None), 0) for kind in ERRORS}
 
 
 @pytest.mark.parametrize('seed', range(12))
