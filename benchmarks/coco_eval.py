@@ -1,14 +1,19 @@
-"""COCO's evaluation by pycocotools and by faster-coco-eval, side by side on the same detections: figures and time.
+"""COCO's evaluation by pycocotools, by faster-coco-eval and by hotcoco, on the same detections: figures and time.
 
-    python benchmarks/coco_eval.py [--images 5000] [--detections 100] [--out benchmarks/results/NAME]
+    python benchmarks/coco_eval.py [--images 5000] [--detections 100] [--rounds 2] [--out benchmarks/results/NAME]
 
-Both are called through MMDetection's metrics, as a test of a detector does: `CocoMetric`, and `FasterCocoMetric` of
-the maintained fork. The data are drawn here: boxes of 80 classes, some of them crowds, and detections that find
-them more or less well or not at all. The time is that of `compute_metrics`, from collected results to the table.
+Each is called through its metric, as a test of a detector does: MMDetection's `CocoMetric` and `FasterCocoMetric`, and
+this package's `HotCocoMetric`. What is not installed is left out. The data are drawn here: boxes of 80 classes, some of
+them crowds, and detections that find them more or less well or not at all. The time is that of `compute_metrics`, from
+collected results to the table: the median of rounds in which all take their turn.
 """
 
 import argparse
+import contextlib
+import importlib.util
+import io
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +26,8 @@ import torch
 from mmdet.evaluation.metrics import coco_metric, faster_coco_metric
 from mmdet.registry import METRICS
 from record import machine, write
+
+from cbam_mmdet.evaluation import coco_eval
 
 CLASSES, SIZE = 80, (640, 480)
 # COCO's own limits. MMDetection's default is 100, 300, 1000, and its metric names the recalls after those.
@@ -70,19 +77,30 @@ def draw(images: int, detections: int) -> tuple[dict, list[dict]]:
     return truth, samples
 
 
-def measure(name: str, module, evaluator: str, ann_file: str, samples: list[dict]) -> tuple[float, list[float], dict]:
+# For each evaluator its metric, and the class whose figures are recorded before the metric rounds them.
+EVALUATORS = {
+    'pycocotools': ('CocoMetric', coco_metric, 'COCOeval'),
+    'faster-coco-eval': ('FasterCocoMetric', faster_coco_metric, 'COCOeval_faster'),
+    'hotcoco': ('cbam_mmdet.HotCocoMetric', coco_eval, 'HotCocoEval'),
+}
+
+
+def measure(evaluator: str, ann_file: str, samples: list[dict]) -> tuple[float, list[float], dict]:
     """The seconds, the twelve unrounded figures, and the result of the metric."""
-    metric = METRICS.build(dict(type=name, ann_file=ann_file, metric_items=METRIC_ITEMS, proposal_nums=LIMITS))
-    metric.dataset_meta = dict(classes=[f'class{i}' for i in range(CLASSES)])
-    metric.process({}, samples)
+    name, module, class_name = EVALUATORS[evaluator]
     unrounded = []
 
-    class Recorded(getattr(module, evaluator)):
+    class Recorded(getattr(module, class_name)):
         def summarize(self):
             super().summarize()
             unrounded.extend(float(figure) for figure in self.stats[:12])
 
-    with mock.patch.object(module, evaluator, Recorded):
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(module, class_name, Recorded):
+        metric = METRICS.build(
+            dict(type=name, ann_file=ann_file, classwise=True, metric_items=METRIC_ITEMS, proposal_nums=LIMITS)
+        )
+        metric.dataset_meta = dict(classes=[f'class{i}' for i in range(CLASSES)])
+        metric.process({}, samples)
         start = time.perf_counter()
         reported = metric.compute_metrics(metric.results)
         return time.perf_counter() - start, unrounded, reported
@@ -92,32 +110,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--images', type=int, default=5000)
     parser.add_argument('--detections', type=int, default=100, help='of an image')
+    parser.add_argument('--rounds', type=int, default=2)
     parser.add_argument('--out', type=Path, help='write NAME.json, NAME.md and NAME.png')
     args = parser.parse_args()
 
+    packages = {'pycocotools': 'pycocotools', 'faster-coco-eval': 'faster_coco_eval', 'hotcoco': 'hotcoco'}
+    evaluators = [name for name, module in packages.items() if importlib.util.find_spec(module)]
+    about = machine('benchmarks/coco_eval.py', *packages, 'onedl-mmdetection')
     truth, samples = draw(args.images, args.detections)
+    seconds = {name: [] for name in evaluators}
+    figures, reported = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         ann_file = f'{folder}/truth.json'
         Path(ann_file).write_text(json.dumps(truth))
-        slow = measure('CocoMetric', coco_metric, 'COCOeval', ann_file, samples)
-        fast = measure('FasterCocoMetric', faster_coco_metric, 'COCOeval_faster', ann_file, samples)
+        for _ in range(args.rounds):
+            for name in evaluators:
+                took, figures[name], reported[name] = measure(name, ann_file, samples)
+                seconds[name].append(took)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     rows = [
-        dict(figure=name, pycocotools=a, faster_coco_eval=b, difference=abs(a - b))
-        for name, a, b in zip(FIGURES, slow[1], fast[1], strict=True)
+        dict(
+            figure=figure,
+            **{name.replace('-', '_'): figures[name][i] for name in evaluators},
+            greatest_difference=max(abs(figures[name][i] - figures['pycocotools'][i]) for name in evaluators),
+        )
+        for i, figure in enumerate(FIGURES)
     ]
     record = dict(
-        **machine('benchmarks/coco_eval.py', 'pycocotools', 'faster-coco-eval', 'onedl-mmdetection'),
+        **about,
         images=args.images,
         detections=args.detections,
         annotations=len(truth['annotations']),
-        pycocotools_seconds=round(slow[0], 1),
-        faster_coco_eval_seconds=round(fast[0], 1),
-        ratio=round(slow[0] / fast[0], 2),
-        reported_figures_equal=slow[2] == fast[2],
-        greatest_difference=max(row['difference'] for row in rows),
+        rounds=args.rounds,
+        seconds={name: round(value, 2) for name, value in medians.items()},
+        times_as_fast={name: round(medians['pycocotools'] / value, 1) for name, value in medians.items()},
+        reported_figures_equal=all(value == reported['pycocotools'] for value in reported.values()),
+        greatest_difference=max(row['greatest_difference'] for row in rows),
         rows=rows,
     )
-    bars = {'pycocotools': [slow[0]], 'faster-coco-eval': [fast[0]]}
+    bars = {name: [value] for name, value in medians.items()}
     write(record, args.out, ['COCO evaluation'], bars, 'seconds')
 
 

@@ -25,12 +25,30 @@ from cbam_mmdet.utils.config import PREFIX, config_path
 PERMANENT.enter_context(package_configs(PREFIX, config_path))
 PERMANENT.enter_context(children_registered_with(apply_after_conversion))
 
+METRICS = ('HotCocoMetric', 'SampleCocoMetric', 'VOCDetectionMetric')
+
+
+def __getattr__(name: str) -> type:
+    """A metric, imported when it is asked for: it imports MMDetection's metrics, which takes seconds.
+
+    MMEngine asks for it where a config has `type='cbam_mmdet.HotCocoMetric'`.
+    """
+    if name in METRICS:
+        from cbam_mmdet import evaluation
+
+        return getattr(evaluation, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
 __all__ = [
     'CBAM',
     'ChannelAttention',
+    'HotCocoMetric',
     'PluginBackbone',
     'PluginNeck',
+    'SampleCocoMetric',
     'SpatialAttention',
+    'VOCDetectionMetric',
     '__version__',
     'config_path',
     'hooks',

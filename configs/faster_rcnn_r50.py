@@ -6,5 +6,5 @@ custom_imports = dict(imports=['cbam_mmdet'])
 
 model = dict(backbone=dict(frozen_stages=0))  # as with CBAM, so that the twins train the same layers
 
-val_evaluator = dict(proposal_nums=_base_.proposal_nums)  # COCO's own twelve figures
+val_evaluator = _base_.coco_evaluator  # COCO's own twelve figures
 test_evaluator = val_evaluator

@@ -4,5 +4,5 @@ _base_ = ['mmdet::ssd/ssd300_coco.py', './_base_/datasets/coco_detection.py']
 
 custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.compat.ssd_head'])
 
-val_evaluator = dict(proposal_nums=_base_.proposal_nums)  # COCO's own twelve figures
+val_evaluator = _base_.coco_evaluator  # COCO's own twelve figures
 test_evaluator = val_evaluator

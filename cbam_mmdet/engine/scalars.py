@@ -2,7 +2,8 @@
 
 A file holds rows of three kinds. A row of the training has the losses, and its `step` counts iterations. A row of
 GateStatisticsHook has the figures of the gates, and its `step` counts iterations, too. A row of a validation has the
-metrics, or none of them if nothing was detected. Its `step` counts epochs, or iterations in an IterBasedTrainLoop.
+metrics, or none of them if MMDetection's CocoMetric found no detection. Its `step` counts epochs, or iterations in an
+IterBasedTrainLoop.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Metrics, and the scores of a run."""
 
-from cbam_mmdet.evaluation.metrics import SampleCocoMetric, VOCDetectionMetric
+from cbam_mmdet.evaluation.metrics import HotCocoMetric, SampleCocoMetric, VOCDetectionMetric
 
-__all__ = ['SampleCocoMetric', 'VOCDetectionMetric']
+__all__ = ['HotCocoMetric', 'SampleCocoMetric', 'VOCDetectionMetric']

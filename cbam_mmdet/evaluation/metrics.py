@@ -1,17 +1,21 @@
-"""Metrics for VOC-style data sets: Pascal VOC's in both of its modes, and COCO's without an annotation file.
+"""Metrics: COCO's, with and without an annotation file, and Pascal VOC's in both of its modes.
 
-A config that uses them needs `custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.evaluation'])`, as in
-configs/faster_rcnn_r50_voc0712.py, because `import cbam_mmdet` does not import MMDetection's metrics, which takes
-seconds.
+`import cbam_mmdet` does not import MMDetection's metrics, which takes seconds. So a config names them by the package,
+as in `type='cbam_mmdet.HotCocoMetric'`: MMEngine then imports them when it builds them. Without the package's name they
+need `custom_imports = dict(imports=['cbam_mmdet', 'cbam_mmdet.evaluation'])`, as in
+configs/faster_rcnn_r50_voc0712.py.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
 import numpy as np
+from mmdet.datasets.api_wrappers import COCO, COCOeval, COCOevalMP
 from mmdet.evaluation import CocoMetric, VOCMetric
 from mmdet.evaluation.functional.mean_ap import tpfp_default
 from mmdet.registry import METRICS
@@ -19,6 +23,7 @@ from mmengine.logging import print_log
 from terminaltables import AsciiTable
 
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.evaluation.coco_eval import Detections, coco_evaluation
 
 MODES = ('11points', 'area')
 
@@ -153,8 +158,121 @@ def _table(curves: dict[str, _Curve], means: dict[str, float]) -> str:
     return f'\n{table.table}'
 
 
+# The places of pycocotools' twelve figures under MMDetection's names, which are those of its own proposal_nums.
+COCO_ITEMS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
+RECALL_ITEMS = ('AR@100', 'AR@300', 'AR@1000', 'AR_s@1000', 'AR_m@1000', 'AR_l@1000')
+
+
 @METRICS.register_module()
-class SampleCocoMetric(CocoMetric):
+class HotCocoMetric(CocoMetric):
+    """MMDetection's CocoMetric, evaluated by hotcoco where it is installed: the same figures in a fraction of the time.
+
+    It takes the same arguments and returns the same figures under the same names. It differs in these points:
+
+    - The evaluation is hotcoco's. Without hotcoco, and in the rare cases in which its figures might differ, it is
+      pycocotools'. The log says which, and why.
+    - Detections go to the evaluation without a file. Only `outfile_prefix` and `format_only` write files.
+    - If nothing at all is detected, the table is printed and the figures are returned all the same: 0 where there are
+      objects, -1 where there are none. MMDetection returns no figures then, so that `save_best` finds none.
+
+    In a config it is `type='cbam_mmdet.HotCocoMetric'`.
+    """
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """Compute the figures from the results that `process` collected.
+
+        Args:
+            results: for each image its size and annotations, and its detections.
+
+        Returns:
+            MMDetection's names and figures, rounded to three digits.
+        """
+        if self.format_only:
+            return super().compute_metrics(results)
+        found = [detections for _, detections in results]
+        figures: dict[str, float] = {}
+        for metric in self.metrics:
+            print_log(f'Evaluating {metric}...', logger='current')
+            if metric == 'proposal_fast':
+                self.load_truth(results)
+                recalls = self.fast_eval_recall(found, self.proposal_nums, self.iou_thrs, logger='current')
+                new = {f'AR@{limit}': recall for limit, recall in zip(self.proposal_nums, recalls, strict=True)}
+                print_log(''.join(f'\n{name}\t{recall:.4f}' for name, recall in new.items()), logger='current')
+            else:
+                new = self._figures(metric, self.evaluation(results, metric))
+            figures |= new
+        if self.outfile_prefix is not None:
+            self.results2json(found, self.outfile_prefix)
+        return figures
+
+    def load_truth(self, results: list) -> None:
+        """Take the ground truth from the results if there is no annotation file."""
+        if self._coco_api is None:
+            print_log('Converting ground truth to coco format...', logger='current')
+            with TemporaryDirectory() as folder:
+                prefix = self.outfile_prefix or f'{folder}/truth'
+                self._coco_api = COCO(self.gt_to_coco_json([truth for truth, _ in results], prefix))
+        if self.cat_ids is None:
+            self.cat_ids = self._coco_api.get_cat_ids(cat_names=self.dataset_meta['classes'])
+        if self.img_ids is None:
+            self.img_ids = self._coco_api.get_img_ids()
+
+    def evaluation(self, results: list, metric: str = 'bbox') -> COCOeval:
+        """COCO's evaluation of the results that `process` collected, summarized: its table is printed.
+
+        Args:
+            results: those of `process`.
+            metric: 'bbox', 'segm', or 'proposal', which does not look at the classes.
+        """
+        self.load_truth(results)
+        iou_type = 'bbox' if metric == 'proposal' else metric
+        detections = Detections.of([found for _, found in results], self.cat_ids, iou_type)
+        if not len(detections):
+            print_log(f'nothing was detected in {len(results)} images', logger='current', level=logging.WARNING)
+        evaluation = coco_evaluation(
+            self._coco_api,
+            detections,
+            iou_type,
+            COCOevalMP if self.use_mp_eval else COCOeval,
+            catIds=self.cat_ids,
+            imgIds=self.img_ids,
+            maxDets=list(self.proposal_nums),
+            iouThrs=self.iou_thrs,
+            useCats=int(metric != 'proposal'),
+        )
+        evaluation.summarize()
+        return evaluation
+
+    def _figures(self, metric: str, evaluation: COCOeval) -> dict[str, float]:
+        places = {item: place for place, item in enumerate((*COCO_ITEMS, *RECALL_ITEMS))}
+        unknown = [item for item in self.metric_items or () if item not in places]
+        if unknown:
+            raise KeyError(f'metric item "{unknown[0]}" is not supported')
+        stats = {item: float(round(evaluation.stats[place], 3)) for item, place in places.items()}
+        if metric == 'proposal':
+            return {item: stats[item] for item in self.metric_items or RECALL_ITEMS}
+        figures = self._class_figures(evaluation) if self.classwise else {}
+        copypaste = ' '.join(f'{value:.3f}' for value in evaluation.stats[:6])
+        print_log(f'{metric}_mAP_copypaste: {copypaste}', logger='current')
+        return figures | {f'{metric}_{item}': stats[item] for item in self.metric_items or COCO_ITEMS}
+
+    def _class_figures(self, evaluation: COCOeval) -> dict[str, float]:
+        """The AP of each class, over all IoUs, at two, and by the size of the objects, in a table."""
+        precision = evaluation.eval['precision'][..., -1]  # (IoUs, recalls, classes, areas)
+        names = [category['name'] for category in self._coco_api.load_cats(self.cat_ids)]
+        rows = []
+        for i in range(len(names)):
+            parts = [precision[:, :, i, 0], precision[0:1, :, i, 0], precision[5:6, :, i, 0]]  # IoUs 0.5 and 0.75
+            parts += [precision[:, :, i, area] for area in (1, 2, 3)]
+            known = [part[part > -1] for part in parts]
+            rows.append([round(float(part.mean()), 3) if part.size else math.nan for part in known])
+        table = [['category', *COCO_ITEMS], *([name, *map(str, row)] for name, row in zip(names, rows, strict=True))]
+        print_log(f'\n{AsciiTable(table).table}', logger='current')
+        return {f'{name}_precision': row[0] for name, row in zip(names, rows, strict=True)}
+
+
+@METRICS.register_module()
+class SampleCocoMetric(HotCocoMetric):
     """COCO's metric for data sets without a COCO annotation file. It takes the ground truth from each sample.
 
     MMDetection's CocoMetric needs the file unless the test pipeline packs 'instances'. This metric uses the boxes of
@@ -167,7 +285,7 @@ class SampleCocoMetric(CocoMetric):
 
     def __init__(self, **kwargs) -> None:
         if kwargs.get('ann_file'):
-            raise UserError('SampleCocoMetric takes no ann_file; with one, use CocoMetric')
+            raise UserError('SampleCocoMetric takes no ann_file; with one, use HotCocoMetric')
         super().__init__(**kwargs)
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:

@@ -8,23 +8,30 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from tempfile import TemporaryDirectory
 
-import mmengine
 import numpy as np
 import torch
-from mmdet.datasets.api_wrappers import COCO, COCOeval
-from mmdet.evaluation import CocoMetric
+from mmdet.datasets.api_wrappers import COCOeval
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.evaluation.metrics import MODES, SampleCocoMetric, VOCDetectionMetric
+from cbam_mmdet.evaluation.coco_eval import HotCocoEval
+from cbam_mmdet.evaluation.metrics import MODES, HotCocoMetric, SampleCocoMetric, VOCDetectionMetric
 from cbam_mmdet.utils.config import evaluators_of, set_default_scope
 
 # The names of COCOeval's figures, in the order of its `stats`.
 COCO_FIGURES = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l', 'AR@1', 'AR@10', 'AR@100', 'AR_s', 'AR_m', 'AR_l')
 AREAS = ('all', 'small', 'medium', 'large')
+# The kinds of errors of TIDE, with hotcoco's names of them.
+ERRORS = {
+    'classification': 'Cls',
+    'localization': 'Loc',
+    'both': 'Both',
+    'duplicate': 'Dupe',
+    'background': 'Bkg',
+    'missed': 'Miss',
+}
 
 
 @dataclass
@@ -48,6 +55,19 @@ class Outcome:
     found: list[Box] = field(default_factory=list)
     false: list[Box] = field(default_factory=list)
     objects: list[Box] = field(default_factory=list)
+
+
+@dataclass
+class ErrorKind:
+    """One kind of errors of a run, at an IoU of 0.5.
+
+    Args:
+        count: how many detections, or objects for 'missed', are errors of this kind.
+        delta_ap: how much greater the AP at an IoU of 0.5 would be without them.
+    """
+
+    count: int
+    delta_ap: float
 
 
 @dataclass
@@ -79,9 +99,29 @@ class Scores:
         counts = dict.fromkeys(self.classes, 0)
         names = dict(zip(self.coco.params.catIds, self.classes, strict=True))
         for annotation in self.coco.cocoGt.anns.values():
-            if annotation['category_id'] in names and not annotation.get('ignore'):
+            if annotation['category_id'] in names and not annotation.get('iscrowd'):
                 counts[names[annotation['category_id']]] += 1
         return counts
+
+    @property
+    def errors(self) -> dict[str, ErrorKind] | None:
+        """The kinds of errors as TIDE defines them (Bolya et al., ECCV 2020). It is None without hotcoco.
+
+        A detection that finds no object is an error of
+
+        - 'localization', if it overlaps an object of its class with an IoU of 0.1 to 0.5,
+        - 'classification', if it overlaps an object of another class with an IoU of at least 0.5,
+        - 'duplicate', if it overlaps an object of its class that another detection has found,
+        - 'background', if it overlaps no object with an IoU of at least 0.1,
+        - 'both', if it overlaps an object of another class with an IoU of 0.1 to 0.5.
+
+        The first of these that fits counts. An object is 'missed' if no detection finds it, and none would find it
+        with its class or its box corrected.
+        """
+        if not isinstance(self.coco, HotCocoEval):
+            return None
+        found = self.coco.errors()
+        return {kind: ErrorKind(found['counts'][key], found['delta_ap'][key]) for kind, key in ERRORS.items()}
 
     def class_ap(self, name: str, iou: float | None = None, area: str = 'all') -> float | None:
         """The AP of one class: the mean of COCOeval's precision over recall, at one IoU or over all IoUs.
@@ -107,6 +147,7 @@ class Scores:
         params, names = self.coco.params, dict(zip(self.coco.params.catIds, self.classes, strict=True))
         outcomes = {image: Outcome(path) for image, path in self.paths.items()}
         at = int(np.argmin(np.abs(params.iouThrs - 0.5)))
+        detections, objects = self.coco.cocoDt.anns, self.coco.cocoGt.anns
         for part in self.coco.evalImgs:
             if part is None or part['aRng'] != params.areaRng[AREAS.index('all')]:
                 continue
@@ -114,11 +155,11 @@ class Scores:
             scores = dict(zip(part['dtIds'], part['dtScores'], strict=True))
             for found, match, ignored in zip(part['dtIds'], part['dtMatches'][at], part['dtIgnore'][at], strict=True):
                 if scores[found] >= score_thr and not ignored:
-                    box = Box(tuple(self.coco.cocoDt.anns[found]['bbox']), label, scores[found])
+                    box = Box(tuple(detections[found]['bbox']), label, scores[found])
                     (outcome.found if match else outcome.false).append(box)
             for wanted, match, ignored in zip(part['gtIds'], part['gtMatches'][at], part['gtIgnore'], strict=True):
                 if not ignored:
-                    box = Box(tuple(self.coco.cocoGt.anns[wanted]['bbox']), label)
+                    box = Box(tuple(objects[wanted]['bbox']), label)
                     outcome.objects.append(box)
                     if not match or scores[int(match)] < score_thr:
                         outcome.missed.append(box)
@@ -167,27 +208,11 @@ def score(cfg: Config, results: list[dict], name: str) -> Scores:
 
 
 def _coco(samples: list[dict], meta: dict, ann_file: str | None) -> COCOeval:
-    metric = CocoMetric(ann_file=ann_file) if ann_file else SampleCocoMetric()
+    limits = dict(proposal_nums=(1, 10, 100))  # COCO's own
+    metric = HotCocoMetric(ann_file=ann_file, **limits) if ann_file else SampleCocoMetric(**limits)
     metric.dataset_meta = meta
     metric.process({}, samples)
-    truths, found = zip(*metric.results, strict=True)
-    with TemporaryDirectory() as folder:
-        truth = COCO(ann_file or metric.gt_to_coco_json(truths, f'{folder}/truth'))
-        metric.cat_ids = truth.get_cat_ids(cat_names=meta['classes'])
-        records = mmengine.load(metric.results2json(found, f'{folder}/found')['bbox'])
-    if records:
-        detections = truth.loadRes(records)
-    else:  # loadRes does not support an empty list
-        detections = COCO()
-        detections.dataset = {**truth.dataset, 'annotations': []}
-        detections.createIndex()
-    evaluation = COCOeval(truth, detections, 'bbox')
-    evaluation.params.catIds = metric.cat_ids
-    evaluation.params.imgIds = truth.get_img_ids()
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    return evaluation
+    return metric.evaluation(metric.results)
 
 
 def _with_truth(sample: dict, info: dict) -> dict:

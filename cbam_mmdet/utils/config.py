@@ -222,6 +222,6 @@ def check_evaluators(cfg: Config) -> None:
             if metric.get('type') == 'FasterCocoMetric' and importlib.util.find_spec('faster_coco_eval') is None:
                 raise UserError(
                     f'{split}_evaluator.type=FasterCocoMetric needs the package faster-coco-eval, '
-                    "which is not installed here (pip install 'cbam-mmdet[fast-eval]'); "
-                    'CocoMetric gives the same figures, in more time'
+                    'which is not installed here (pip install faster-coco-eval); '
+                    "type='cbam_mmdet.HotCocoMetric' gives the same figures, with or without another package"
                 )

@@ -40,7 +40,8 @@ class Column:
         if callable(self.style):
             return self.style(cell)
         if isinstance(cell, Change):
-            return f'{cell:+.3f}'.replace('-', MINUS) if abs(cell) >= 5e-4 else '0.000'
+            text = format(cell, f'+{self.style or ".3f"}')
+            return text.replace('-', MINUS) if float(text) else text[1:]
         if isinstance(cell, str):
             return cell
         return format(cell, self.style or ('.3f' if isinstance(cell, float) else ''))

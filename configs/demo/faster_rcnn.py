@@ -50,10 +50,7 @@ dataset = dict(data_root=data_root, metainfo=dict(classes=classes))
 train_dataloader = dict(batch_size=8, num_workers=2, dataset=dict(pipeline=train_pipeline, **dataset))
 val_dataloader = dict(batch_size=8, num_workers=2, dataset=dict(pipeline=test_pipeline, **dataset))
 test_dataloader = val_dataloader
-val_evaluator = dict(
-    ann_file=data_root + 'annotations/instances_val2017.json',
-    proposal_nums=_base_.proposal_nums,  # COCO's own twelve figures
-)
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json', **_base_.coco_evaluator)
 test_evaluator = val_evaluator
 
 auto_scale_lr = dict(base_batch_size=8)

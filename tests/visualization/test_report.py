@@ -3,11 +3,13 @@
 import base64
 import csv
 import html
+import importlib.util
 import json
 import pickle
 import re
 import shutil
 import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -17,10 +19,16 @@ from coco_records import coco_records
 from conftest import DEMO, ROOT, run_in_this_process, tiny
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tide import KINDS, tide
 
 PLAIN = str(ROOT / 'configs/demo/faster_rcnn.py')
-SECTIONS = ['run', 'results', 'classes', 'curves', 'precision-recall', 'detections', 'attention', 'complexity']
+SECTIONS = [
+    'run', 'results', 'classes', 'errors', 'curves', 'precision-recall', 'detections', 'attention', 'complexity',
+]  # fmt: skip
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+needs_hotcoco = pytest.mark.skipif(
+    not importlib.util.find_spec('hotcoco'), reason="an optional extra: pip install '.[fast-eval]'"
+)
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason='no Chromium here: apt-get install chromium')
 
 
@@ -114,6 +122,36 @@ def test_differences_have_their_sign(compared, page):
                 assert f'{"better" if change > 0 else "worse"}">{cell}</td>' in page
     costs = {row['figure']: row for row in table(compared, 'complexity')}
     assert float(costs['CBAMs']['plain']) == 0 < float(costs['CBAMs']['cbam'])
+
+
+@needs_hotcoco
+def test_kinds_of_errors_are_those_of_tide(compared, page, truth):
+    objects = [(it['image_id'], it['category_id'], tuple(it['bbox'])) for it in truth.cocoGt.anns.values()]
+    found = [(it['image_id'], it['category_id'], it['score'], tuple(it['bbox'])) for it in truth.cocoDt.anns.values()]
+    counts, gains = tide(objects, found)
+    assert sum(count > 0 for count in counts.values()) >= 3
+    for name, expected in (('error-counts', counts), ('errors', gains)):
+        rows = table(compared, name)
+        assert [row['error'] for row in rows] == list(KINDS)
+        for row in rows:
+            assert float(row['cbam']) == pytest.approx(expected[row['error']], abs=1e-9)
+            assert float(row['difference']) == pytest.approx(float(row['cbam']) - float(row['plain']), abs=1e-9)
+    cells = re.findall(r'<tr><th scope="row">missed</th>(.+?)</tr>', page)
+    assert len(cells) == 3, 'a row of the counts of outcomes, and two of the errors'
+    assert not any('better' in cell or 'worse' in cell for cell in cells)
+
+
+def test_without_hotcoco_the_section_of_errors_says_so(compared, monkeypatch):
+    """The other figures are pycocotools' then."""
+    monkeypatch.setitem(sys.modules, 'hotcoco', None)
+    out = compared / 'without'
+    run_once('report.py', compared / 'cbam', '--out-dir', out, '--num-images', 1, '--device', 'cpu')
+    section = re.search(r'<section id="errors".+?</section>', (out / 'report.html').read_text(), re.S)[0]
+    assert 'pip install hotcoco' in section and '<table>' not in section
+    assert not list((out / 'tables').glob('error*'))
+    with (out / 'tables/coco.csv').open() as file:
+        figures = {row['figure']: row['cbam'] for row in csv.DictReader(file)}
+    assert figures == {row['figure']: row['cbam'] for row in table(compared, 'coco')}
 
 
 def test_curves_are_those_of_the_log(compared, page):

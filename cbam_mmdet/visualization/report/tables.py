@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cbam_mmdet.analysis.complexity import Complexity
 from cbam_mmdet.engine.record import differences
-from cbam_mmdet.utils.tables import Cell, Table, change
+from cbam_mmdet.evaluation.scores import ERRORS
+from cbam_mmdet.utils.tables import Cell, Column, Table, change
 from cbam_mmdet.visualization.report.evaluation import EvaluatedRun
 
 SIZES = ('small', 'medium', 'large')
@@ -32,6 +33,7 @@ def make_tables(runs: Sequence[EvaluatedRun], score_thr: float) -> dict[str, lis
         'run': [_facts(runs), *_differing_settings(runs), *_changed_settings(runs)],
         'results': [_coco(runs), _voc(runs), _counts(runs, score_thr)],
         'classes': [*_compared_classes(runs), *_classes(runs)],
+        'errors': _errors(runs),
         'attention': _gates(runs),
         'complexity': [*_costs(runs), *_stages(runs)],
     }
@@ -47,14 +49,20 @@ def _names(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def _compare(
-    runs: Sequence[EvaluatedRun], first: str, rows: Sequence[tuple[str, Sequence[Cell]]], name: str, caption: str
+    runs: Sequence[EvaluatedRun],
+    first: str,
+    rows: Sequence[tuple[str, Sequence[Cell]]],
+    name: str,
+    caption: str,
+    style: str = '',
 ) -> Table:
     """A table with a value for each run, and the difference of each other run from the first one."""
     names = _names(runs)
     changes = ['difference'] if len(names) == 2 else [f'{name}, difference' for name in names[1:]]
     body = [[row, *values, *(change(values[0], value) for value in values[1:])] for row, values in rows]
-    # A lower cost is better, so changes of the cost have no colour.
-    return Table([first, *names, *changes], body, name, caption, better=name != 'complexity')
+    # A lower cost and fewer errors are better, so changes of them have no colour.
+    header = [first, *names, *(Column(each, style) for each in changes)]
+    return Table(header, body, name, caption, better=name not in ('complexity', 'errors', 'error-counts'))
 
 
 def _facts(runs: Sequence[EvaluatedRun]) -> Table:
@@ -142,6 +150,20 @@ def _classes(runs: Sequence[EvaluatedRun]) -> list[Table]:
         )
         tables.append(Table(['class', 'objects', 'AP', 'AP 50', 'AP 75', *SIZES], rows, f'classes-{i}', caption))
     return tables
+
+
+def _errors(runs: Sequence[EvaluatedRun]) -> list[Table]:
+    """What the kinds of errors cost, and how many there are. There is no table without hotcoco."""
+    errors = [run.scores.errors for run in runs]
+    if None in errors:
+        return []
+    costs = [(kind, [each[kind].delta_ap for each in errors]) for kind in ERRORS]
+    counts = [(kind, [each[kind].count for each in errors]) for kind in ERRORS]
+    caption = 'What each kind of error costs: the gain of the AP at an IoU of 0.5 if there were no error of this kind'
+    return [
+        _compare(runs, 'error', costs, 'errors', caption),
+        _compare(runs, 'error', counts, 'error-counts', 'The number of errors of each kind, at all scores', '.0f'),
+    ]
 
 
 def _gates(runs: Sequence[EvaluatedRun]) -> list[Table]:
