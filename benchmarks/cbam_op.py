@@ -4,7 +4,8 @@
                                  [--out benchmarks/results/NAME]
 
 It compares the equations in plain PyTorch (`textbook`, plain_cbam.py), torch.compile of these, timm's CbamModule where
-timm is installed, and our CBAM, eager and fused. `fused` needs a GPU; TRITON_INTERPRET=1 tries the script on a CPU.
+timm is installed, and our CBAM, eager and fused. `fused` is the C library on a CPU and the Triton kernels on a GPU;
+TRITON_INTERPRET=1 tries these on a CPU.
 
 Times are medians of rounds that alternate between the contenders, so that a slow moment of the machine affects all of
 them. On a GPU they are measured by events. Compare the ratios: milliseconds belong to one machine. `bandwidth` is that
@@ -24,6 +25,7 @@ from record import machine, write
 from tqdm import tqdm
 
 from cbam_mmdet import CBAM
+from cbam_mmdet.ops import c_passes
 from cbam_mmdet.ops.functional import INTERPRETED
 
 # The four stages of a ResNet-50 for images of 800x1333, the first of them at half that size too, and SSD300's maps.
@@ -116,8 +118,10 @@ def measure(case: dict, names: list[str], device: torch.device, rounds: int) -> 
     for name, module in modules.items():
         row = dict(case, what=name, forward_ms=times['forward'][name], forward_backward_ms=times['both'][name])
         if 'textbook' in times['both']:
+            row['forward_speedup'] = times['forward']['textbook'] / times['forward'][name]
             row['speedup'] = times['both']['textbook'] / times['both'][name]
         row['bandwidth'] = 2 * copying / times['forward'][name]
+        row['copy_gb_per_s'] = 2e-6 * x.numel() * x.element_size() / copying
         row['kept_percent'] = 100 * saved_share(module, x)
         if device.type == 'cuda':
             row['extra_mb'] = _peak(both(module)) / 2**20
@@ -148,13 +152,8 @@ def main() -> None:
     args = parser.parse_args()
 
     device = torch.device(args.device)
-    names = args.what or [
-        'textbook',
-        'timm',
-        'compiled',
-        'eager',
-        *(['fused'] if device.type == 'cuda' or INTERPRETED else []),
-    ]
+    has_kernels = device.type == 'cuda' or INTERPRETED or not c_passes.unavailable()
+    names = args.what or ['textbook', 'timm', 'compiled', 'eager', *(['fused'] if has_kernels else [])]
     facts = machine('benchmarks/cbam_op.py', 'timm', 'triton')
     cases = [
         dict(shape=shape, batch=batch, dtype=dtype, layout=layout)
@@ -165,11 +164,15 @@ def main() -> None:
         torch._dynamo.reset()
         rows += measure(case, names, device, args.rounds)
 
-    means = {}
-    if all('speedup' in row for row in rows):
-        means = {name: round(statistics.geometric_mean(row['speedup'] for row in rows if row['what'] == name), 2)
-                 for name in dict.fromkeys(row['what'] for row in rows)}  # fmt: skip
-    record = dict(facts, threads=torch.get_num_threads(), rounds=args.rounds, geometric_mean_speedup=means, rows=rows)
+    means = {
+        f'geometric_mean_{key}': {
+            name: round(statistics.geometric_mean(row[key] for row in rows if row['what'] == name), 2)
+            for name in dict.fromkeys(row['what'] for row in rows)
+        }
+        for key in ('forward_speedup', 'speedup')
+        if all(key in row for row in rows)
+    }
+    record = dict(facts, threads=torch.get_num_threads(), rounds=args.rounds, **means, rows=rows)
     labels = ['\n'.join(map(str, case.values())) for case in cases]
     bars = {}
     for row in rows:

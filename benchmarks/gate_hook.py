@@ -3,7 +3,7 @@
     python benchmarks/gate_hook.py [--config demo/faster_rcnn_cbam.py] [--batch 8] [--size 128 128] [--rounds 25]
                                    [--out benchmarks/results/gate_hook]
 
-A step is that of detector_step.py. A logged step also runs the hook around it and writes through MMEngine's
+A step is that of network.py. A logged step also runs the hook around it and writes through MMEngine's
 visualizer. Both alternate on one detector, so that a slow moment of the machine affects both. `cost_ms` is the median
 of the pairs' differences. A training logs one step in `interval`, so the hook's share of a training is cost_ms /
 (interval * step_ms). `hook_ms` is the time inside the hook's own methods, without the recording within the forward
@@ -20,10 +20,10 @@ from types import SimpleNamespace
 import cbam_mmdet  # noqa: F401  # isort: skip  (before mmdet)
 
 import torch
-from detector_step import Step, build, draw
 from mmengine.hooks import LoggerHook
 from mmengine.registry import init_default_scope
 from mmengine.visualization import Visualizer
+from network import Network, Run, build, draw
 from record import machine, write
 from tqdm import tqdm
 
@@ -45,7 +45,9 @@ def main() -> None:
 
     init_default_scope('mmdet')
     facts = machine('benchmarks/gate_hook.py', 'onedl-mmdetection', 'onedl-mmengine')
-    step = Step(build(args.config, 'auto'), args.device, args.amp, channels_last=False)
+    network = Network(args.config, 'detector', args.batch, *args.size)
+    dtype = torch.bfloat16 if args.amp else torch.float32
+    step = Run(build(network, 'ours'), 'training', args.device, dtype, torch.contiguous_format)
     images, samples = draw(args.batch, *args.size, args.device)
     for sample in samples:
         sample.gt_instances.labels %= 6  # the demo has six classes

@@ -182,9 +182,10 @@ class CBAM(BaseModule):
         gate: 'sigmoid', the paper's, or 'unit', 2 * sigmoid with each branch's last layer starting at zero: the module
             then starts as the exact identity, so a trained backbone is not disturbed by it.
         norm_cfg: the spatial branch's norm; None for none.
-        impl: 'eager', PyTorch's operators; 'fused', the Triton kernels (CUDA; default pools, spatial and order, see
-            ops.functional.implementation), an error where they do not support the input; 'auto', the kernels where
-            they do, else eager. `implementation(x)` returns which it is for x. The weights are the same in all.
+        impl: 'eager', PyTorch's operators; 'fused', the kernels (in C on a CPU, Triton's on CUDA; default pools,
+            spatial and order, see ops.functional.implementation), an error where they do not support the input;
+            'auto', the kernels where they do, else eager. `implementation(x)` returns which it is for x. The weights
+            are the same in all.
         init_cfg: MMEngine's initialization config.
 
     To look at the maps, hook `channel.activation` and `spatial.activation`: they run in every path, while the

@@ -68,13 +68,17 @@ def library() -> Path | None:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
+    return load_from(Path(__file__).parent)
+
+
+def load_from(folder: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library of that folder for this CPU, or why there is none."""
     if os.environ.get('CBAM_CPU_KERNEL') == '0':
         return None, SWITCHED_OFF
     names = ['_cpu_kernels']
     if torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512'):
         names.insert(0, '_cpu_kernels_avx2')
-    here = Path(__file__).parent
-    files = [here / (name + suffix) for name in names for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    files = [folder / (name + suffix) for name in names for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     built = [file for file in files if file.exists()]
     if not built:
         return None, NOT_BUILT
@@ -83,7 +87,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         built_of = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(loaded, 'cbam_source'))).decode()
     except (OSError, ValueError) as error:
         return None, f'cannot be loaded: {error}'
-    sources = b''.join((here / f'cpu_kernels.{ending}').read_bytes() for ending in 'ch')
+    sources = b''.join((folder / f'cpu_kernels.{ending}').read_bytes() for ending in 'ch')
     if built_of != hashlib.sha256(sources).hexdigest()[:16]:
         return None, f'was built of other sources than those beside it ({built[0].name}): install cbam-mmdet again'
     return loaded, None

@@ -92,7 +92,7 @@ def test_a_broken_c_library(run_tool, monkeypatch):
     assert result.code == 1
     line = line_of(result.out, 'WRONG')
     assert 'C library, cpu' in line and "backward_maps' ds" in line
-    assert 'CBAM_CPU_KERNEL=0' in result.out.splitlines()[-1]
+    assert 'CBAM, C library, cpu: set CBAM_CPU_KERNEL=0' in result.out
     assert 'built: cbam_cpu.so' in result.out and 'secret' not in result.out
 
     monkeypatch.setattr(c_passes, 'unavailable', lambda: c_passes.NOT_BUILT)

@@ -20,14 +20,12 @@ TIMEOUT = 1200  # seconds for one script
 REMEDY = 'run the script by itself to see its output; if memory is short, end other programs first'
 # Name of a measurement -> the script, and its arguments: on a CPU about a minute in all, on a GPU some minutes.
 ON_CPU = {
-    'cbam_op': ('cbam_op.py', '--shapes C4 C5 SSD38 --rounds 3 --what textbook timm eager'),
-    'network': ('network.py', ''),
+    'cbam_op': ('cbam_op.py', '--shapes C4 C5 SSD38 --rounds 3 --what textbook eager fused'),
+    'network': ('network.py', '--networks r18 --rounds 3 --what textbook ours'),
 }
 ON_GPU = {
     'cbam_op': ('cbam_op.py', '--dtypes float32 bfloat16'),
-    'network': ('network.py', ''),
-    'fused tail, float32': ('detector_step.py', ''),
-    'fused tail, bfloat16': ('detector_step.py', '--amp'),
+    'network': ('network.py', '--networks r50 r18 ssd300 faster_rcnn_r50 --dtypes float32 bfloat16'),
 }
 
 
