@@ -67,4 +67,4 @@ lock: $(READY)
 	@bash tools/setup_env.sh $(VENV) --lock
 
 clean:
-	rm -rf $(VENV) data/shapes $(DEMO) $(PAGES) site .cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf cbam_mmdet/ops/_cpu_kernels* $(VENV) data/shapes $(DEMO) $(PAGES) site .cache .pytest_cache .ruff_cache .mypy_cache

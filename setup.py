@@ -29,7 +29,7 @@ def cpu_kernels(name: str, *flags: str) -> Extension:
         depends=sources[1:],
         define_macros=[('CBAM_SOURCE', digest)],
         # No -ffast-math: where it is linked, the whole process takes small numbers for zero.
-        extra_compile_args=['-O3', '-fopenmp', '-ffp-contract=off', '-Wno-psabi', *flags],
+        extra_compile_args=['-O3', '-fopenmp', '-fno-fast-math', '-ffp-contract=off', '-Wno-psabi', *flags],
         extra_link_args=['-fopenmp'],
         optional=True,
         py_limited_api=True,

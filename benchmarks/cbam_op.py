@@ -21,16 +21,18 @@ from pathlib import Path
 
 import torch
 from plain_cbam import PlainCBAM, saved_share
-from record import machine, write
+from record import keep_freed_memory, machine, rotated, write
 from tqdm import tqdm
 
 from cbam_mmdet import CBAM
-from cbam_mmdet.ops import c_passes
-from cbam_mmdet.ops.functional import INTERPRETED
+from cbam_mmdet.errors import UserError
 
-# The four stages of a ResNet-50 for images of 800x1333, the first of them at half that size too, and SSD300's maps.
+# The stages of a ResNet-50 and a ResNet-18 for images of 800x1333, R-50's first at half that size too, those of VGG-16
+# for SSD300, and SSD300's last maps.
 SHAPES = {
     'C2': (256, 200, 334), 'C3': (512, 100, 167), 'C4': (1024, 50, 84), 'C5': (2048, 25, 42), 'C2half': (256, 100, 168),
+    'R18C2': (64, 200, 334), 'R18C3': (128, 100, 167), 'R18C4': (256, 50, 84), 'R18C5': (512, 25, 42),
+    'VGG1': (64, 300, 300), 'VGG2': (128, 150, 150), 'VGG3': (256, 75, 75), 'VGG5': (512, 19, 19),
     'SSD38': (512, 38, 38), 'SSD19': (1024, 19, 19), 'SSD10': (512, 10, 10), 'SSD5': (256, 5, 5),
 }  # fmt: skip
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
@@ -57,9 +59,13 @@ def contenders(channels: int, x: torch.Tensor, names: list[str]) -> dict[str, to
     modules = {}
     for name in names:
         try:
-            modules[name] = makers[name]()
-        except ImportError as error:
+            module = makers[name]()
+            if name == 'fused':
+                module.implementation(x)
+        except (ImportError, UserError) as error:
             tqdm.write(f'{name} is left out: {error}')
+        else:
+            modules[name] = module
     return modules
 
 
@@ -76,19 +82,20 @@ def milliseconds(run: Callable[[], None], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def medians(runs: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, float]:
+def medians(runs: dict[str, Callable[[], None]], device: torch.device, args: argparse.Namespace) -> dict[str, float]:
     """The median of the milliseconds of each run, measured in turns."""
     times = {name: [] for name in runs}
-    for i in range(rounds + 2):
-        for name, run in runs.items():
-            taken = milliseconds(run, device)
-            if i >= 2:  # the first two rounds are a warm-up
+    for i in range(args.rounds + args.warm_up):
+        for name in rotated([*runs], i):
+            taken = milliseconds(runs[name], device)
+            if i >= args.warm_up:
                 times[name].append(taken)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure(case: dict, names: list[str], device: torch.device, rounds: int) -> list[dict]:
+def measure(case: dict, names: list[str], device: torch.device, args: argparse.Namespace) -> list[dict]:
     """A row for each contender."""
+    torch.set_num_threads(case['threads'])
     channels, *size = SHAPES[case['shape']]
     dtype = getattr(torch, case['dtype'])
     x, grad = torch.randn(2, case['batch'], channels, *size, device=device).to(dtype).unbind(0)
@@ -111,8 +118,8 @@ def measure(case: dict, names: list[str], device: torch.device, rounds: int) -> 
 
         return run
 
-    copying = medians({'copy': lambda: copy.copy_(x.detach())}, device, rounds)['copy']
-    times = {name: medians({k: make(m) for k, m in modules.items()}, device, rounds)
+    copying = medians({'copy': lambda: copy.copy_(x.detach())}, device, args)['copy']
+    times = {name: medians({k: make(m) for k, m in modules.items()}, device, args)
              for name, make in (('forward', forward), ('both', both))}  # fmt: skip
     rows = []
     for name, module in modules.items():
@@ -148,21 +155,26 @@ def main() -> None:
     parser.add_argument('--what', nargs='+', choices=['textbook', 'timm', 'compiled', 'eager', 'fused'],
                         help='default: all that run on the device')  # fmt: skip
     parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--warm-up', type=int, default=2, help='rounds before those that count')
+    parser.add_argument('--threads', nargs='+', type=int, default=[torch.get_num_threads()], help='of PyTorch on a CPU')
+    parser.add_argument('--keep-memory', action='store_true', help='on a CPU: keep freed memory, see record.py')
     parser.add_argument('--out', type=Path, help='write NAME.json, NAME.md and NAME.png')
     args = parser.parse_args()
 
     device = torch.device(args.device)
-    has_kernels = device.type == 'cuda' or INTERPRETED or not c_passes.unavailable()
-    names = args.what or ['textbook', 'timm', 'compiled', 'eager', *(['fused'] if has_kernels else [])]
+    kept = device.type == 'cpu' and args.keep_memory and keep_freed_memory()
+    names = args.what or ['textbook', 'timm', 'compiled', 'eager', 'fused']
     facts = machine('benchmarks/cbam_op.py', 'timm', 'triton')
     cases = [
-        dict(shape=shape, batch=batch, dtype=dtype, layout=layout)
-        for shape, batch, dtype, layout in itertools.product(args.shapes, args.batch, args.dtypes, args.layouts)
+        dict(shape=shape, batch=batch, dtype=dtype, layout=layout, threads=threads)
+        for threads, shape, batch, dtype, layout in itertools.product(
+            args.threads, args.shapes, args.batch, args.dtypes, args.layouts
+        )
     ]
     rows = []
     for case in tqdm(cases, disable=None):
         torch._dynamo.reset()
-        rows += measure(case, names, device, args.rounds)
+        rows += measure(case, names, device, args)
 
     means = {
         f'geometric_mean_{key}': {
@@ -172,7 +184,7 @@ def main() -> None:
         for key in ('forward_speedup', 'speedup')
         if all(key in row for row in rows)
     }
-    record = dict(facts, threads=torch.get_num_threads(), rounds=args.rounds, **means, rows=rows)
+    record = dict(facts, rounds=args.rounds, warm_up=args.warm_up, freed_memory_is_kept=kept, **means, rows=rows)
     labels = ['\n'.join(map(str, case.values())) for case in cases]
     bars = {}
     for row in rows:

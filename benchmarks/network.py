@@ -9,8 +9,6 @@ its outputs. The contenders are the same network with another module in CBAM's p
 in plain PyTorch (`textbook`, plain_cbam.py), torch.compile of these, timm's CbamModule where timm is installed, and our
 CBAM: `ours` as it chooses, `eager` without kernels, and on a GPU `fused tail` where blocks have one.
 
-On a CPU freed memory is kept, as our tools do (engine/host_memory.py); --plain-malloc leaves it to glibc.
-
 Times are medians of rounds that alternate between the contenders. `added` is what a contender takes beyond plain in the
 same round, as a share of plain; `of textbook` is that as a share of what textbook takes beyond plain. Milliseconds
 belong to one machine, the shares less so. On a CPU an image of a training step has half the size by default.
@@ -32,11 +30,10 @@ from mmdet.structures import DetDataSample
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 from plain_cbam import PlainCBAM
-from record import machine, write
+from record import keep_freed_memory, machine, rotated, write
 from torch import nn
 from tqdm import tqdm
 
-from cbam_mmdet.engine.host_memory import keep_freed_memory
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import CBAM
 from cbam_mmdet.models.fused_tail import fuse_tails
@@ -167,9 +164,9 @@ def measure(case: dict, names: list[str], args: argparse.Namespace) -> list[dict
         runs[name] = Run(model, mode, args.device, DTYPES[case['dtype']], LAYOUTS[case['layout']])
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(args.rounds + 2):
-        for name, run in runs.items():
+        for name in rotated([*runs], i):
             start = time.perf_counter()
-            run(*batch)
+            runs[name](*batch)
             if i >= 2:  # the first two rounds are a warm-up
                 times[name].append(1e3 * (time.perf_counter() - start))
     added = {
@@ -198,7 +195,7 @@ def main() -> None:
     parser.add_argument('--layouts', nargs='+', default=['contiguous'], choices=LAYOUTS)
     parser.add_argument('--batch', type=int, help='images, 1 by default, SSD 4')
     parser.add_argument('--threads', type=int, help="of PyTorch on a CPU; all of the machine's by default")
-    parser.add_argument('--plain-malloc', action='store_true', help='on a CPU: do not keep freed memory')
+    parser.add_argument('--keep-memory', action='store_true', help='on a CPU: keep freed memory, see record.py')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--what', nargs='+', choices=MODULES, help='default: all that run on the device')
     parser.add_argument('--rounds', type=int, default=9)
@@ -208,7 +205,7 @@ def main() -> None:
     init_default_scope('mmdet')
     if args.threads:
         torch.set_num_threads(args.threads)
-    kept = args.device == 'cpu' and not args.plain_malloc and keep_freed_memory()
+    kept = args.device == 'cpu' and args.keep_memory and keep_freed_memory()
     names = args.what or [name for name in MODULES if args.device == 'cuda' or name != 'fused tail']
     facts = machine('benchmarks/network.py', 'onedl-mmdetection', 'timm', 'triton')
     cases = [

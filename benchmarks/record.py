@@ -1,5 +1,6 @@
 """Write the record of a benchmark with a description of the machine: as JSON, as a Markdown table, and as a plot."""
 
+import ctypes
 import json
 import os
 import platform
@@ -24,6 +25,22 @@ def machine(script: str, *packages: str) -> dict:
         python=platform.python_version(),
         versions={name: _version(name) for name in ('torch', *packages)},
     )
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """The names in another order each turn, so that none always follows the same one."""
+    first = turn % len(names)
+    return names[first:] + names[:first]
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc's malloc keep what is freed, as MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=2147483647 do.
+
+    So the time of a network on a CPU is not that of clearing fresh pages. Whether it was set.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
+    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    return bool(mallopt and mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
 def write(record: dict, out: Path | None, labels: list[str], bars: dict[str, list[float | None]], unit: str) -> None:

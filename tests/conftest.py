@@ -20,6 +20,7 @@ from mmengine.registry import DefaultScope, Registry
 from mmengine.visualization import Visualizer
 
 from cbam_mmdet.datasets import ensure_shapes
+from cbam_mmdet.ops import c_passes
 
 ROOT = Path(__file__).parent.parent
 # Real images for tests that skip without them: coco/ and bccd/ in their own layouts.
@@ -104,12 +105,17 @@ class Result:
 
 def run_forks(function, *arguments):
     """Call a function of a test's module in several processes at once, to their end."""
-    processes = [FORKS.Process(target=function, args=args) for args in arguments]
+    processes = [FORKS.Process(target=_in_a_fork, args=(function, *args)) for args in arguments]
     for process in processes:
         process.start()
     for process in processes:
         process.join(300)
         assert process.exitcode == 0, 'its traceback is on stderr'
+
+
+def _in_a_fork(function, *args):
+    c_passes._is_forked = False  # the server has started no thread of OpenMP
+    function(*args)
 
 
 def run_in_this_process(name, *args):

@@ -11,7 +11,7 @@ from cbam_mmdet.ops.functional import INTERPRETED
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1, 1, 1), (3, 17, 5, 7), (2, 256, 25, 42), (5, 123, 13, 11)]
+SHAPES = [(1, 1, 1, 1), (3, 17, 5, 7), (2, 256, 25, 42), (5, 123, 13, 11), (2, 5, 47, 53)]
 CASES = list(itertools.product(SHAPES, DTYPES))
 if INTERPRETED:
     # Its time grows with the number of programs. The last two shapes are small, yet longer than 1024 in one dimension:

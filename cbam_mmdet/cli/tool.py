@@ -13,7 +13,6 @@ from typing import NoReturn
 
 from cbam_mmdet.cli.messages import explain
 from cbam_mmdet.engine.distributed import end_process
-from cbam_mmdet.engine.host_memory import keep_freed_memory
 from cbam_mmdet.errors import Stopped
 
 FAILED = 1
@@ -28,7 +27,6 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     the first one of its machine. An attempt that torchrun will restart prints its messages itself. What all processes
     do together, to stop at a signal, the first process prints.
     """
-    keep_freed_memory()
     if int(os.environ.get('RANK', 0)) > 0:  # the first of several processes prints the same
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
         warnings.simplefilter('ignore')

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from cbam_mmdet.compat.torch import assume_constant_result
 from cbam_mmdet.ops.passes import Passes, accumulate_dtype, as_operators, index_dtype
 
 DTYPES = {torch.float32: 'f32', torch.float64: 'f64', torch.bfloat16: 'bf16'}
-NOT_BUILT = 'was not built when cbam-mmdet was installed, for want of a C compiler such as gcc'
+NOT_BUILT = 'was not built when cbam-mmdet was installed: a C compiler with OpenMP, such as gcc, was missing or failed'
 SWITCHED_OFF = 'is switched off by CBAM_CPU_KERNEL=0'
 LONGEST_KERNEL = 31  # LONGEST in cpu_kernels.c
 SERIAL = 2**15  # elements: below, waking other threads costs more than they take over
@@ -54,8 +55,11 @@ def obstacle(x: Tensor) -> str | None:
         return 'needs OpenMP, whose threads do not live on in a forked process'
     if x.dtype not in DTYPES:
         return f'supports fp32, fp64 and bf16 on a CPU, not {x.dtype}'
-    if type(x) not in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
-        return f'supports tensors with memory of their own, not {type(x).__name__}'
+    if not torch.compiler.is_compiling():
+        if type(x) not in (Tensor, nn.Parameter):
+            return f'supports tensors with memory of their own, not {type(x).__name__}'
+        if torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0:
+            return 'supports neither torch.func nor forward-mode differentiation'
     return None
 
 
@@ -85,9 +89,9 @@ def load_from(folder: Path) -> tuple[ctypes.CDLL | None, str | None]:
     try:
         loaded = ctypes.CDLL(str(built[0]))
         built_of = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(loaded, 'cbam_source'))).decode()
-    except (OSError, ValueError) as error:
+        sources = b''.join((folder / f'cpu_kernels.{ending}').read_bytes() for ending in 'ch')
+    except (OSError, ValueError) as error:  # also where the sources are missing
         return None, f'cannot be loaded: {error}'
-    sources = b''.join((folder / f'cpu_kernels.{ending}').read_bytes() for ending in 'ch')
     if built_of != hashlib.sha256(sources).hexdigest()[:16]:
         return None, f'was built of other sources than those beside it ({built[0].name}): install cbam-mmdet again'
     return loaded, None
@@ -192,7 +196,7 @@ def backward_maps(g: Tensor, x: Tensor, s: Tensor, c: Tensor) -> tuple[Tensor, T
 
 def backward_pool_channels(x: Tensor, dz: Tensor, j: Tensor) -> Tensor:
     images, rows, columns, by_channel = _sizes(x)
-    dc, dz, j = dz.new_empty(x.shape[:2]), dz.contiguous(), _places(x, j)
+    dc, dz, j = dz.new_empty(x.shape[:2]), dz.contiguous(), _places(x, j).contiguous()
     arguments = x.data_ptr(), dz.data_ptr(), j.data_ptr(), images, rows, columns, dc.data_ptr()
     threads = _threads(x.numel())
     if by_channel:
@@ -218,11 +222,20 @@ def convolve(planes: Tensor, conv: nn.Conv2d) -> Tensor:
 
     oneDNN, which torch has for convolutions, takes two to nine times as long for so few planes.
     """
+    size = conv.weight.shape[-1]
+    hooks = conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks
+    plain = (conv.out_channels, conv.stride, conv.dilation, conv.groups, conv.padding_mode, conv.padding)
     supported = (
         type(conv) is nn.Conv2d
+        and plain == (1, (1, 1), (1, 1), 1, 'zeros', (size // 2, size // 2))
+        and conv.kernel_size == (size, size)
+        and size % 2 == 1
+        and size <= LONGEST_KERNEL
         and planes.dtype in (torch.float32, torch.float64)
-        and conv.weight.shape[2] <= LONGEST_KERNEL
-        and not (conv._forward_hooks or conv._forward_pre_hooks)
+        and planes.device == conv.weight.device
+        and not any(hooks)
+        and not _has_any_global_hook()
+        and 'forward' not in vars(conv)
     )
     if not supported:
         return conv(planes)

@@ -185,6 +185,7 @@ def map_functions(
         return channel.map_of(descriptor if planes == [0, 1] else descriptor[:, planes]).flatten(1)
 
     def spatial_gate(descriptor):
-        return spatial.map_of(descriptor.unflatten(2, x.shape[2:]), convolve).flatten(1)
+        planes = descriptor.unflatten(2, x.shape[2:])
+        return (spatial.map_of(planes) if convolve is None else spatial.map_of(planes, convolve)).flatten(1)
 
     return channel_gate, spatial_gate

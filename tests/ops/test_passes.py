@@ -125,7 +125,7 @@ def test_without_gradients_the_output_is_the_same(context, impl):
 
 @pytest.mark.parametrize('impl', IMPLS)
 def test_a_loss_on_the_maps_alone(impl):
-    """Then the last pass gets no gradient, and the others must do without its letters."""
+    """Then the last pass gets no gradient, and the others must do without what it carries."""
     x, _ = draw((2, 16, 6, 10))
     module, x = make(impl, 16).eval(), x.to(device_of(impl))
     maps = []
@@ -200,11 +200,40 @@ def test_convolution_equals_pytorchs(shape, dtype, size):
 
 
 @pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
-def test_a_hook_on_the_convolution_is_called():
+@pytest.mark.parametrize(
+    'register', ['register_forward_hook', 'register_forward_pre_hook', 'register_full_backward_hook']
+)
+def test_a_hook_on_the_convolution_is_called(register):
     seen, module = [], make('c', 8)
-    module.spatial.conv.register_forward_hook(lambda *_: seen.append(1))
-    module(torch.randn(1, 8, 4, 4))
+    getattr(module.spatial.conv, register)(lambda *_: seen.append(1))
+    module(torch.randn(1, 8, 4, 4, requires_grad=True)).sum().backward()
     assert seen == [1]
+
+
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+@pytest.mark.parametrize('options', [
+    dict(dilation=2, padding=2), dict(padding=1, padding_mode='reflect'), dict(kernel_size=(3, 5), padding=(1, 2)),
+    dict(kernel_size=(3, 33), padding=(1, 16)),
+], ids=str)  # fmt: skip
+def test_another_convolution_in_its_place_is_computed_as_it_is(options):
+    x, grad = draw((2, 8, 40, 41))
+    module = make('c', 8).eval()
+    module.spatial.conv = torch.nn.Conv2d(2, 1, **{'kernel_size': 3, 'bias': False, **options})
+    exact = copy.deepcopy(module).double()
+    truth = run(lambda x: cbam_reference(x, exact.channel, exact.spatial), exact, x.double(), grad.double())
+    assert_near(run(module, module, x, grad), truth, torch.float32)
+
+
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+def test_under_transforms_of_functions_it_steps_aside():
+    module, x, t = CBAM(8).eval(), torch.randn(3, 2, 8, 5, 6), torch.randn(2, 8, 5, 6)
+    with torch.no_grad():
+        each = torch.stack([module(part) for part in x])
+        torch.testing.assert_close(torch.vmap(module)(x), each)
+        _, tangent = torch.func.jvp(module, (x[0],), (t,))
+        step = 1e-2
+        secant = (module(x[0] + step * t) - module(x[0] - step * t)) / (2 * step)
+    torch.testing.assert_close(tangent, secant, rtol=0.05, atol=0.02)
 
 
 @pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))

@@ -8,12 +8,12 @@ import warnings
 
 import pytest
 import torch
-from passes_cases import DEVICE, DTYPES, FUSED, LAYOUTS
+from passes_cases import DEVICE, DTYPES, FUSED, LAYOUTS, NO_LIBRARY
 
 from cbam_mmdet import CBAM
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import cbam_reference
-from cbam_mmdet.ops import functional, self_test, torch_passes
+from cbam_mmdet.ops import c_passes, functional, self_test, torch_passes
 from cbam_mmdet.ops.passes import SCHEMAS
 
 CHANNELS_LAST = pytest.mark.parametrize('channels_last', [False, True])
@@ -43,6 +43,14 @@ def test_right_passes_pass(dtype, channels_last):
     state = torch.random.get_rng_state()
     assert self_test.find_difference(torch_passes.EAGER_FUNCTIONS, 'cpu', dtype, channels_last) is None
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+@pytest.mark.parametrize('dtype', c_passes.DTYPES)
+@CHANNELS_LAST
+def test_the_c_library_passes(dtype, channels_last):
+    shapes = (self_test.LARGE, *self_test.SMALL, self_test.WIDE)
+    assert self_test.find_difference(c_passes.EAGER_FUNCTIONS, 'cpu', dtype, channels_last, shapes) is None
 
 
 @pytest.mark.parametrize(

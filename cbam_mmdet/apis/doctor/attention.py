@@ -15,7 +15,7 @@ from cbam_mmdet.models.cbam import CBAM, cbam_reference
 from cbam_mmdet.ops import c_passes, torch_passes
 from cbam_mmdet.ops.functional import HAS_TRITON, INTERPRETED, map_functions
 from cbam_mmdet.ops.passes import Passes, apply, as_map
-from cbam_mmdet.ops.self_test import LARGE, SMALL, find_difference, find_tail_difference
+from cbam_mmdet.ops.self_test import LARGE, SMALL, WIDE, find_difference, find_tail_difference
 from cbam_mmdet.ops.variants import recompute
 
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels-last': torch.channels_last}
@@ -89,7 +89,9 @@ def _dtypes(device: str) -> list[torch.dtype]:
 
 def _shapes(device: str, dtype: torch.dtype) -> tuple[tuple[int, int, int], ...]:
     """On a GPU, where other shapes are compiled anew, all of them in one dtype only."""
-    return (LARGE, *SMALL) if device == 'cpu' or dtype == torch.float32 else (LARGE,)
+    if device == 'cpu':
+        return (LARGE, *SMALL) if INTERPRETED else (LARGE, *SMALL, WIDE)
+    return (LARGE, *SMALL) if dtype == torch.float32 else (LARGE,)
 
 
 def _passes(find: Callable[[], Passes], device: str) -> str | None:
