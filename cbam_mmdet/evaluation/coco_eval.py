@@ -185,7 +185,8 @@ class HotCocoEval(COCOeval):
                     for it in found.records()
                 ]
             )
-        numbers = np.repeat([images[image] for image in found.images], found.counts)
+        # An image without detections need not be in the ground truth.
+        numbers = np.repeat([images.get(image, 0) for image in found.images], found.counts)
         labels = np.searchsorted(self.params.catIds, found.categories) + 1
         return truth.load_res(np.column_stack([numbers, found.boxes, found.scores, labels]))
 

@@ -151,6 +151,15 @@ def test_has_the_figures_and_the_table_of_mmdetections_metric(data, options, log
     assert any(0.05 < value < 0.95 for value in figures.values()), 'there is something to compare'
 
 
+@needs_hotcoco
+@pytest.mark.parametrize('metric', ['bbox', 'segm'])
+def test_an_image_without_detections_need_not_be_in_the_annotations(data, metric):
+    ann_file, samples = data
+    samples.append({**without_detections(samples[:1])[0], 'img_id': 99999})
+    expected, _ = evaluate(CocoMetric, ann_file, samples, metric=metric)
+    same(evaluate(HotCocoMetric, ann_file, samples, metric=metric)[0], expected)
+
+
 def test_fast_recall_is_mmdetections(tmp_path):
     """Of one image: with a recent numpy MMDetection's own function fails for several."""
     truth, samples = draw(seed=4, images=1)
