@@ -152,6 +152,39 @@ def test_has_the_figures_and_the_table_of_mmdetections_metric(data, options, log
 
 
 @needs_hotcoco
+def test_recalls_are_rounded_as_mmdetections(tmp_path):
+    """MMDetection formats the figures of proposals, and rounds the others by NumPy: 0.6125 becomes 0.613 and 0.612."""
+    truth, samples = draw(seed=3, images=120)
+    (tmp_path / 'truth.json').write_text(json.dumps(truth))
+    expected, _ = evaluate(CocoMetric, tmp_path / 'truth.json', samples, metric='proposal')
+    assert expected['coco/AR_l@1000'] == 0.613
+    same(evaluate(HotCocoMetric, tmp_path / 'truth.json', samples, metric='proposal')[0], expected)
+
+
+@needs_hotcoco
+def test_figures_of_classes_are_rounded_as_mmdetections(tmp_path):
+    """A precision of 49 / 80 at each recall: 49 objects, found after 31 false detections."""
+    box = [10.0, 10.0, 40.0, 40.0]
+    objects = [[4.0 * i, 0.0, 4.0 * i + 4, 50.0] for i in range(49)]
+    annotation = dict(image_id=1, category_id=CATEGORIES[0], area=200.0, iscrowd=0)
+    truth = dict(
+        images=[dict(id=1, width=SIZE, height=SIZE, file_name='')],
+        annotations=[dict(annotation, id=i + 1, bbox=[x, y, 4.0, 50.0]) for i, (x, y, _, _) in enumerate(objects)],
+        categories=[dict(id=i, name=name) for i, name in zip(CATEGORIES, CLASSES, strict=True)],
+    )
+    (tmp_path / 'truth.json').write_text(json.dumps(truth))
+    found = dict(
+        bboxes=torch.tensor([box] * 31 + objects),
+        labels=torch.zeros(80, dtype=torch.long),
+        scores=torch.tensor([0.9] * 31 + [0.5] * 49),
+    )
+    samples = [dict(img_id=1, ori_shape=(SIZE, SIZE), pred_instances=found)]
+    expected, _ = evaluate(CocoMetric, tmp_path / 'truth.json', samples, classwise=True)
+    assert expected['coco/often_precision'] == 0.612
+    same(evaluate(HotCocoMetric, tmp_path / 'truth.json', samples, classwise=True)[0], expected)
+
+
+@needs_hotcoco
 @pytest.mark.parametrize('metric', ['bbox', 'segm'])
 def test_an_image_without_detections_need_not_be_in_the_annotations(data, metric):
     ann_file, samples = data
