@@ -265,6 +265,14 @@ def score_of_nan(truth, samples):
     next(s['pred_instances']['scores'] for s in samples if len(s['pred_instances']['scores']))[0] = torch.nan
 
 
+def box_of_nan(truth, samples):
+    truth['annotations'][0]['bbox'][0] = float('nan')
+
+
+def area_of_nan(truth, samples):
+    truth['annotations'][0]['area'] = float('nan')
+
+
 @needs_hotcoco
 @pytest.mark.parametrize(
     ('spoil', 'reason'),
@@ -272,6 +280,8 @@ def score_of_nan(truth, samples):
         (annotation_of_id_0, 'ids of the annotations'),
         (annotations_of_one_id, 'ids of the annotations'),
         (score_of_nan, 'not finite'),
+        (box_of_nan, 'not finite'),
+        (area_of_nan, 'not finite'),
     ],
 )
 def test_what_hotcoco_treats_differently_goes_to_pycocotools(tmp_path, spoil, reason, logged):
