@@ -26,7 +26,7 @@ CLASSES = ('often', 'rare', 'never there', 'never found')
 CATEGORIES = (3, 4, 8, 20)
 SIZE = 300
 needs_hotcoco = pytest.mark.skipif(
-    not importlib.util.find_spec('hotcoco'), reason="an optional extra: pip install '.[fast-eval]'"
+    not importlib.util.find_spec('hotcoco'), reason="make setup installs it, or: pip install '.[fast-eval]'"
 )
 
 
