@@ -185,7 +185,8 @@ class HotCocoEval(COCOeval):
                     for it in found.records()
                 ]
             )
-        numbers = np.repeat([images[image] for image in found.images], found.counts)
+        # An image without detections need not be in the ground truth.
+        numbers = np.repeat([images.get(image, 0) for image in found.images], found.counts)
         labels = np.searchsorted(self.params.catIds, found.categories) + 1
         return truth.load_res(np.column_stack([numbers, found.boxes, found.scores, labels]))
 
@@ -200,12 +201,15 @@ def _hotcoco() -> ModuleType | None:
 
 def _why_not_hotcoco(truth: COCO, detections: Detections) -> str:
     """The reason why hotcoco's figures might not be pycocotools', or ''."""
-    ids = [annotation['id'] for annotation in truth.dataset.get('annotations', [])]
+    annotations = truth.dataset.get('annotations', [])
+    ids = [annotation['id'] for annotation in annotations]
     if len(set(ids)) < len(ids) or not all(isinstance(it, int) and it > 0 for it in ids):
         # pycocotools counts an object of id 0 as missed when it is found, and confuses objects that share an id.
         return 'the ids of the annotations are not distinct whole numbers from 1 on'
     if not (np.isfinite(detections.boxes).all() and np.isfinite(detections.scores).all()):
         return 'a box or a score is not finite'
+    if not np.isfinite([size for it in annotations for size in (*it.get('bbox', ()), it.get('area', 0))]).all():
+        return 'a box or an area in the annotations is not finite'
     return ''
 
 

@@ -26,7 +26,7 @@ CLASSES = ('often', 'rare', 'never there', 'never found')
 CATEGORIES = (3, 4, 8, 20)
 SIZE = 300
 needs_hotcoco = pytest.mark.skipif(
-    not importlib.util.find_spec('hotcoco'), reason="an optional extra: pip install '.[fast-eval]'"
+    not importlib.util.find_spec('hotcoco'), reason="make setup installs it, or: pip install '.[fast-eval]'"
 )
 
 
@@ -151,6 +151,48 @@ def test_has_the_figures_and_the_table_of_mmdetections_metric(data, options, log
     assert any(0.05 < value < 0.95 for value in figures.values()), 'there is something to compare'
 
 
+@needs_hotcoco
+def test_recalls_are_rounded_as_mmdetections(tmp_path):
+    """MMDetection formats the figures of proposals, and rounds the others by NumPy: 0.6125 becomes 0.613 and 0.612."""
+    truth, samples = draw(seed=3, images=120)
+    (tmp_path / 'truth.json').write_text(json.dumps(truth))
+    expected, _ = evaluate(CocoMetric, tmp_path / 'truth.json', samples, metric='proposal')
+    assert expected['coco/AR_l@1000'] == 0.613
+    same(evaluate(HotCocoMetric, tmp_path / 'truth.json', samples, metric='proposal')[0], expected)
+
+
+@needs_hotcoco
+def test_figures_of_classes_are_rounded_as_mmdetections(tmp_path):
+    """A precision of 49 / 80 at each recall: 49 objects, found after 31 false detections."""
+    box = [10.0, 10.0, 40.0, 40.0]
+    objects = [[4.0 * i, 0.0, 4.0 * i + 4, 50.0] for i in range(49)]
+    annotation = dict(image_id=1, category_id=CATEGORIES[0], area=200.0, iscrowd=0)
+    truth = dict(
+        images=[dict(id=1, width=SIZE, height=SIZE, file_name='')],
+        annotations=[dict(annotation, id=i + 1, bbox=[x, y, 4.0, 50.0]) for i, (x, y, _, _) in enumerate(objects)],
+        categories=[dict(id=i, name=name) for i, name in zip(CATEGORIES, CLASSES, strict=True)],
+    )
+    (tmp_path / 'truth.json').write_text(json.dumps(truth))
+    found = dict(
+        bboxes=torch.tensor([box] * 31 + objects),
+        labels=torch.zeros(80, dtype=torch.long),
+        scores=torch.tensor([0.9] * 31 + [0.5] * 49),
+    )
+    samples = [dict(img_id=1, ori_shape=(SIZE, SIZE), pred_instances=found)]
+    expected, _ = evaluate(CocoMetric, tmp_path / 'truth.json', samples, classwise=True)
+    assert expected['coco/often_precision'] == 0.612
+    same(evaluate(HotCocoMetric, tmp_path / 'truth.json', samples, classwise=True)[0], expected)
+
+
+@needs_hotcoco
+@pytest.mark.parametrize('metric', ['bbox', 'segm'])
+def test_an_image_without_detections_need_not_be_in_the_annotations(data, metric):
+    ann_file, samples = data
+    samples.append({**without_detections(samples[:1])[0], 'img_id': 99999})
+    expected, _ = evaluate(CocoMetric, ann_file, samples, metric=metric)
+    same(evaluate(HotCocoMetric, ann_file, samples, metric=metric)[0], expected)
+
+
 def test_fast_recall_is_mmdetections(tmp_path):
     """Of one image: with a recent numpy MMDetection's own function fails for several."""
     truth, samples = draw(seed=4, images=1)
@@ -223,6 +265,14 @@ def score_of_nan(truth, samples):
     next(s['pred_instances']['scores'] for s in samples if len(s['pred_instances']['scores']))[0] = torch.nan
 
 
+def box_of_nan(truth, samples):
+    truth['annotations'][0]['bbox'][0] = float('nan')
+
+
+def area_of_nan(truth, samples):
+    truth['annotations'][0]['area'] = float('nan')
+
+
 @needs_hotcoco
 @pytest.mark.parametrize(
     ('spoil', 'reason'),
@@ -230,6 +280,8 @@ def score_of_nan(truth, samples):
         (annotation_of_id_0, 'ids of the annotations'),
         (annotations_of_one_id, 'ids of the annotations'),
         (score_of_nan, 'not finite'),
+        (box_of_nan, 'not finite'),
+        (area_of_nan, 'not finite'),
     ],
 )
 def test_what_hotcoco_treats_differently_goes_to_pycocotools(tmp_path, spoil, reason, logged):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tide import KINDS, tide
 
-pytest.importorskip('hotcoco', reason="an optional extra: pip install '.[fast-eval]'")
+pytest.importorskip('hotcoco', reason="make setup installs it, or: pip install '.[fast-eval]'")
 
 from cbam_mmdet.evaluation.metrics import SampleCocoMetric
 from cbam_mmdet.evaluation.scores import Scores

@@ -27,7 +27,7 @@ SECTIONS = [
 ]  # fmt: skip
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 needs_hotcoco = pytest.mark.skipif(
-    not importlib.util.find_spec('hotcoco'), reason="an optional extra: pip install '.[fast-eval]'"
+    not importlib.util.find_spec('hotcoco'), reason="make setup installs it, or: pip install '.[fast-eval]'"
 )
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason='no Chromium here: apt-get install chromium')
 
@@ -147,7 +147,8 @@ def test_without_hotcoco_the_section_of_errors_says_so(compared, monkeypatch):
     out = compared / 'without'
     run_once('report.py', compared / 'cbam', '--out-dir', out, '--num-images', 1, '--device', 'cpu')
     section = re.search(r'<section id="errors".+?</section>', (out / 'report.html').read_text(), re.S)[0]
-    assert 'pip install hotcoco' in section and '<table>' not in section
+    assert "pip install 'hotcoco>=1.3'" in html.unescape(section) and '<table>' not in section
+    assert 'distinct whole numbers' in section and 'log' not in section, 'the report silences the evaluation'
     assert not list((out / 'tables').glob('error*'))
     with (out / 'tables/coco.csv').open() as file:
         figures = {row['figure']: row['cbam'] for row in csv.DictReader(file)}
