@@ -74,10 +74,10 @@ def pool_channels(u: Tensor, reduce_weight: Tensor | None, with_argmax: bool = T
 def _needs_first(with_argmax: bool) -> bool:
     """Whether it matters which of equal maxima is taken.
 
-    The first gets the gradient, as in max pooling. amax shares it out, and takes a tenth of the time on a CPU. A trace
-    is made without gradients and may be trained.
+    The first gets the gradient, as in max pooling. amax shares it out, and takes a tenth of the time on a CPU. What is
+    traced or exported is made without gradients, and may be trained.
     """
-    return with_argmax or torch.is_grad_enabled() or torch.jit.is_tracing()
+    return with_argmax or torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def _max_with_argmax(x: Tensor) -> tuple[Tensor, Tensor]:
