@@ -100,5 +100,5 @@ def test_a_library_that_does_not_fit_is_refused(tmp_path):
     broken = tmp_path / 'broken'
     broken.mkdir()
     for file in HERE.glob('_cpu_kernels*'):
-        (broken / file.name).write_bytes(file.read_bytes()[:1000])
+        (broken / file.name).write_bytes(b'no library')
     assert c_passes.load_from(broken)[1].startswith('cannot be loaded: ')
