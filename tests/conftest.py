@@ -40,6 +40,9 @@ IN_THIS_PROCESS = {
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['cbam_mmdet.apis.train', 'cbam_mmdet.cli', 'mmdet.models'])
 
+if multiprocessing.parent_process():  # one of these: their server has started no thread of OpenMP
+    c_passes._is_forked = False
+
 for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'):  # of a container, say: the tests are one process
     os.environ.pop(name, None)
 
@@ -105,17 +108,12 @@ class Result:
 
 def run_forks(function, *arguments):
     """Call a function of a test's module in several processes at once, to their end."""
-    processes = [FORKS.Process(target=_in_a_fork, args=(function, *args)) for args in arguments]
+    processes = [FORKS.Process(target=function, args=args) for args in arguments]
     for process in processes:
         process.start()
     for process in processes:
         process.join(300)
         assert process.exitcode == 0, 'its traceback is on stderr'
-
-
-def _in_a_fork(function, *args):
-    c_passes._is_forked = False  # the server has started no thread of OpenMP
-    function(*args)
 
 
 def run_in_this_process(name, *args):

@@ -24,6 +24,7 @@ from cbam_mmdet.engine.hooks import stop_signal
 from cbam_mmdet.engine.hooks.resume_exactly import PlacedBatches, PlacedImages
 from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
 from cbam_mmdet.errors import Stopped
+from cbam_mmdet.ops import c_passes
 
 EPOCHS, ITERATIONS = 3, 4  # of an epoch: 8 images in batches of 2
 
@@ -215,6 +216,7 @@ def start(
     if processes == 1:
         tool = [sys.executable, ROOT / 'tools/train.py', path]
     environment = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}', OMP_NUM_THREADS='1', PYTHON=sys.executable)
+    environment['CBAM_CPU_KERNEL'] = '0'  # as in the forks, which cannot use it
     with (folder / 'log').open('ab') as log:
         return subprocess.Popen(
             [*map(str, tool), *map(str, arguments)], stdout=log, stderr=subprocess.STDOUT, env=environment,
@@ -241,6 +243,7 @@ def train_in_a_fork(folder, arguments):
             os.dup2(log.fileno(), stream)
     sys.path.insert(0, str(folder))
     torch.set_num_threads(1)
+    c_passes._is_forked = True
     sys.exit(run_in_this_process('train.py', *arguments))
 
 
