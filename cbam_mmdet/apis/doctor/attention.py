@@ -125,7 +125,11 @@ def _variants(device: str) -> str | None:
     for options in ({}, *VARIANTS):
         for training in (True, False):
             module = _module(training, **options)
-            difference = _compare(lambda x, *_: module(x), module, device, torch.float32, torch.contiguous_format)  # noqa: B023
+
+            def compute(x: Tensor, *_, module: CBAM = module) -> Tensor:
+                return module(x)
+
+            difference = _compare(compute, module, device, torch.float32, torch.contiguous_format)
             if difference:
                 return f'{options or "the paper"}, {"training" if training else "inference"}: {difference}'
     return None
