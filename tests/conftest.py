@@ -36,12 +36,9 @@ IN_THIS_PROCESS = {
 }
 
 # Processes that begin with the package imported, which takes seconds: for tests that need a process, and no fresh one.
-# `FORKS.Process(target=, args=)` calls a function of a test's module in one.
+# `FORKS.Process(target=in_a_fork, args=(function, ...))` calls a function of a test's module in one.
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['cbam_mmdet.apis.train', 'cbam_mmdet.cli', 'mmdet.models'])
-
-if multiprocessing.parent_process():  # one of these: their server has started no thread of OpenMP
-    c_passes._is_forked = False
 
 for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'):  # of a container, say: the tests are one process
     os.environ.pop(name, None)
@@ -108,12 +105,17 @@ class Result:
 
 def run_forks(function, *arguments):
     """Call a function of a test's module in several processes at once, to their end."""
-    processes = [FORKS.Process(target=function, args=args) for args in arguments]
+    processes = [FORKS.Process(target=in_a_fork, args=(function, *args)) for args in arguments]
     for process in processes:
         process.start()
     for process in processes:
         process.join(300)
         assert process.exitcode == 0, 'its traceback is on stderr'
+
+
+def in_a_fork(function, *args):
+    c_passes._is_forked = False  # their server has started no thread of OpenMP
+    function(*args)
 
 
 def run_in_this_process(name, *args):

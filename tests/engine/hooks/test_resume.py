@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, FORKS, ROOT, run_in_this_process, tiny
+from conftest import DEMO, FORKS, ROOT, in_a_fork, run_in_this_process, tiny
 from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import DataLoader
 
@@ -24,7 +24,6 @@ from cbam_mmdet.engine.hooks import stop_signal
 from cbam_mmdet.engine.hooks.resume_exactly import PlacedBatches, PlacedImages
 from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
 from cbam_mmdet.errors import Stopped
-from cbam_mmdet.ops import c_passes
 
 EPOCHS, ITERATIONS = 3, 4  # of an epoch: 8 images in batches of 2
 
@@ -216,7 +215,6 @@ def start(
     if processes == 1:
         tool = [sys.executable, ROOT / 'tools/train.py', path]
     environment = dict(os.environ, PYTHONPATH=f'{ROOT}{os.pathsep}{folder}', OMP_NUM_THREADS='1', PYTHON=sys.executable)
-    environment['CBAM_CPU_KERNEL'] = '0'  # as in the forks, which cannot use it
     with (folder / 'log').open('ab') as log:
         return subprocess.Popen(
             [*map(str, tool), *map(str, arguments)], stdout=log, stderr=subprocess.STDOUT, env=environment,
@@ -228,7 +226,7 @@ class Fork:
     """tools/train.py in a process that begins with the package imported."""
 
     def __init__(self, folder, arguments):
-        self.process = FORKS.Process(target=train_in_a_fork, args=(folder, arguments))
+        self.process = FORKS.Process(target=in_a_fork, args=(train_in_a_fork, folder, arguments))
         self.process.start()
 
     def wait(self, timeout):
@@ -243,7 +241,6 @@ def train_in_a_fork(folder, arguments):
             os.dup2(log.fileno(), stream)
     sys.path.insert(0, str(folder))
     torch.set_num_threads(1)
-    c_passes._is_forked = True
     sys.exit(run_in_this_process('train.py', *arguments))
 
 
