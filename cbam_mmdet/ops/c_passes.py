@@ -12,9 +12,11 @@ import functools
 import hashlib
 import importlib.machinery
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
@@ -28,6 +30,7 @@ DTYPES = {torch.float32: 'f32', torch.float64: 'f64', torch.bfloat16: 'bf16'}
 NOT_BUILT = 'was not built when cbam-mmdet was installed: a C compiler with OpenMP, such as gcc, was missing or failed'
 SWITCHED_OFF = 'is switched off by CBAM_CPU_KERNEL=0'
 LONGEST_KERNEL = 31  # LONGEST in cpu_kernels.c
+HUGE_PAGE = 2**21  # bytes, of Linux on x86-64 and most of arm64
 SERIAL = 2**15  # elements: below, waking other threads costs more than they take over
 
 _is_forked = False  # OpenMP's threads do not live on in a forked process, and GCC's OpenMP waits for them
@@ -139,6 +142,23 @@ def _sizes(x: Tensor) -> tuple[int, int, int, bool]:
     return (images, channels, pixels, True) if x.is_contiguous() else (images, pixels, channels, False)
 
 
+def _result_like(x: Tensor) -> Tensor:
+    """Memory for a result of x's shape, dtype and strides; on Linux in huge pages, where it fills half of one.
+
+    A network's freed memory goes back to Linux, and fresh pages of 4 KiB cost more than a pass.
+    """
+    size = x.numel() * x.element_size()
+    if sys.platform != 'linux' or size < HUGE_PAGE // 2:
+        return torch.empty_like(x)
+    whole = (size + HUGE_PAGE // 2) // HUGE_PAGE * HUGE_PAGE
+    memory = np.empty(max(size, whole) + HUGE_PAGE, np.uint8)
+    offset = -memory.ctypes.data % HUGE_PAGE
+    _load()[0].cbam_expect_writes(ctypes.c_void_p(memory.ctypes.data + offset), ctypes.c_int64(whole))
+    # The storage holds the result's own bytes only, so that a copy and a file do.
+    storage = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).untyped_storage()
+    return x.new_empty(0).set_(storage, 0, x.shape, x.stride())
+
+
 def _places(x: Tensor, j: Tensor) -> Tensor:
     return j.to(torch.int64 if x.dtype == torch.float64 else torch.int32)
 
@@ -171,7 +191,7 @@ def pool_channels(x: Tensor, with_argmax: bool, c: Tensor) -> tuple[Tensor, Tens
 
 def refine(x: Tensor, s: Tensor, c: Tensor) -> Tensor:
     images, rows, columns, by_channel = _sizes(x)
-    y = torch.empty_like(x)
+    y = _result_like(x)
     c, s = c.contiguous(), s.contiguous()
     by_row, by_column = (c, s) if by_channel else (s, c)
     _kernel('scale', x.dtype)(
@@ -209,7 +229,7 @@ def backward_pool_channels(x: Tensor, dz: Tensor, j: Tensor) -> Tensor:
 
 def backward_input(g: Tensor, c: Tensor, s: Tensor, dz: Tensor, j: Tensor, dpool: Tensor, i: Tensor) -> Tensor:
     images, rows, columns, by_channel = _sizes(g)
-    dx = torch.empty_like(g)
+    dx = _result_like(g)
     small = [t.contiguous() for t in (c, s, dz, _places(g, j), dpool, i)]
     _kernel('backward_input_columns' if by_channel else 'backward_input_rows', g.dtype)(
         g.data_ptr(), *(t.data_ptr() for t in small), images, rows, columns, dx.data_ptr(), _threads(g.numel())

@@ -34,7 +34,6 @@ enum {
     ROWS = 16,            /* that share what is loaded for a tile's columns */
     LONGEST = 31,         /* side of a convolution's kernel */
     BLOCK = 1 << 14,      /* elements that a thread takes at a time from what needs no sums */
-    HUGE_PAGE = 1 << 21,
 };
 
 INLINE Index least(Index a, Index b) { return a < b ? a : b; }
@@ -61,13 +60,11 @@ Index cbam_tiles(Index columns) { return ceiling(columns, tile_of(columns)); }
 
 Index cbam_spans(Index rows, Index columns) { return ceiling(rows, span_of(rows, columns)); }
 
-/* The first touch of fresh memory costs as much as the work, and a hundredth of that in huge pages. */
-static void expect_writes(void *memory, size_t bytes)
+/* The first touch of fresh memory costs more than the work, and a tenth of that in huge pages. */
+void cbam_expect_writes(void *memory, Index bytes)
 {
 #ifdef MADV_HUGEPAGE
-    uintptr_t start = ((uintptr_t)memory + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    uintptr_t end = ((uintptr_t)memory + bytes) / HUGE_PAGE * HUGE_PAGE;
-    if (end > start) madvise((void *)start, end - start, MADV_HUGEPAGE); /* advice: where it fails nothing changes */
+    madvise(memory, (size_t)bytes, MADV_HUGEPAGE); /* advice: where it fails nothing changes */
 #else
     (void)memory, (void)bytes;
 #endif

@@ -297,7 +297,6 @@ void NAME(scale)(const STORED *restrict x, const ACCUMULATED *by_row, const ACCU
                  Index rows, Index columns, STORED *restrict y, int threads)
 {
     Index block = least(ceiling(BLOCK, columns), rows), blocks = ceiling(rows, block);
-    expect_writes(y, (size_t)(images * rows * columns) * sizeof *y);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (Index task = 0; task < images * blocks; task++) {
         Index n = task / blocks, first = task % blocks * block, whole = columns / LANES * LANES;
@@ -435,7 +434,6 @@ void NAME(backward_input_columns)(const STORED *restrict g, const ACCUMULATED *c
 {
     Index blocks = ceiling(rows, ROWS);
     const ACCUMULATED row_share = 1 / (ACCUMULATED)rows, column_share = 1 / (ACCUMULATED)columns;
-    expect_writes(dx, (size_t)(images * rows * columns) * sizeof *dx);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (Index task = images * blocks - 1; task >= 0; task--) {
         Index n = task / blocks, first = task % blocks * ROWS, count = least(ROWS, rows - first);
@@ -479,7 +477,6 @@ void NAME(backward_input_rows)(const STORED *restrict g, const ACCUMULATED *c, c
 {
     Index block = least(ceiling(BLOCK, columns), rows), blocks = ceiling(rows, block);
     const ACCUMULATED row_share = 1 / (ACCUMULATED)rows, column_share = 1 / (ACCUMULATED)columns;
-    expect_writes(dx, (size_t)(images * rows * columns) * sizeof *dx);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic)

@@ -8,6 +8,7 @@ import copy
 import ctypes
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,21 @@ def test_neither_threads_nor_instructions_change_a_bit(dtype, layout, monkeypatc
     c_passes._kernel.cache_clear()
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+@pytest.mark.skipif(sys.platform != 'linux', reason='huge pages are asked for on Linux')
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_large_results_lie_in_huge_pages_and_keep_no_memory_beyond_them(layout, tmp_path):
+    x = torch.randn(2, 64, 50, 50).to(memory_format=layout)  # 1.2 MiB: most of one
+    y = make('c', 64)(x.requires_grad_())
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    for result in (y.detach(), dx):
+        assert result.data_ptr() % c_passes.HUGE_PAGE == 0
+        assert result.stride() == x.stride() and result.untyped_storage().nbytes() == 4 * x.numel()
+        torch.save(result, tmp_path / 'result.pth')
+        assert torch.equal(torch.load(tmp_path / 'result.pth'), result)
+        assert (tmp_path / 'result.pth').stat().st_size < 4 * x.numel() + 4096
 
 
 @pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
