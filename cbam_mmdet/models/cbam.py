@@ -90,9 +90,19 @@ class ChannelAttention(nn.Module):
 
     def map_of(self, descriptor: Tensor) -> Tensor:
         """(N, K, C) -> (N, C, 1, 1), in the parameters' dtype whatever autocast says: these tensors are small."""
+        return self.scales_of(descriptor)[..., None, None]
+
+    def scales_of(
+        self, descriptor: Tensor, mlp: Callable[[Tensor, nn.Linear, nn.Linear], Tensor] | None = None
+    ) -> Tensor:
+        """The same map as (N, C).
+
+        mlp(descriptor, fc1, fc2) computes fc2(relu(fc1(descriptor))), summed over K; None: the layers themselves.
+        """
         with _without_autocast(descriptor.device.type):
-            z = self.fc2(F.relu(self.fc1(descriptor.to(self.fc1.weight.dtype)))).sum(1)
-            return self.activation(z)[..., None, None]
+            descriptor = descriptor.to(self.fc1.weight.dtype)
+            z = self.fc2(F.relu(self.fc1(descriptor))).sum(1) if mlp is None else mlp(descriptor, self.fc1, self.fc2)
+            return self.activation(z)
 
     def map_parameters(self) -> list[nn.Parameter]:
         """The parameters between descriptor and map: here, all."""

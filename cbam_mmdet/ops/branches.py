@@ -16,6 +16,9 @@ class ChannelBranch(Protocol):
     def map_of(self, descriptor: Tensor) -> Tensor:
         """(N, K, C) -> (N, C, 1, 1)."""
 
+    def scales_of(self, descriptor: Tensor, mlp: Callable | None = None) -> Tensor:
+        """The same as (N, C). mlp(descriptor, fc1, fc2) computes the MLP's sum over K; None: its layers do."""
+
     def map_parameters(self) -> list[nn.Parameter]:
         """The parameters between descriptor and map."""
 

@@ -19,9 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function, forward_ad
-from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
+from torch.autograd import forward_ad
 
 from cbam_mmdet.compat.torch import assume_constant_result
 from cbam_mmdet.ops.passes import Passes, accumulate_dtype, as_operators, index_dtype
@@ -29,7 +27,6 @@ from cbam_mmdet.ops.passes import Passes, accumulate_dtype, as_operators, index_
 DTYPES = {torch.float32: 'f32', torch.float64: 'f64', torch.bfloat16: 'bf16'}
 NOT_BUILT = 'was not built when cbam-mmdet was installed: a C compiler with OpenMP, such as gcc, was missing or failed'
 SWITCHED_OFF = 'is switched off by CBAM_CPU_KERNEL=0'
-LONGEST_KERNEL = 31  # LONGEST in cpu_kernels.c
 HUGE_PAGE = 2**21  # bytes, of Linux on x86-64 and most of arm64
 SERIAL = 2**15  # elements: below, waking other threads costs more than they take over
 
@@ -101,14 +98,16 @@ def load_from(folder: Path) -> tuple[ctypes.CDLL | None, str | None]:
 
 
 @functools.cache
-def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    kernel = getattr(_load()[0], f'cbam_{name}_{DTYPES[dtype]}')
-    kernel.argtypes = [_ARGUMENTS[letter] for letter in KERNELS[name].replace(' ', '')]
-    kernel.restype = None
-    return kernel
+def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    """The function of the library; its arguments: KERNELS."""
+    function = getattr(_load()[0], f'cbam_{name}_{DTYPES[dtype]}')
+    function.argtypes = [_ARGUMENTS[letter] for letter in KERNELS[name].replace(' ', '')]
+    function.restype = None
+    return function
 
 
-def _threads(elements: int) -> int:
+def threads_for(elements: int) -> int:
+    """How many threads a kernel is to use."""
     return 1 if elements < SERIAL else torch.get_num_threads()
 
 
@@ -125,6 +124,8 @@ KERNELS = dict(
     backward_input_rows='ppppppp sss p t',
     convolve='pp ssssss pp t',
     convolve_weight='pp sssss pp t',
+    mlp='ppppp ssss ppp',
+    mlp_backward='pppppp ssss pppppp',
 )
 
 
@@ -171,12 +172,12 @@ def _pool(x: Tensor, by_rows: bool, weight: Tensor | None, mean_at: int, with_ar
     argmax = x.new_empty((images, kept), dtype=torch.int32)
     arguments = [x.data_ptr(), None if weight is None else weight.data_ptr(), images, rows, columns,
                  pooled.data_ptr(), mean_at, argmax.data_ptr() if with_argmax else None]  # fmt: skip
-    threads = _threads(x.numel())
+    threads = threads_for(x.numel())
     if by_rows:
-        _kernel('pool_rows', x.dtype)(*arguments, threads)
+        kernel('pool_rows', x.dtype)(*arguments, threads)
     else:
         parts = pooled.new_empty(3 * images * _spans(rows, columns) * columns)
-        _kernel('pool_columns', x.dtype)(*arguments, parts.data_ptr(), threads)
+        kernel('pool_columns', x.dtype)(*arguments, parts.data_ptr(), threads)
     return pooled, argmax
 
 
@@ -194,8 +195,15 @@ def refine(x: Tensor, s: Tensor, c: Tensor) -> Tensor:
     y = _result_like(x)
     c, s = c.contiguous(), s.contiguous()
     by_row, by_column = (c, s) if by_channel else (s, c)
-    _kernel('scale', x.dtype)(
-        x.data_ptr(), by_row.data_ptr(), by_column.data_ptr(), images, rows, columns, y.data_ptr(), _threads(x.numel())
+    kernel('scale', x.dtype)(
+        x.data_ptr(),
+        by_row.data_ptr(),
+        by_column.data_ptr(),
+        images,
+        rows,
+        columns,
+        y.data_ptr(),
+        threads_for(x.numel()),
     )
     return y
 
@@ -207,9 +215,9 @@ def backward_maps(g: Tensor, x: Tensor, s: Tensor, c: Tensor) -> tuple[Tensor, T
     parts = c.new_empty(images * (_spans(rows, columns) * columns + _tiles(columns) * rows))
     small = (c, s, dc, ds) if by_channel else (s, c, ds, dc)
     by_row, by_column, of_row, of_column = (t.data_ptr() for t in small)
-    _kernel('backward_maps', x.dtype)(
+    kernel('backward_maps', x.dtype)(
         g.data_ptr(), x.data_ptr(), by_row, by_column, images, rows, columns, of_row, of_column, parts.data_ptr(),
-        _threads(x.numel()),
+        threads_for(x.numel()),
     )  # fmt: skip
     return ds, dc
 
@@ -218,12 +226,12 @@ def backward_pool_channels(x: Tensor, dz: Tensor, j: Tensor) -> Tensor:
     images, rows, columns, by_channel = _sizes(x)
     dc, dz, j = dz.new_empty(x.shape[:2]), dz.contiguous(), _places(x, j).contiguous()
     arguments = x.data_ptr(), dz.data_ptr(), j.data_ptr(), images, rows, columns, dc.data_ptr()
-    threads = _threads(x.numel())
+    threads = threads_for(x.numel())
     if by_channel:
-        _kernel('backward_pool_columns', x.dtype)(*arguments, threads)
+        kernel('backward_pool_columns', x.dtype)(*arguments, threads)
     else:
         parts = dz.new_empty(images * _spans(rows, columns) * columns)
-        _kernel('backward_pool_rows', x.dtype)(*arguments, parts.data_ptr(), threads)
+        kernel('backward_pool_rows', x.dtype)(*arguments, parts.data_ptr(), threads)
     return dc
 
 
@@ -231,79 +239,10 @@ def backward_input(g: Tensor, c: Tensor, s: Tensor, dz: Tensor, j: Tensor, dpool
     images, rows, columns, by_channel = _sizes(g)
     dx = _result_like(g)
     small = [t.contiguous() for t in (c, s, dz, _places(g, j), dpool, i)]
-    _kernel('backward_input_columns' if by_channel else 'backward_input_rows', g.dtype)(
-        g.data_ptr(), *(t.data_ptr() for t in small), images, rows, columns, dx.data_ptr(), _threads(g.numel())
+    kernel('backward_input_columns' if by_channel else 'backward_input_rows', g.dtype)(
+        g.data_ptr(), *(t.data_ptr() for t in small), images, rows, columns, dx.data_ptr(), threads_for(g.numel())
     )
     return dx
-
-
-def convolve(planes: Tensor, conv: nn.Conv2d) -> Tensor:
-    """What conv gives for (N, K, H, W), a few planes to one: where the C library supports it, by that.
-
-    oneDNN, which torch has for convolutions, takes two to nine times as long for so few planes.
-    """
-    size = conv.weight.shape[-1]
-    hooks = conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks
-    plain = (conv.out_channels, conv.stride, conv.dilation, conv.groups, conv.padding_mode, conv.padding)
-    supported = (
-        type(conv) is nn.Conv2d
-        and plain == (1, (1, 1), (1, 1), 1, 'zeros', (size // 2, size // 2))
-        and conv.kernel_size == (size, size)
-        and size % 2 == 1
-        and size <= LONGEST_KERNEL
-        and planes.dtype in (torch.float32, torch.float64)
-        and planes.device == conv.weight.device
-        and not any(hooks)
-        and not _has_any_global_hook()
-        and 'forward' not in vars(conv)
-    )
-    if not supported:
-        return conv(planes)
-    z = _Convolve.apply(planes, conv.weight)
-    return z if conv.bias is None else z + conv.bias[:, None, None]
-
-
-class _Convolve(Function):
-    """A convolution of planes to one, with zeros around and stride 1."""
-
-    @staticmethod
-    def forward(ctx, planes, weight):
-        planes, weight = planes.contiguous(), weight.contiguous()
-        ctx.save_for_backward(planes, weight)
-        return _convolve(planes, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        planes, weight = ctx.saved_tensors
-        dout, dplanes, dweight = dout.contiguous(), None, None
-        if ctx.needs_input_grad[0]:
-            dplanes = _convolve(dout, weight.flip(2, 3).transpose(0, 1).contiguous())
-        if ctx.needs_input_grad[1]:
-            dweight = torch.empty_like(weight)
-            shape, padded = _padded(planes, weight)
-            _kernel('convolve_weight', dout.dtype)(
-                planes.data_ptr(), dout.data_ptr(), *shape, padded.data_ptr(), dweight.data_ptr(),
-                _threads(planes.numel() * weight[0, 0].numel()),
-            )  # fmt: skip
-        return dplanes, dweight
-
-
-def _convolve(planes: Tensor, weight: Tensor) -> Tensor:
-    (images, inputs, height, width, size), padded = _padded(planes, weight)
-    out = planes.new_empty((images, weight.shape[0], height, width))
-    _kernel('convolve', planes.dtype)(
-        planes.data_ptr(), weight.data_ptr(), images, inputs, weight.shape[0], height, width, size, padded.data_ptr(),
-        out.data_ptr(), _threads(planes.numel() * weight[0, 0].numel()),
-    )  # fmt: skip
-    return out
-
-
-def _padded(planes: Tensor, weight: Tensor) -> tuple[tuple[int, ...], Tensor]:
-    images, inputs, height, width = planes.shape
-    size = weight.shape[-1]
-    padded = planes.new_empty(images * inputs * (height + size - 1) * (width + size - 1) + 32)
-    return (images, inputs, height, width, size), padded
 
 
 EAGER_FUNCTIONS = Passes(pool_pixels, pool_channels, refine, backward_maps, backward_pool_channels, backward_input)

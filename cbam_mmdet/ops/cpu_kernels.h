@@ -584,6 +584,66 @@ void NAME(convolve_weight)(const ACCUMULATED *planes, const ACCUMULATED *dout, I
         for (Index dx = 0; dx < size; dx++) dweight[task * size + dx] = NAME(sum)(sums[dx]);
     }
 }
+
+INLINE ACCUMULATED NAME(dot)(const ACCUMULATED *a, const ACCUMULATED *b, Index count)
+{
+    Vector sums = {0};
+    Index k = 0;
+    for (; k + LANES <= count; k += LANES) sums += NAME(get)(a + k, LANES) * NAME(get)(b + k, LANES);
+    return NAME(sum)(k < count ? sums + NAME(get)(a + k, count - k) * NAME(get)(b + k, count - k) : sums);
+}
+
+/* to[k] += by * from[k] */
+INLINE void NAME(add_scaled)(ACCUMULATED *to, ACCUMULATED by, const ACCUMULATED *from, Index count)
+{
+    for (Index k = 0; k < count; k += LANES) {
+        Index width = least(LANES, count - k);
+        NAME(put)(to + k, NAME(get)(to + k, width) + NAME(get)(from + k, width) * by, width);
+    }
+}
+
+/* The MLP of pooled descriptors d, `pools` of each image, without its gate: hidden[n][k] = relu(w1 d[n][k] + b1),
+   total[n] = the sum of hidden[n][k] over k, z[n] = w2 total[n] + pools * b2. w1 is (units, channels), w2 its
+   transpose's shape. */
+void NAME(mlp)(const ACCUMULATED *d, const ACCUMULATED *w1, const ACCUMULATED *b1, const ACCUMULATED *w2,
+               const ACCUMULATED *b2, Index images, Index pools, Index channels, Index units, ACCUMULATED *hidden,
+               ACCUMULATED *total, ACCUMULATED *z)
+{
+    for (Index n = 0; n < images; n++, total += units, z += channels) {
+        for (Index k = 0; k < pools; k++, d += channels, hidden += units)
+            for (Index u = 0; u < units; u++) {
+                ACCUMULATED value = NAME(dot)(w1 + u * channels, d, channels) + b1[u];
+                hidden[u] = value < 0 ? 0 : value; /* NaN stays NaN */
+                total[u] = k ? total[u] + hidden[u] : hidden[u];
+            }
+        for (Index c = 0; c < channels; c++) z[c] = NAME(dot)(w2 + c * units, total, units) + pools * b2[c];
+    }
+}
+
+/* Its gradients, which are 0 before: dtotal = w2' dz, dhidden = dtotal where hidden > 0, dd = w1' dhidden,
+   dw1 = dhidden d', db1 = dhidden, dw2 = dz total', db2 = pools * dz, summed over images and pools.
+   scratch: units of ACCUMULATED. */
+void NAME(mlp_backward)(const ACCUMULATED *dz, const ACCUMULATED *d, const ACCUMULATED *hidden,
+                        const ACCUMULATED *total, const ACCUMULATED *w1, const ACCUMULATED *w2, Index images,
+                        Index pools, Index channels, Index units, ACCUMULATED *dd, ACCUMULATED *dw1, ACCUMULATED *db1,
+                        ACCUMULATED *dw2, ACCUMULATED *db2, ACCUMULATED *scratch)
+{
+    for (Index n = 0; n < images; n++, dz += channels, total += units) {
+        memset(scratch, 0, (size_t)units * sizeof *scratch);
+        for (Index c = 0; c < channels; c++) {
+            NAME(add_scaled)(scratch, dz[c], w2 + c * units, units);
+            NAME(add_scaled)(dw2 + c * units, dz[c], total, units);
+            db2[c] += pools * dz[c];
+        }
+        for (Index k = 0; k < pools; k++, d += channels, dd += channels, hidden += units)
+            for (Index u = 0; u < units; u++) {
+                if (hidden[u] <= 0) continue;
+                db1[u] += scratch[u];
+                NAME(add_scaled)(dw1 + u * channels, scratch[u], d, channels);
+                NAME(add_scaled)(dd, scratch[u], w1 + u * channels, channels);
+            }
+    }
+}
 #endif
 
 #undef TYPE

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cbam_mmdet.compat.torch import assume_constant_result
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.ops import c_passes, torch_passes
+from cbam_mmdet.ops import c_branches, c_passes, torch_passes
 from cbam_mmdet.ops.branches import ChannelBranch, SpatialBranch
 from cbam_mmdet.ops.passes import Passes, apply, as_map
 from cbam_mmdet.ops.self_test import kernels_obstacle
@@ -167,14 +167,18 @@ def _in_passes(x: Tensor, channel: ChannelBranch, spatial: SpatialBranch, order:
     pixels = x.flatten(2)
     if not pixels.is_contiguous() and not pixels.transpose(1, 2).is_contiguous():
         pixels = pixels.contiguous()
-    convolve = c_passes.convolve if passes is c_passes.EAGER_FUNCTIONS else None
-    return as_map(apply(pixels, *map_functions(channel, spatial, x, convolve), passes), x.shape)
+    small = (c_branches.sum_of_mlp, c_branches.convolve) if passes is c_passes.EAGER_FUNCTIONS else (None, None)
+    return as_map(apply(pixels, *map_functions(channel, spatial, x, *small), passes), x.shape)
 
 
 def map_functions(
-    channel: ChannelBranch, spatial: SpatialBranch, x: Tensor, convolve: Callable | None = None
+    channel: ChannelBranch,
+    spatial: SpatialBranch,
+    x: Tensor,
+    mlp: Callable | None = None,
+    convolve: Callable | None = None,
 ) -> tuple[Callable, Callable]:
-    """What passes.apply takes for x, (N, C, H, W).
+    """What passes.apply takes for x, (N, C, H, W). mlp and convolve: see the branches.
 
     Returns:
         [avg, max] (N, 2, C) -> (N, C), and [max, mean] (N, 2, P) -> (N, P).
@@ -182,10 +186,9 @@ def map_functions(
     planes = [('avg', 'max').index(pool) for pool in channel.pools]
 
     def channel_gate(descriptor):
-        return channel.map_of(descriptor if planes == [0, 1] else descriptor[:, planes]).flatten(1)
+        return channel.scales_of(descriptor if planes == [0, 1] else descriptor[:, planes], mlp)
 
     def spatial_gate(descriptor):
-        planes = descriptor.unflatten(2, x.shape[2:])
-        return (spatial.map_of(planes) if convolve is None else spatial.map_of(planes, convolve)).flatten(1)
+        return spatial.map_of(descriptor.unflatten(2, x.shape[2:]), convolve).flatten(1)
 
     return channel_gate, spatial_gate

@@ -21,7 +21,7 @@ from plain_cbam import saved_share
 from cbam_mmdet import CBAM
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import cbam_reference
-from cbam_mmdet.ops import c_passes
+from cbam_mmdet.ops import c_branches, c_passes
 from cbam_mmdet.ops.functional import INTERPRETED
 
 
@@ -176,12 +176,13 @@ def test_neither_threads_nor_instructions_change_a_bit(dtype, layout, monkeypatc
     results = []
     for library, threads in ((c_passes._load(), 1), (c_passes._load(), 3), ((ctypes.CDLL(str(portable)), None), 2)):
         monkeypatch.setattr(c_passes, '_load', lambda library=library: library)
-        c_passes._kernel.cache_clear()
-        monkeypatch.setattr(c_passes, '_threads', lambda elements, threads=threads: threads)
+        c_passes.kernel.cache_clear()
+        for module in (c_passes, c_branches):
+            monkeypatch.setattr(module, 'threads_for', lambda elements, threads=threads: threads)
         torch.manual_seed(1)
         module = make('c', 200).eval()
         results.append(run(module, module, x, grad))
-    c_passes._kernel.cache_clear()
+    c_passes.kernel.cache_clear()
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
 
@@ -211,17 +212,44 @@ def test_convolution_equals_pytorchs(shape, dtype, size):
     planes = torch.randn(shape, dtype=dtype, requires_grad=True)
     grad = torch.randn(shape[0], 1, *shape[2:], dtype=dtype)
     exact = copy.deepcopy(conv).double()
-    ours = run(lambda x: c_passes.convolve(x, conv), conv, planes, grad)
+    ours = run(lambda x: c_branches.convolve(x, conv), conv, planes, grad)
     assert_near(ours, run(exact, exact, planes.double(), grad.double()), dtype)
+
+
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ('images', 'pools', 'channels', 'units'), [(1, 1, 1, 1), (1, 2, 64, 4), (3, 2, 53, 7), (2, 1, 9, 40)]
+)
+def test_mlp_equals_pytorchs(images, pools, channels, units, dtype):
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList([torch.nn.Linear(channels, units), torch.nn.Linear(units, channels)]).to(dtype)
+    descriptor, grad = torch.randn(images, pools, channels, dtype=dtype), torch.randn(images, channels, dtype=dtype)
+    exact = copy.deepcopy(layers).double()
+    ours = run(lambda d: c_branches.sum_of_mlp(d, *layers), layers, descriptor, grad)
+    truth = run(lambda d: exact[1](exact[0](d).relu()).sum(1), exact, descriptor.double(), grad.double())
+    assert_near(ours, truth, dtype)
+
+
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+def test_mlp_takes_nan_as_pytorch_does():
+    layers = torch.nn.ModuleList([torch.nn.Linear(5, 3), torch.nn.Linear(3, 5)])
+    descriptor = torch.randn(2, 2, 5)
+    descriptor[1, 0, 2] = float('nan')
+    ours = run(lambda d: c_branches.sum_of_mlp(d, *layers), layers, descriptor, torch.ones(2, 5))
+    theirs = run(lambda d: layers[1](layers[0](d).relu()).sum(1), layers, descriptor, torch.ones(2, 5))
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 @pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
 @pytest.mark.parametrize(
     'register', ['register_forward_hook', 'register_forward_pre_hook', 'register_full_backward_hook']
 )
-def test_a_hook_on_the_convolution_is_called(register):
+@pytest.mark.parametrize('layer', ['spatial.conv', 'channel.fc1', 'channel.fc2'])
+def test_a_hook_on_a_layer_is_called(layer, register):
     seen, module = [], make('c', 8)
-    getattr(module.spatial.conv, register)(lambda *_: seen.append(1))
+    getattr(module.get_submodule(layer), register)(lambda *_: seen.append(1))
     module(torch.randn(1, 8, 4, 4, requires_grad=True)).sum().backward()
     assert seen == [1]
 
