@@ -260,7 +260,8 @@ class HotCocoMetric(CocoMetric):
     def _class_figures(self, evaluation: COCOeval) -> dict[str, float]:
         """The AP of each class, over all IoUs, at two, and by the size of the objects, in a table."""
         precision = evaluation.eval['precision'][..., -1]  # (IoUs, recalls, classes, areas)
-        names = [category['name'] for category in self._coco_api.load_cats(self.cat_ids)]
+        # COCOeval sorts the categories by their ids, which need not be the order of the classes.
+        names = [category['name'] for category in self._coco_api.load_cats(list(evaluation.params.catIds))]
         rows = []
         for i in range(len(names)):
             parts = [precision[:, :, i, 0], precision[0:1, :, i, 0], precision[5:6, :, i, 0]]  # IoUs 0.5 and 0.75

@@ -19,20 +19,24 @@ LONGEST_KERNEL = 31  # LONGEST in cpu_kernels.c
 MOST_PRODUCTS = 2**22  # of the MLP on one thread; PyTorch shares more among its own
 
 
-def _is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether a call of the module is nothing but its class's forward."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is cls and not any(hooks) and not _has_any_global_hook() and 'forward' not in vars(module)
+def _is_plain(module: nn.Module, cls: type[nn.Module], x: Tensor) -> bool:
+    """Whether a call of the module is nothing but its class's forward, with parameters that C can read beside x."""
+    if type(module) is not cls or 'forward' in vars(module) or _has_any_global_hook():
+        return False
+    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
+        return False
+    parameters = [p for p in (module.weight, module.bias) if p is not None]
+    return x.dtype in DTYPES and all(
+        type(p) in (Tensor, nn.Parameter) and p.dtype == x.dtype and p.device == x.device for p in parameters
+    )
 
 
 def sum_of_mlp(descriptor: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     """fc2(relu(fc1(descriptor))) summed over the pools, (N, K, C) -> (N, C)."""
-    layers = fc1, fc2
     supported = (
-        all(_is_plain(layer, nn.Linear) and layer.bias is not None for layer in layers)
-        and descriptor.dtype in DTYPES
-        and all(p.dtype == descriptor.dtype and p.device == descriptor.device for p in (fc1.weight, fc2.weight))
+        all(_is_plain(layer, nn.Linear, descriptor) and layer.bias is not None for layer in (fc1, fc2))
         and fc1.weight.shape == fc2.weight.shape[::-1]
+        and fc1.weight.shape[1] == descriptor.shape[2]
         and descriptor.shape[0] * descriptor.shape[1] * fc1.weight.numel() <= MOST_PRODUCTS
     )
     if not supported:
@@ -74,16 +78,16 @@ def convolve(planes: Tensor, conv: nn.Conv2d) -> Tensor:
 
     oneDNN, which torch has for convolutions, takes two to nine times as long for so few planes.
     """
+    if not _is_plain(conv, nn.Conv2d, planes):
+        return conv(planes)
     size = conv.weight.shape[-1]
     plain = (conv.out_channels, conv.stride, conv.dilation, conv.groups, conv.padding_mode, conv.padding)
     supported = (
-        _is_plain(conv, nn.Conv2d)
-        and plain == (1, (1, 1), (1, 1), 1, 'zeros', (size // 2, size // 2))
+        plain == (1, (1, 1), (1, 1), 1, 'zeros', (size // 2, size // 2))
         and conv.kernel_size == (size, size)
         and size % 2 == 1
         and size <= LONGEST_KERNEL
-        and planes.dtype in (torch.float32, torch.float64)
-        and planes.device == conv.weight.device
+        and planes.shape[1] == conv.in_channels
     )
     if not supported:
         return conv(planes)

@@ -58,7 +58,7 @@ def obstacle(x: Tensor) -> str | None:
     if not torch.compiler.is_compiling():
         if type(x) not in (Tensor, nn.Parameter):
             return f'supports tensors with memory of their own, not {type(x).__name__}'
-        if torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0:
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return 'supports neither torch.func nor forward-mode differentiation'
     return None
 
@@ -146,7 +146,9 @@ def _sizes(x: Tensor) -> tuple[int, int, int, bool]:
 def _result_like(x: Tensor) -> Tensor:
     """Memory for a result of x's shape, dtype and strides; on Linux in huge pages, where it fills half of one.
 
-    A network's freed memory goes back to Linux, and fresh pages of 4 KiB cost more than a pass.
+    A network's freed memory goes back to Linux, and fresh pages of 4 KiB cost more than a pass. In exchange up to a
+    huge page before the result, and half of one behind it, may be in use as long as the result lives. Its storage
+    belongs to NumPy: it cannot be resized.
     """
     size = x.numel() * x.element_size()
     if sys.platform != 'linux' or size < HUGE_PAGE // 2:

@@ -596,10 +596,10 @@ INLINE ACCUMULATED NAME(dot)(const ACCUMULATED *a, const ACCUMULATED *b, Index c
 /* to[k] += by * from[k] */
 INLINE void NAME(add_scaled)(ACCUMULATED *to, ACCUMULATED by, const ACCUMULATED *from, Index count)
 {
-    for (Index k = 0; k < count; k += LANES) {
-        Index width = least(LANES, count - k);
-        NAME(put)(to + k, NAME(get)(to + k, width) + NAME(get)(from + k, width) * by, width);
-    }
+    Index k = 0;
+    for (; k + LANES <= count; k += LANES)
+        NAME(put)(to + k, NAME(get)(to + k, LANES) + NAME(get)(from + k, LANES) * by, LANES);
+    for (; k < count; k++) to[k] += from[k] * by;
 }
 
 /* The MLP of pooled descriptors d, `pools` of each image, without its gate: hidden[n][k] = relu(w1 d[n][k] + b1),

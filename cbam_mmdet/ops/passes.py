@@ -121,6 +121,7 @@ class _PoolPixels(Function):
 
     @staticmethod
     def backward(ctx, dpool, g, c, s, dz, j):
+        refuse_second_derivatives()
         (i,) = ctx.saved_tensors
         return ctx.passes.backward_input(g, c, s, dz, j.to(torch.int32), dpool, i), None
 
@@ -135,6 +136,7 @@ class _PoolChannels(Function):
 
     @staticmethod
     def backward(ctx, dz, g, s):
+        refuse_second_derivatives()
         x, c, j = ctx.saved_tensors
         gradients = ctx.passes.backward_pool_channels(x, dz, j)
         gradients = gradients if ctx.passes.has_tail else (gradients,)
@@ -153,8 +155,7 @@ class _Refine(Function):
 
     @staticmethod
     def backward(ctx, g):
-        if not torch.compiler.is_compiling():
-            refuse_second_derivatives()
+        refuse_second_derivatives()
         x, s, *kept = ctx.saved_tensors
         g = _like(g, x)
         ds, *gradients = ctx.passes.backward_maps(g, x, s, *kept)
@@ -174,7 +175,7 @@ def _like(g: Tensor, x: Tensor) -> Tensor:
 
 
 def refuse_second_derivatives() -> None:
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             'CBAM computes first derivatives only, not gradients of gradients (create_graph=True): '
             'use cbam_mmdet.models.cbam.cbam_reference there'

@@ -31,7 +31,7 @@ def _max_over_pixels(u: Tensor) -> tuple[Tensor, Tensor]:
     tops += [u[:, :, whole:].amax(2, keepdim=True)] if whole < u.shape[2] else []
     top, chunk = torch.cat(tops, 2).max(2, keepdim=True)
     # Beyond the end the last pixel stands in: it comes after itself, so the first of equals is found all the same.
-    candidates = (chunk * CHUNK + torch.arange(CHUNK)).clamp_(max=u.shape[2] - 1)
+    candidates = (chunk * CHUNK + torch.arange(CHUNK, device=u.device)).clamp_(max=u.shape[2] - 1)
     return top.squeeze(2), candidates.gather(2, u.gather(2, candidates).max(2, keepdim=True).indices).squeeze(2)
 
 

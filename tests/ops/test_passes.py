@@ -190,7 +190,7 @@ def test_neither_threads_nor_instructions_change_a_bit(dtype, layout, monkeypatc
 @pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
 @pytest.mark.skipif(sys.platform != 'linux', reason='huge pages are asked for on Linux')
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_large_results_lie_in_huge_pages_and_keep_no_memory_beyond_them(layout, tmp_path):
+def test_large_results_lie_in_huge_pages_and_save_their_own_bytes_only(layout, tmp_path):
     x = torch.randn(2, 64, 50, 50).to(memory_format=layout)  # 1.2 MiB: most of one
     y = make('c', 64)(x.requires_grad_())
     (dx,) = torch.autograd.grad(y.sum(), x)
@@ -257,7 +257,7 @@ def test_a_hook_on_a_layer_is_called(layer, register):
 @pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
 @pytest.mark.parametrize('options', [
     dict(dilation=2, padding=2), dict(padding=1, padding_mode='reflect'), dict(kernel_size=(3, 5), padding=(1, 2)),
-    dict(kernel_size=(3, 33), padding=(1, 16)),
+    dict(kernel_size=(3, 33), padding=(1, 16)), dict(bias=True, padding=1),
 ], ids=str)  # fmt: skip
 def test_another_convolution_in_its_place_is_computed_as_it_is(options):
     x, grad = draw((2, 8, 40, 41))
@@ -277,7 +277,65 @@ def test_under_transforms_of_functions_it_steps_aside():
         _, tangent = torch.func.jvp(module, (x[0],), (t,))
         step = 1e-2
         secant = (module(x[0] + step * t) - module(x[0] - step * t)) / (2 * step)
+        modules = [CBAM(8).eval() for _ in range(3)]
+        stacked, buffers = torch.func.stack_module_state(modules)
+        ensemble = torch.vmap(lambda p, b: torch.func.functional_call(module, (p, b), (x[0],)))(stacked, buffers)
+        torch.testing.assert_close(ensemble, torch.stack([m(x[0]) for m in modules]))
     torch.testing.assert_close(tangent, secant, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+@pytest.mark.parametrize('channels', [4, 7, 9, 16])
+def test_a_map_of_other_channels_is_refused_as_by_pytorch(channels):
+    with pytest.raises(RuntimeError, match='shapes cannot be multiplied'):
+        make('c', 8)(torch.randn(2, channels, 5, 5, requires_grad=True))
+
+
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+@pytest.mark.parametrize('planes', [1, 3])
+def test_a_convolution_of_other_planes_is_refused_as_by_pytorch(planes):
+    module = make('c', 8)
+    module.spatial.conv = torch.nn.Conv2d(planes, 1, 7, padding=3)
+    with pytest.raises(RuntimeError, match='to have . channels'):
+        module(torch.randn(2, 8, 5, 5))
+
+
+class Wrapper(torch.nn.Module):
+    """Around a layer, as adapters are: it has the layer's weight, and computes more."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.weight = layer.weight
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+class Subclass(torch.Tensor):
+    """A tensor whose operators are not PyTorch's own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        args = [a.as_subclass(torch.Tensor) if isinstance(a, Subclass) else a for a in args]
+        return torch.Tensor.__torch_function__(func, (), args, kwargs or {})
+
+
+def with_subclass(layer):
+    weight = layer.weight.detach().as_subclass(Subclass)
+    del layer.weight
+    layer.weight = weight
+    return layer
+
+
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+@pytest.mark.parametrize('change', [Wrapper, with_subclass])
+@pytest.mark.parametrize('name', ['channel.fc1', 'channel.fc2', 'spatial.conv'])
+def test_a_layer_that_is_no_plain_one_is_called_as_it_is(name, change):
+    module, x = make('c', 8).eval(), torch.randn(2, 8, 5, 5)
+    module.set_submodule(name, change(module.get_submodule(name)))
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), cbam_reference(x, module.channel, module.spatial))
 
 
 @pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))

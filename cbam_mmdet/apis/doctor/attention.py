@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cbam_mmdet.apis.doctor.case import Case, Skip, in_one_line
 from cbam_mmdet.models.cbam import CBAM, cbam_reference
-from cbam_mmdet.ops import c_passes, torch_passes
+from cbam_mmdet.ops import c_branches, c_passes, torch_passes
 from cbam_mmdet.ops.functional import HAS_TRITON, INTERPRETED, map_functions
 from cbam_mmdet.ops.passes import Passes, apply, as_map
 from cbam_mmdet.ops.self_test import LARGE, SMALL, WIDE, find_difference, find_tail_difference
@@ -103,8 +103,10 @@ def _passes(find: Callable[[], Passes], device: str) -> str | None:
         if difference:
             return f'{_short(dtype)}, {name}: {difference}'
 
+    small = (c_branches.sum_of_mlp, c_branches.convolve) if find is _c_library else ()
+
     def compute(x: Tensor, channel, spatial, order: str) -> Tensor:
-        return as_map(apply(x.flatten(2), *map_functions(channel, spatial, x), passes), x.shape)
+        return as_map(apply(x.flatten(2), *map_functions(channel, spatial, x, *small), passes), x.shape)
 
     return _compare_all(compute, device, dtypes)
 
