@@ -204,7 +204,9 @@ def score(cfg: Config, results: list[dict], name: str) -> Scores:
         voc.process({}, samples)
         figures = voc.compute_metrics(voc.results)
     paths = {image: info['img_path'] for image, info in infos.items()}
-    return Scores(coco, figures, voc.eval_mode, tuple(dataset.metainfo['classes']), paths)
+    # COCOeval sorts the categories by their ids, which need not be the order of the classes.
+    classes = tuple(category['name'] for category in coco.cocoGt.loadCats(list(coco.params.catIds)))
+    return Scores(coco, figures, voc.eval_mode, classes, paths)
 
 
 def _coco(samples: list[dict], meta: dict, ann_file: str | None) -> COCOeval:

@@ -134,6 +134,22 @@ OPTIONS = {
 }
 
 
+def test_each_class_has_its_own_figures_whatever_the_order_of_the_ids(data, tmp_path):
+    """MMDetection's own metric gives the classes the figures of each other here."""
+    path, samples = data
+    expected, _ = evaluate(HotCocoMetric, path, samples, classwise=True)
+    truth = json.loads(path.read_text())
+    truth['categories'].reverse()  # MMDetection numbers the classes in the file's order
+    (tmp_path / 'reversed.json').write_text(json.dumps(truth))
+    for sample in samples:
+        sample['pred_instances']['labels'] = len(CLASSES) - 1 - sample['pred_instances']['labels']
+    figures, _ = evaluate(HotCocoMetric, tmp_path / 'reversed.json', samples, classwise=True)
+    assert {key: value for key, value in figures.items() if value == value} == {
+        key: value for key, value in expected.items() if value == value
+    }
+    assert len({figures[f'coco/{name}_precision'] for name in ('often', 'rare')}) == 2, 'else nothing is seen'
+
+
 @needs_hotcoco
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
 def test_has_the_figures_and_the_table_of_mmdetections_metric(data, options, logged, monkeypatch):
