@@ -296,7 +296,7 @@ def test_a_map_of_other_channels_is_refused_as_by_pytorch(channels):
 def test_a_convolution_of_other_planes_is_refused_as_by_pytorch(planes):
     module = make('c', 8)
     module.spatial.conv = torch.nn.Conv2d(planes, 1, 7, padding=3)
-    with pytest.raises(RuntimeError, match='to have . channels'):
+    with pytest.raises(RuntimeError, match=r'to have . channels'):
         module(torch.randn(2, 8, 5, 5))
 
 
