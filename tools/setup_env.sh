@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Make the virtual environment with the pinned stack and this package, editable. What can go wrong gets one line.
-#   setup_env.sh VENV          install
-#   setup_env.sh VENV --lock   write constraints.txt anew from setup.py
+#   setup_env.sh VENV                install
+#   setup_env.sh VENV --lock         write constraints.txt anew from setup.py
+#   setup_env.sh VENV --stack FILE   install what a requirements file names, instead of the pinned stack
 set -u
-venv=${1:?usage: setup_env.sh VENV [--lock]}
+venv=${1:?usage: setup_env.sh VENV [--lock | --stack FILE]}
 
 die() { echo "error: $*" >&2; exit 2; }
 
@@ -52,6 +53,12 @@ if [ "${2:-}" = --lock ]; then
             --constraint pins.txt --no-annotate --no-header
         grep '^opencv-python==' pins.txt; } | LC_ALL=C sort; } > constraints.new
     mv constraints.new constraints.txt
+    exit
+fi
+
+if [ "${2:-}" = --stack ]; then
+    "$uv" pip install --python "$venv/bin/python" --override overrides.txt --requirement "${3:?a requirements file}" \
+        pytest pytest-xdist --editable . || die "the installation failed; the lines above say why."
     exit
 fi
 

@@ -29,6 +29,11 @@ def _hrnet(width: int) -> dict:
     return dict(type='HRNet', extra=dict(stage1=first, stage2=stage(2, 1), stage3=stage(3, 4), stage4=stage(4, 3)))
 
 
+def _timm(name: str) -> dict:
+    """As a detector uses it: it returns a map of each stage."""
+    return dict(type='mmpretrain.TIMMBackbone', model_name=name, features_only=True)
+
+
 # Name -> (config, place). The place None is the usual one.
 BACKBONES: dict[str, tuple[dict, list[str] | None]] = {
     'ResNet-18': (dict(type='ResNet', depth=18), None),
@@ -96,6 +101,12 @@ BACKBONES: dict[str, tuple[dict, list[str] | None]] = {
     'Inception-v3 (mmpretrain)': (dict(type='mmpretrain.InceptionV3', aux_logits=False), None),
     'Inception-v4 (timm)': (dict(type='mmpretrain.TIMMBackbone', model_name='inception_v4'), ['timm_model.features.*']),
     'Xception-41 (timm)': (dict(type='mmpretrain.TIMMBackbone', model_name='xception41'), ['timm_model.blocks.*']),
+    'Inception-ResNet-v2 (timm)': (_timm('inception_resnet_v2'), None),
+    'ResNet-50-D (timm)': (_timm('resnet50d'), None),
+    'MobileNetV3-Large (timm)': (_timm('mobilenetv3_large_100'), None),
+    'EfficientNet-Lite0 (timm)': (_timm('tf_efficientnet_lite0'), None),
+    'GhostNet (timm)': (_timm('ghostnet_100'), None),
+    'ConvNeXt-T (timm)': (_timm('convnext_tiny'), None),
 }
 
 

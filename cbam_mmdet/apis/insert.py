@@ -14,6 +14,7 @@ docs/does_cbam_help.md says which.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def insert_cbam(
     )
     _add_plugin(cfg.model, plugin)
     torch.manual_seed(seed)
-    model = MODELS.build(cfg.model)
+    model = MODELS.build(copy.deepcopy(cfg.model))
     modules = _load_plain_weights(model, given)
     folder = Path(out_dir)
     new_config, new_checkpoint = folder / f'{name}.py', folder / f'{name}.pth'
@@ -98,7 +99,8 @@ def insert_cbam(
 def _build_plain(cfg: Config, checkpoint: Mapping, name: str) -> nn.Module:
     """The plain detector, of which the checkpoint must have every key."""
     _forget_pretrained(cfg.model)
-    plain = MODELS.build(cfg.model)
+    # A copy, because DETR and its kin write into what they are built of, and refuse to be built of it again.
+    plain = MODELS.build(copy.deepcopy(cfg.model))
     if find_cbams(plain):
         raise UserError(f'{cfg.filename} has CBAM in its model already: give the config of the plain detector')
     compare_state_dicts(checkpoint, plain, strict=True, name=name)

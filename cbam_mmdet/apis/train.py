@@ -11,8 +11,10 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
+from torch import nn
 
 from cbam_mmdet.apis.runner import build_runner, check_splits, prepare
+from cbam_mmdet.compat.mmcv_ops import unserved_layers
 from cbam_mmdet.compat.mmengine import hooks_of_class, local_files_written_by
 from cbam_mmdet.engine.checkpoint.content import meta_of
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint, newest_checkpoint
@@ -80,12 +82,26 @@ def train(
         stop = StopSignalHook()
         runner = build_runner(cfg, [*_hooks(cfg, resumes), stop])
         patches.enter_context(hooks_of_class(runner.hooks, CheckpointHook, SafeCheckpointHook))
+        _warn_of_unserved_operators(runner.model)
         if is_first_process():
             for folder in _checkpoint_folders(cfg):
                 remove_unfinished(folder)
             write_record(cfg, runner.log_dir)
         _run(runner, stop)
     return runner
+
+
+def _warn_of_unserved_operators(model: nn.Module) -> None:
+    lacking = unserved_layers(model)
+    if lacking:
+        name, operators = next(iter(lacking.items()))
+        more = f', and {len(lacking) - 1} more such layers' if len(lacking) > 1 else ''
+        log(
+            f'{name} is a layer of mmcv.ops whose operators ({", ".join(operators)}) need a compiled mmcv, which is '
+            f'not installed here{more}: the first call of one ends the program with a message. Without compiling, '
+            'cbam_mmdet serves those that docs/install.md lists.',
+            logging.WARNING,
+        )
 
 
 def _scale_lr(cfg: Config) -> None:

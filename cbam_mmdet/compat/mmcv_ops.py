@@ -8,7 +8,8 @@ parameter names and order, results written into tensors that the caller allocate
 A compiled ``mmcv._ext`` that loads is never touched.
 
 Served: NMS, soft-NMS, NMS matching, RoIAlign (average), RoIPool, sigmoid and softmax focal loss, deformable convolution
-v1 and v2. Any other operator raises when it is called, not when ``mmcv.ops`` is imported.
+v1 and v2, multi-scale deformable attention (by the PyTorch form that mmcv itself has). Any other operator raises when
+it is called, not when ``mmcv.ops`` is imported; :func:`unserved_layers` finds a model's layers that would call one.
 
 Where the served operators differ from mmcv's own, on purpose:
 
@@ -29,6 +30,8 @@ import functools
 import importlib
 import importlib.abc
 import importlib.util
+import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,12 +40,12 @@ from importlib.machinery import ModuleSpec
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbam_mmdet.compat.patches import PERMANENT, patch, replaced
 from cbam_mmdet.errors import OperatorError
 
-__all__ = ['OPERATORS', 'install_ops']
+__all__ = ['OPERATORS', 'install_ops', 'unserved_layers']
 
 EXTENSION = 'mmcv._ext'
 
@@ -87,15 +90,16 @@ def served_operators() -> Iterator[None]:
     mmcv = importlib.import_module('mmcv')
     module = importlib.util.module_from_spec(ModuleSpec(EXTENSION, _Loader(), origin=__name__))
     module.__spec__.loader.exec_module(module)
-    before = sys.modules.get(EXTENSION)
-    sys.modules[EXTENSION] = module
+    modules = sys.modules  # when Python ends, the name `sys` may be gone before this generator is
+    before = modules.get(EXTENSION)
+    modules[EXTENSION] = module
     try:
         with replaced(mmcv, _ext=module):
             yield
     finally:
-        del sys.modules[EXTENSION]
+        del modules[EXTENSION]
         if before is not None:
-            sys.modules[EXTENSION] = before
+            modules[EXTENSION] = before
 
 
 class _Loader(importlib.abc.Loader):
@@ -138,6 +142,28 @@ def _unserved(name: str) -> Callable:
 
     operator.__name__ = operator.__qualname__ = name
     return operator
+
+
+# mmcv calls these in old versions of torch alone: since 1.5 torch.cummax takes their place.
+SIDES, WAYS = ('bottom', 'left', 'right', 'top'), ('forward', 'backward')
+REPLACED_BY_TORCH = {f'{side}_pool_{way}' for side in SIDES for way in WAYS}
+
+
+def unserved_layers(model: nn.Module) -> dict[str, list[str]]:
+    """The layers of a model that would call an operator which is not served: name -> operators, none twice.
+
+    Empty where mmcv's compiled operators serve.
+    """
+    if getattr(sys.modules.get(EXTENSION), '__getattr__', None) is not _unserved:
+        return {}
+    lacking = {}
+    for name, layer in model.named_modules():
+        module = type(layer).__module__
+        if module.startswith('mmcv.ops.'):
+            called = re.findall(r'\bext_module\.(\w+)', inspect.getsource(sys.modules[module]))
+            if unserved := sorted({*called} - {*OPERATORS} - REPLACED_BY_TORCH):
+                lacking[name] = unserved
+    return lacking
 
 
 def _operator(function: Callable) -> Callable:
@@ -745,6 +771,57 @@ def modulated_deform_conv_backward(
     grad_mask.copy_(by_mask)
     if with_bias:
         grad_bias.add_(by_bias)
+
+
+@_operator
+def ms_deform_attn_forward(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """Multi-scale deformable attention (Zhu et al., ICLR 2021, equation 3).
+
+    Args:
+        value (Tensor): Shape (N, S, M, D): S pixels of all levels together, M heads.
+        value_spatial_shapes (Tensor): int64 height and width of each level, shape (L, 2).
+        value_level_start_index (Tensor): Not used: the shapes say it.
+        sampling_locations (Tensor): x and y from 0 to 1, shape (N, Q, M, L, K, 2).
+        attention_weights (Tensor): Shape (N, Q, M, L, K).
+        im2col_step (int): Not used.
+
+    Returns:
+        Tensor: Shape (N, Q, M * D), of value's dtype.
+    """
+    attention = importlib.import_module('mmcv.ops.multi_scale_deform_attn').multi_scale_deformable_attn_pytorch
+    wide_value, *wide = _widen(value, sampling_locations, attention_weights)
+    return attention(wide_value, value_spatial_shapes, *wide).to(value.dtype)
+
+
+@_operator
+def ms_deform_attn_backward(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_sampling_loc: Tensor,
+    grad_attn_weight: Tensor,
+    im2col_step: int,
+) -> None:
+    """Add to ``grad_value``, overwrite the other two; the rest as in :func:`ms_deform_attn_forward`."""
+    inputs = [tensor.detach().requires_grad_() for tensor in _widen(value, sampling_locations, attention_weights)]
+    attention = importlib.import_module('mmcv.ops.multi_scale_deform_attn').multi_scale_deformable_attn_pytorch
+    with torch.enable_grad():
+        output = attention(inputs[0], value_spatial_shapes, *inputs[1:])
+    by_value, by_locations, by_weights = torch.autograd.grad(output, inputs, grad_output.to(output.dtype))
+    grad_value.add_(by_value)
+    grad_sampling_loc.copy_(by_locations)
+    grad_attn_weight.copy_(by_weights)
 
 
 OUTSIDE = -30000.0  # pixels; left of and above every image, and a number that fp16 has

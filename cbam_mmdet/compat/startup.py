@@ -3,8 +3,8 @@
 `import cbam_mmdet` before mmdet is all that a program of one's own needs. MMDetection's `tools/test.py`, `from
 mmdet.apis import DetInferencer` or a spawned worker import mmcv.ops before a config's `custom_imports` has a say; for
 them :func:`enable` writes two small files into site-packages: a `.pth` file, which Python reads at its start, and the
-finder that it imports. The finder stands last in line: it is asked for `mmcv._ext` only after everything else has
-failed to find one.
+finders that it imports. One stands last in line: it is asked for `mmcv._ext` only after everything else has failed to
+find one. The other waits for MMEngine's configs, so that a base may be one of ours, `cbam_mmdet::NAME.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from pathlib import Path
 from cbam_mmdet.errors import UserError
 
 NAME = 'cbam_mmdet_startup'
-FINDER = '''"""Written by cbam_mmdet/compat/startup.py: lets torchvision serve mmcv._ext where there is none."""
+FINDER = '''"""Written by cbam_mmdet/compat/startup.py: lets torchvision serve mmcv._ext where there is none.
+
+It also lets the base of a config be one of cbam_mmdet's.
+"""
 
 import sys
+from importlib.machinery import PathFinder
 
 
 class Finder:
@@ -41,7 +45,36 @@ class Finder:
         return sys.modules[name].__spec__
 
 
+class ConfigFinder:
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name != 'mmengine.config.config':
+            return None
+        sys.meta_path.remove(cls)
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None:
+            execute = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (execute(module), know_configs(module.Config))
+        return spec
+
+
+def know_configs(config):
+    """Until cbam_mmdet is imported, which sees to it by itself."""
+    original = config._get_cfg_path
+
+    def get_cfg_path(cfg_path, filename):
+        prefix, _, name = cfg_path.rpartition('::')
+        if prefix != 'cbam_mmdet':
+            return original(cfg_path, filename)
+        from cbam_mmdet import config_path
+
+        return config_path(name), None
+
+    config._get_cfg_path = staticmethod(get_cfg_path)
+
+
 sys.meta_path.append(Finder)
+sys.meta_path.insert(0, ConfigFinder)
 '''
 
 

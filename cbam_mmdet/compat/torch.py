@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import _compat_pickle
+import collections
+import pickle
+import types
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
+import torch
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.data import DataLoader
 
 from cbam_mmdet.compat.patches import patch, replaced_items
+
+# torch.compile takes such operators as they are. Before torch 2.4 there are none.
+HAS_CUSTOM_OPERATORS = hasattr(torch.library, 'custom_op')
+
+if hasattr(torch.compiler, 'is_compiling'):
+    is_compiling = torch.compiler.is_compiling
+else:  # before torch 2.3
+    from torch._dynamo.external_utils import is_compiling  # noqa: F401
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """As torch.is_autocast_enabled, which takes a device type since torch 2.4."""
+    if hasattr(torch, 'get_autocast_dtype'):  # has come with that argument
+        return torch.is_autocast_enabled(device_type)
+    return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks that all modules call. torch's own function for that has come with 2.2."""
+    kinds = 'forward', 'forward_pre', 'backward', 'backward_pre'
+    return any(getattr(torch_module, f'_global_{kind}_hooks') for kind in kinds)
 
 
 @patch('torch.nn.modules.module._global_module_registration_hooks')
@@ -39,3 +68,69 @@ def assume_constant_result(function: Callable) -> Callable:
     """
     function._dynamo_marked_constant = True
     return function
+
+
+def load_without_code(path: str, map_location: str | torch.device | None, allowed: Mapping[str, Any]) -> Any:
+    """torch.load(weights_only=True), with a list of its own of what a file may name.
+
+    Args:
+        path: a local file.
+        map_location: that of torch.load.
+        allowed: what a file may name beside tensors and plain data, by full name ('numpy.ndarray').
+
+    Raises:
+        pickle.UnpicklingError: if the file names anything else, with the words 'GLOBAL {name}'. Nothing of it was run.
+    """
+    if torch.__version__ >= (2, 6):
+        with torch.serialization.safe_globals([(value, name) for name, value in allowed.items()]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    # Before torch 2.6 there is no such list, or one without names, and before 2.4 torch builds nothing but tensors.
+    # (In 2.1 torch.load hands TorchScript's archives to torch.jit.)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(PurePosixPath(name).name == 'constants.pkl' for name in archive.namelist()):
+                raise pickle.UnpicklingError('a TorchScript archive, GLOBAL torch.jit')
+    pickles = _pickle_module({**_PLAIN_DATA, **torch._weights_only_unpickler._get_allowed_globals(), **allowed})
+    return torch.load(path, map_location=map_location, pickle_module=pickles, weights_only=False)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How pickle of protocol 2 writes bytes: a call of _codecs.encode."""
+    if encoding != 'latin1':
+        raise pickle.UnpicklingError(f'Unsupported global: GLOBAL _codecs.encode of {encoding!r}')
+    return text.encode(encoding)
+
+
+_PLAIN_DATA = {
+    '_codecs.encode': _latin1,
+    'builtins.bytearray': bytearray,
+    'builtins.complex': complex,
+    'builtins.set': set,
+    'collections.Counter': collections.Counter,
+}
+
+
+def _pickle_module(allowed: Mapping[str, Any]) -> types.SimpleNamespace:
+    """What torch.load takes for the module pickle: one that finds nothing but the allowed globals."""
+
+    class Unpickler(pickle._Unpickler):  # the one in Python, whose steps a subclass can replace
+        def find_class(self, module_name, name):
+            if self.proto < 3:  # Python 2's names
+                module_name, name = _compat_pickle.NAME_MAPPING.get((module_name, name), (module_name, name))
+                module_name = _compat_pickle.IMPORT_MAPPING.get(module_name, module_name)
+            full_name = f'{module_name}.{name}'
+            if full_name not in allowed:
+                raise pickle.UnpicklingError(f'Unsupported global: GLOBAL {full_name}')
+            return allowed[full_name]
+
+        def load_build(self):
+            if isinstance(self.stack[-2], (type, types.FunctionType, types.BuiltinFunctionType)):
+                raise pickle.UnpicklingError(f'Unsupported change of a global: GLOBAL {self.stack[-2].__qualname__}')
+            super().load_build()
+
+        dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+
+    def load(file, **options):
+        return Unpickler(file, **options).load()
+
+    return types.SimpleNamespace(__name__='pickle', Unpickler=Unpickler, load=load)

@@ -176,11 +176,36 @@ def _set_num_classes(node: object, count: int, where: str) -> list[str]:
         if name.endswith('head') and 'rpn' not in name and 'semantic' not in name:
             several = isinstance(value, (list, tuple))
             for i, head in enumerate(value if several else [value]):
-                if isinstance(head, dict) and _takes_num_classes(head):
+                if not isinstance(head, dict):
+                    continue
+                place = f'{where}.{name}{f"[{i}]" if several else ""}'
+                if 'num_things_classes' in head:
+                    keys += _set_num_things(head, count, place)
+                elif _takes_num_classes(head):
                     head['num_classes'] = count
-                    keys.append(f'{where}.{name}{f"[{i}]" if several else ""}.num_classes')
-                    keys += _reset_num_classes(head, count, keys[-1].removesuffix('.num_classes'))
+                    keys += [f'{place}.num_classes', *_reset_num_classes(head, count, place)]
         keys += _set_num_classes(value, count, f'{where}.{name}')
+    return keys
+
+
+def _set_num_things(head: ConfigDict, count: int, where: str) -> list[str]:
+    """Set the classes of a head of MaskFormer's kind: things, which are objects, beside stuff, which is background."""
+    if head.get('num_stuff_classes'):
+        raise UserError(
+            f'--classes: {where} also segments num_stuff_classes={head["num_stuff_classes"]} classes of background, '
+            'which a detection data set does not have: take the config of this model for instance segmentation'
+        )
+    before, head['num_things_classes'] = head['num_things_classes'], count
+    keys = [f'{where}.num_things_classes']
+    loss = head.get('loss_cls') or {}
+    weights = loss.get('class_weight')
+    if isinstance(weights, (list, tuple)) and len(weights) == before + 1:  # the last one is that of no object
+        if len(set(weights[:-1])) > 1:
+            raise UserError(
+                f'--classes: {where}.loss_cls.class_weight gives each of {before} classes a weight of its own: '
+                f'set it for {count} by --cfg-options'
+            )
+        loss['class_weight'] = [weights[0]] * count + [weights[-1]]
     return keys
 
 

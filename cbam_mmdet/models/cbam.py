@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cbam_mmdet.compat.torch import is_autocast_enabled
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.ops.functional import IMPLS, ORDERS, choose, implementation, not_covered
 from cbam_mmdet.ops.pools import CHANNEL_POOLS, channel_descriptor, spatial_descriptor
@@ -292,7 +293,7 @@ class CBAM(BaseModule):
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     # Entered only where there is one to leave: torch 2.4 cannot export the context manager.
-    if torch.is_autocast_enabled(device_type):
+    if is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

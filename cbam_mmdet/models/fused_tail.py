@@ -29,6 +29,7 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cbam_mmdet.compat.torch import is_compiling
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import CBAM, SpatialAttention
 from cbam_mmdet.models.plugins.apply_child import ApplyChild
@@ -148,7 +149,7 @@ def _has_fixed_statistics(norm: nn.Module) -> bool:
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return is_compiling() or torch.jit.is_tracing()
 
 
 def _is_dense(v: Tensor) -> bool:

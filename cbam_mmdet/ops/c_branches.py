@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
 
+from cbam_mmdet.compat.torch import has_global_hooks
 from cbam_mmdet.ops.c_passes import kernel, threads_for
 
 DTYPES = (torch.float32, torch.float64)
@@ -21,7 +21,7 @@ MOST_PRODUCTS = 2**22  # of the MLP on one thread; PyTorch shares more among its
 
 def _is_plain(module: nn.Module, cls: type[nn.Module], x: Tensor) -> bool:
     """Whether a call of the module is nothing but its class's forward, with parameters that C can read beside x."""
-    if type(module) is not cls or 'forward' in vars(module) or _has_any_global_hook():
+    if type(module) is not cls or 'forward' in vars(module) or has_global_hooks():
         return False
     if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
         return False

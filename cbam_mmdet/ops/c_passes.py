@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from cbam_mmdet.compat.torch import assume_constant_result
+from cbam_mmdet.compat.torch import assume_constant_result, is_compiling
 from cbam_mmdet.ops.passes import Passes, accumulate_dtype, as_operators, index_dtype
 
 DTYPES = {torch.float32: 'f32', torch.float64: 'f64', torch.bfloat16: 'bf16'}
@@ -55,7 +55,7 @@ def obstacle(x: Tensor) -> str | None:
         return 'needs OpenMP, whose threads do not live on in a forked process'
     if x.dtype not in DTYPES:
         return f'supports fp32, fp64 and bf16 on a CPU, not {x.dtype}'
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         if type(x) not in (Tensor, nn.Parameter):
             return f'supports tensors with memory of their own, not {type(x).__name__}'
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:

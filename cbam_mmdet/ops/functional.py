@@ -21,7 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from cbam_mmdet.compat.torch import assume_constant_result
+from cbam_mmdet.compat.torch import HAS_CUSTOM_OPERATORS, assume_constant_result, is_compiling
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.ops import c_branches, c_passes, torch_passes
 from cbam_mmdet.ops.branches import ChannelBranch, SpatialBranch
@@ -63,7 +63,7 @@ def choose(
         passes = _passes_for(x, chosen)
         if passes is not None:
             return functools.partial(_in_passes, passes=passes)
-    if leaves or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if leaves or is_compiling() or not torch.is_grad_enabled():
         return None
     return recompute
 
@@ -96,6 +96,8 @@ def implementation(
         obstacle = not_covered(channel, spatial, order) or c_passes.obstacle(x)
     else:
         obstacle = not_covered(channel, spatial, order) or _no_kernels(x.device) or distrust(x, warn=impl == 'auto')
+    if is_compiling() and not HAS_CUSTOM_OPERATORS:
+        obstacle = obstacle or 'needs torch 2.4 or later under torch.compile'
     if obstacle and impl == 'fused':
         raise UserError(f"CBAM: impl='fused' {obstacle}; impl='auto' takes the kernels wherever they support it")
     return 'eager' if obstacle else 'fused'
@@ -127,7 +129,7 @@ def _leaves_this_process() -> bool:
     # Not torch.compiler.is_exporting(), which torch.compile takes for True. Where torch cannot tell the two apart, a
     # compilation counts.
     exporting = getattr(torch.compiler, '_is_exporting_flag', None)
-    return torch.jit.is_tracing() or (torch.compiler.is_compiling() if exporting is None else exporting)
+    return torch.jit.is_tracing() or (is_compiling() if exporting is None else exporting)
 
 
 @assume_constant_result
@@ -154,7 +156,7 @@ def _passes_for(x: Tensor, chosen: str) -> Passes | None:
     kernels: ModuleType = torch_passes if chosen == 'eager' else c_passes
     if chosen == 'fused' and not _in_c(x):
         from cbam_mmdet.ops import triton_passes as kernels  # Triton is optional
-    return kernels.CUSTOM_OPERATORS if torch.compiler.is_compiling() else kernels.EAGER_FUNCTIONS
+    return kernels.CUSTOM_OPERATORS if is_compiling() else kernels.EAGER_FUNCTIONS  # None before torch 2.4
 
 
 def _in_passes(x: Tensor, channel: ChannelBranch, spatial: SpatialBranch, order: str, passes: Passes) -> Tensor:

@@ -34,6 +34,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from cbam_mmdet.compat.torch import HAS_CUSTOM_OPERATORS, is_compiling
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -175,7 +177,7 @@ def _like(g: Tensor, x: Tensor) -> Tensor:
 
 
 def refuse_second_derivatives() -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not is_compiling():
         raise RuntimeError(
             'CBAM computes first derivatives only, not gradients of gradients (create_graph=True): '
             'use cbam_mmdet.models.cbam.cbam_reference there'
@@ -192,11 +194,13 @@ SCHEMAS = dict(
 )
 
 
-def as_operators(passes: Passes, prefix: str) -> Passes:
+def as_operators(passes: Passes, prefix: str) -> Passes | None:
     """The same passes as custom operators `cbam_mmdet::{prefix}_{pass}`.
 
-    torch.compile takes these as they are, without a graph break.
+    torch.compile takes these as they are, without a graph break. None where torch has no custom operators.
     """
+    if not HAS_CUSTOM_OPERATORS:
+        return None
 
     def register(name):
         operator = torch.library.custom_op(

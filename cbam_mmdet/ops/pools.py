@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cbam_mmdet.compat.torch import is_compiling
 from cbam_mmdet.ops.passes import accumulate_dtype
 
 CHANNEL_POOLS = ('avg', 'max', 'lp', 'lse')
@@ -77,12 +78,12 @@ def _needs_first(with_argmax: bool) -> bool:
     The first gets the gradient, as in max pooling. amax shares it out, and takes a tenth of the time on a CPU. What is
     traced or exported is made without gradients, and may be trained.
     """
-    return with_argmax or torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return with_argmax or torch.is_grad_enabled() or torch.jit.is_tracing() or is_compiling()
 
 
 def _max_with_argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     """(N, C, H, W) -> maxima (N, C) and where they are among the pixels, (N, C, 1): the first of equals."""
-    if x.stride(1) == 1 and not torch.compiler.is_compiling():
+    if x.stride(1) == 1 and not is_compiling():
         # Channels-last: the same as max(2), which is 20 times slower on the CPU there. (Not for the other layout: its
         # kernel for half precision rounds the argmax themselves in torch 2.4.)
         value, argmax = F.adaptive_max_pool2d(x, 1, return_indices=True)

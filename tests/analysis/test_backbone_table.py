@@ -44,6 +44,8 @@ def give_usable_weights(backbone):
     for module in backbone.modules():
         if type(module).__name__ == 'TridentConv':  # memory as it was found
             nn.init.kaiming_uniform_(module.weight)
+        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():  # timm's branches start at 0, and hide CBAM
+            nn.init.ones_(module.weight)
         if hasattr(module, 'weight_gamma'):  # DetectoRS's convolutions overflow at the scale that they start with
             nn.init.constant_(module.weight_gamma, 0.05)
 

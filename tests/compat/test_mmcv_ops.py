@@ -5,6 +5,7 @@ All of them are reached as a user reaches them, through ``mmcv.ops``. The figure
 """
 
 import importlib.util
+import itertools
 import math
 import os
 import pkgutil
@@ -89,6 +90,19 @@ MASK, BIAS = rand(2, 12, 3, 8, seed=3), rand(6, seed=4)
 LOGITS = rand(6, 5, low=-3, high=3)
 WEIGHT = torch.tensor([0.5, 1, 2, 0.25, 1.5])
 
+LEVELS = torch.tensor([(3, 4), (2, 2)])  # height and width
+VALUE = rand(2, 3 * 4 + 2 * 2, 2, 3, low=-1, seed=5)
+# In steps that leave bilinear interpolation's kinks, at the pixels' centres, out; some places lie outside the image.
+PLACES = (rand(2, 5, 2, 2, 3, 2, low=-4, high=28, seed=6).floor() + 0.5) / 24
+
+
+def attention_case(value, places, weights):
+    levels = LEVELS.to(value.device)
+    starts = torch.tensor([0, 12], device=value.device)
+    function = ops.multi_scale_deform_attn.MultiScaleDeformableAttnFunction
+    return function.apply(value, levels, starts, places, weights, 64)
+
+
 #: name: (function of mmcv.ops, its differentiable inputs in float64)
 CASES = {
     'roi_align': (roi_align_case(2, True), [rand(2, 3, 8, 8)]),
@@ -109,6 +123,7 @@ CASES = {
     'deform_conv': (deform_case(), DEFORM),
     'modulated_deform_conv': (modulated_case, [*DEFORM, MASK]),
     'modulated_deform_conv_bias': (modulated_case, [*DEFORM, MASK, BIAS]),
+    'ms_deform_attn': (attention_case, [VALUE, PLACES, rand(2, 5, 2, 2, 3, seed=7)]),
 }
 
 
@@ -735,6 +750,21 @@ def test_deform_conv_under_autocast_is_near_float32(pack):
     assert model.weight.grad.dtype == torch.float32 and model.weight.grad.abs().sum() > 0
 
 
+def test_deformable_attention_equals_the_loop():
+    """Equation 3 of Deformable DETR, a sampled pixel at a time."""
+    weights = CASES['ms_deform_attn'][1][2]
+    expected = torch.zeros(2, 5, 2, 3).double()
+    for n, q, m, level, k in np.ndindex(*weights.shape):
+        height, width = LEVELS[level].tolist()
+        image = VALUE[n, [slice(0, 12), slice(12, 16)][level], m].reshape(height, width, 3)
+        x, y = (PLACES[n, q, m, level, k] * torch.tensor([width, height]) - 0.5).tolist()
+        for column, row in itertools.product((math.floor(x), math.floor(x) + 1), (math.floor(y), math.floor(y) + 1)):
+            if 0 <= column < width and 0 <= row < height:
+                share = (1 - abs(x - column)) * (1 - abs(y - row))
+                expected[n, q, m] += weights[n, q, m, level, k] * share * image[row, column]
+    torch.testing.assert_close(attention_case(VALUE, PLACES, weights), expected.flatten(2))
+
+
 def test_empty_inputs():
     boxes, scores = torch.zeros(0, 4), torch.zeros(0)
     for function in (ops.nms, ops.soft_nms):
@@ -808,6 +838,24 @@ def test_an_operator_that_is_not_served_says_so_when_called():
         ops.nms_rotated(dets, scores, 0.5)
     message = str(error.value)
     assert torch.__version__ in message and 'roi_align_forward' in message and 'MMCV_WITH_OPS=1 pip install' in message
+
+
+def test_layers_that_call_an_operator_which_is_not_served_are_found():
+    model = torch.nn.ModuleDict(
+        dict(
+            served=ops.DeformConv2dPack(4, 4, 3),
+            upsample=ops.CARAFEPack(4, 2),
+            attention=ops.MultiScaleDeformableAttention(8, 2),
+            corner=ops.CornerPool('top'),
+            mask=ops.MaskedConv2d(4, 4, 3),
+        )
+    )
+    found = mmcv_ops.unserved_layers(model)
+    assert list(found) == ['upsample', 'mask']
+    assert found['mask'] == ['masked_col2im_forward', 'masked_im2col_forward']
+    assert model.corner(torch.rand(1, 2, 4, 4)).shape == (1, 2, 4, 4), 'by torch'
+    with pytest.raises(mmcv_ops.OperatorError):
+        model.upsample(torch.rand(1, 4, 4, 4))
 
 
 def test_the_served_module_has_no_other_attributes():

@@ -320,17 +320,15 @@ def run_elsewhere(site_packages, cwd, code, *arguments):
 
 
 def test_mmdetections_own_train_and_test_run_our_config(shapes, tmp_path):
+    """A config of one's own over a shipped one, which neither program imports before it reads it."""
     options = options_for_mmdet(tmp_path / 'work', shapes)
-    train = [sys.executable, MMDET_TOOLS / 'train.py', DEMO, *options]
-    result = subprocess.run(list(map(str, train)), cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert re.search(r'coco/bbox_mAP: 0\.\d+', result.stdout)
-
+    own = tmp_path / 'own.py'
+    own.write_text("_base_ = 'cbam_mmdet::demo/faster_rcnn_cbam.py'\n")
     code = 'import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
-    test = [MMDET_TOOLS / 'test.py', DEMO, tmp_path / 'work/epoch_1.pth', *options]
-    result = run_elsewhere(enable(tmp_path), tmp_path, code, *test)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert re.search(r'coco/bbox_mAP: 0\.\d+', result.stdout)
+    for tool in (['train.py', own], ['test.py', own, tmp_path / 'work/epoch_1.pth']):
+        result = run_elsewhere(enable(tmp_path), tmp_path, code, MMDET_TOOLS / tool[0], *tool[1:], *options)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert re.search(r'coco/bbox_mAP: 0\.\d+', result.stdout)
 
 
 INFERENCER = """

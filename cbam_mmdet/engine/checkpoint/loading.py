@@ -16,6 +16,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from cbam_mmdet.compat.mmengine import checkpoints_loaded_by
+from cbam_mmdet.compat.torch import load_without_code
 from cbam_mmdet.engine.checkpoint.content import weights_of
 from cbam_mmdet.engine.checkpoint.keys import from_official, is_official
 from cbam_mmdet.errors import UserError
@@ -36,8 +37,9 @@ def load_checkpoint(path: str, map_location: str | torch.device | None = None, t
     """
     reason: Exception
     try:
-        with _harmless_globals():
-            return torch.load(path, map_location=map_location, weights_only=not trust)
+        if trust:
+            return torch.load(path, map_location=map_location, weights_only=False)
+        return load_without_code(path, map_location, _harmless_globals())
     except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, pickle.UnpicklingError) as error:
         reason = error
     except Exception as error:  # a damaged pickle may raise anything, and with trust the file's own code, too
@@ -96,23 +98,16 @@ def _translated(checkpoint: dict) -> dict:
     return dict(meta={}, state_dict=from_official(weights).state_dict)
 
 
-@contextlib.contextmanager
-def _harmless_globals() -> Iterator[None]:
-    """Allow the globals of MMEngine's checkpoints inside this context: those of NumPy's arrays, and HistoryBuffer."""
+def _harmless_globals() -> dict[str, Any]:
+    """What MMEngine's checkpoints name beside tensors: the parts of NumPy's arrays, and HistoryBuffer."""
     core = getattr(np, '_core', None) or np.core
-    # NumPy 1 and 2 pickle them under different module names, and a checkpoint may come from either.
-    allowed = [HistoryBuffer, np.ndarray, np.dtype, core.multiarray._reconstruct, core.multiarray.scalar]
-    allowed += [
-        type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.uint8, np.uint32, np.bool_)
-    ]
-    allowed += [_statistics_method]
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(allowed)
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+    kinds = np.float64, np.float32, np.int64, np.int32, np.uint8, np.uint32, np.bool_
+    allowed = [HistoryBuffer, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
+    named = {f'{cls.__module__}.{cls.__qualname__}': cls for cls in allowed}
+    # NumPy 1 and 2 pickle these under different module names, and a checkpoint may come from either.
+    for module in 'numpy.core.multiarray', 'numpy._core.multiarray':
+        named |= {f'{module}.{f.__name__}': f for f in (core.multiarray._reconstruct, core.multiarray.scalar)}
+    return named | {'builtins.getattr': _statistics_method}
 
 
 def _statistics_method(cls: type, name: str) -> Any:
@@ -120,7 +115,3 @@ def _statistics_method(cls: type, name: str) -> Any:
     if cls is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
         return getattr(cls, name)
     raise pickle.UnpicklingError(f'Unsupported global: GLOBAL builtins.getattr of {cls!r}, {name!r}')
-
-
-# A checkpoint refers to it by this name.
-_statistics_method.__module__, _statistics_method.__qualname__ = 'builtins', 'getattr'

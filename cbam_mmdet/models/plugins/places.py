@@ -31,6 +31,18 @@ PLACES: dict[str, list[list[str]]] = {
     'PyramidVisionTransformer': [[OUTPUTS]],
     'DenseNet': [['stages.*']],
     'InceptionV3': [['Mixed_*']],
+    # timm's networks differ in their modules alone: with features_only=True they are all of one class.
+    'TIMMBackbone': [
+        [f'timm_model.{pattern}' for pattern in patterns]
+        for patterns in (
+            BOTTLENECK,
+            BASIC_BLOCK,
+            ['repeat*.*.conv2d', 'block8.conv2d'],  # Inception-ResNet-v2; the convolutions have no norm
+            ['blocks*.**.ghost2'],  # GhostNet
+            ['blocks.*.*.bn3', 'blocks.0.*.bn2'],  # MobileNetV3, EfficientNet
+            ['stages*.**.blocks.*'],  # ConvNeXt
+        )
+    ],
 }
 
 
