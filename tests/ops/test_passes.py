@@ -133,14 +133,16 @@ def test_a_loss_on_the_maps_alone(impl):
     for branch in (module.channel, module.spatial):
         branch.activation.register_forward_hook(lambda _, __, out: maps.append(out))
 
-    def gradient(forward):
+    def gradient(forward, **options):
         maps.clear()
         forward(x.requires_grad_())
         c, s = maps
-        return torch.autograd.grad((c**2).sum() + (s**3).sum(), x)[0]
+        return torch.autograd.grad((c**2).sum() + (s**3).sum(), x, **options)[0]
 
     expected = gradient(lambda x: cbam_reference(x, module.channel, module.spatial))
     torch.testing.assert_close(gradient(module), expected)
+    with pytest.raises(RuntimeError, match='first derivatives only'):
+        gradient(module, create_graph=True)
 
 
 @pytest.mark.parametrize('impl', IMPLS)
