@@ -11,6 +11,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
 from cbam_mmdet.apis.runner import build_runner, check_splits, prepare
+from cbam_mmdet.compat.mmengine import scores_written_once
 from cbam_mmdet.datasets.image_folders import is_classifier
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint
 from cbam_mmdet.engine.checkpoint.loading import safe_loading
@@ -75,7 +76,7 @@ def test(
     model = cfg.model.module if tta else cfg.model
     if model.get('backbone'):
         model.backbone.init_cfg = None
-    with safe_loading(trust_checkpoint):
+    with safe_loading(trust_checkpoint), scores_written_once():
         runner = build_runner(cfg, [CheckpointFitHook(strict=True), CheckImagesHook()])
         if out:
             Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,19 @@ def state_dicts_loaded_by(function: Callable) -> Iterator[None]:
         yield
 
 
+@patch('mmengine.hooks.LoggerHook.after_test_epoch')
+def scores_written_once() -> Iterator[None]:
+    """Let the first process alone write the JSON of a test's scores.
+
+    MMEngine's LoggerHook writes it from every process to one file: the longer one's end may stay behind the other.
+    """
+    from mmengine.dist import master_only
+    from mmengine.hooks import LoggerHook
+
+    with replaced(LoggerHook, after_test_epoch=master_only(LoggerHook.after_test_epoch)):
+        yield
+
+
 @patch('hook.__class__')
 def hooks_of_class(hooks: Sequence, original: type, derived: type) -> Iterator[None]:
     """Make the hooks that are exactly of one class, of a Runner that is built, hooks of a class derived from it.

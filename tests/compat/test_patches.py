@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from mmengine import runner
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend, get_file_backend, io
 from mmengine.fileio.backends import registry_utils
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.runner import CheckpointLoader, checkpoint
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -63,6 +64,10 @@ CASES = {
         lambda: mmengine_patches.hooks_of_class([HOOK], CheckpointHook, DerivedHook),
         lambda: type(HOOK),
     ),
+    'mmengine.scores_written_once': (
+        mmengine_patches.scores_written_once,
+        lambda: vars(LoggerHook)['after_test_epoch'],
+    ),
     'torch.children_registered_with': (
         lambda: torch_patches.children_registered_with(nothing),
         lambda: list(torch_module._global_module_registration_hooks.values()),
@@ -105,6 +110,19 @@ def test_tools_leave_mmengine_as_it_was(run_tool, shapes, tmp_path):
     assert result.code == 0, result.err
     assert run_tool('test.py', DEMO, tmp_path, *tiny(tmp_path, shapes)).code == 0
     assert {name: state() for name, state in states.items()} == before
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_the_first_process_writes_the_scores(rank, tmp_path, monkeypatch):
+    """Both wrote one file: where the first had more digits, its last ones stayed behind the second's JSON."""
+    monkeypatch.setattr('mmengine.dist.utils.get_rank', lambda group=None: rank)
+    process = mock.MagicMock(log_dir=str(tmp_path))
+    process.log_processor.get_log_after_epoch.return_value = {'mAP': 0.25}, 'mAP: 0.25'
+    hook = LoggerHook()
+    hook.json_log_path = 'scores.json'
+    with mmengine_patches.scores_written_once():
+        hook.after_test_epoch(process)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"mAP": 0.25}'] * (rank == 0)
 
 
 def test_what_others_set_meanwhile_is_kept():
