@@ -16,7 +16,7 @@ from cbam_mmdet.ops.c_passes import kernel, threads_for
 
 DTYPES = (torch.float32, torch.float64)
 LONGEST_KERNEL = 31  # LONGEST in cpu_kernels.c
-MOST_PRODUCTS = 2**22  # of the MLP on one thread; PyTorch shares more among its own
+MOST_ROWS = 8  # of the MLP's descriptor, four images: for more, PyTorch's matrix products read the weights fewer times
 
 
 def _is_plain(module: nn.Module, cls: type[nn.Module], x: Tensor) -> bool:
@@ -37,7 +37,7 @@ def sum_of_mlp(descriptor: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
         all(_is_plain(layer, nn.Linear, descriptor) and layer.bias is not None for layer in (fc1, fc2))
         and fc1.weight.shape == fc2.weight.shape[::-1]
         and fc1.weight.shape[1] == descriptor.shape[2]
-        and descriptor.shape[0] * descriptor.shape[1] * fc1.weight.numel() <= MOST_PRODUCTS
+        and descriptor.shape[0] * descriptor.shape[1] <= MOST_ROWS
     )
     if not supported:
         return fc2(torch.relu(fc1(descriptor))).sum(1)

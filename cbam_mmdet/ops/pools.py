@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cbam_mmdet.compat.torch import is_compiling
-from cbam_mmdet.ops.passes import accumulate_dtype
+from cbam_mmdet.ops.passes import accumulate_dtype, index_dtype
 
 CHANNEL_POOLS = ('avg', 'max', 'lp', 'lse')
 
@@ -68,7 +68,7 @@ def pool_channels(u: Tensor, reduce_weight: Tensor | None, with_argmax: bool = T
     else:
         value, argmax = u.amax(1, keepdim=True), None
     if with_argmax:
-        argmax = argmax.to(torch.int16 if u.shape[1] <= torch.iinfo(torch.int16).max else torch.int32)
+        argmax = argmax.to(index_dtype(u.shape[1]))
     return torch.cat([value.to(dtype), _mean(u, 1).unsqueeze(1)], dim=1), argmax
 
 

@@ -26,10 +26,10 @@ from cbam_mmdet.ops.functional import INTERPRETED
 
 
 def run(forward, module, x, grad):
-    """The output, and the gradients of x and of the parameters."""
+    """The output, and the gradients of x and of the parameters that are not frozen."""
     x = x.detach().requires_grad_()
     y = forward(x)
-    return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], grad)]
+    return [y.detach(), *torch.autograd.grad(y, [x, *(p for p in module.parameters() if p.requires_grad)], grad)]
 
 
 def both(x, grad, impl, training=True, **options):
@@ -231,6 +231,22 @@ def test_mlp_equals_pytorchs(images, pools, channels, units, dtype):
     ours = run(lambda d: c_branches.sum_of_mlp(d, *layers), layers, descriptor, grad)
     truth = run(lambda d: exact[1](exact[0](d).relu()).sum(1), exact, descriptor.double(), grad.double())
     assert_near(ours, truth, dtype)
+
+
+@pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('images', [c_branches.MOST_ROWS // 2, c_branches.MOST_ROWS // 2 + 1])
+def test_mlp_of_many_rows_or_without_bias_is_left_to_pytorch(images, bias):
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList([torch.nn.Linear(6, 3, bias), torch.nn.Linear(3, 6, bias)])
+    layers[0].requires_grad_(False)
+    descriptor, grad = torch.randn(images, 2, 6), torch.randn(images, 6)
+    in_c = '_SumOfMLP' in type(c_branches.sum_of_mlp(descriptor, *layers).grad_fn).__name__
+    assert in_c == (bias and 2 * images <= c_branches.MOST_ROWS)
+    ours = run(lambda d: c_branches.sum_of_mlp(d, *layers), layers, descriptor, grad)
+    exact = copy.deepcopy(layers).double()
+    truth = run(lambda d: exact[1](exact[0](d).relu()).sum(1), exact, descriptor.double(), grad.double())
+    assert_near(ours, truth, torch.float32)
 
 
 @pytest.mark.skipif(bool(NO_LIBRARY), reason=str(NO_LIBRARY))
