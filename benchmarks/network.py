@@ -10,8 +10,9 @@ in plain PyTorch (`textbook`, plain_cbam.py), torch.compile of these, timm's Cba
 CBAM: `ours` as it chooses, `eager` without kernels, and on a GPU `fused tail` where blocks have one.
 
 Times are medians of rounds that alternate between the contenders. `added` is what a contender takes beyond plain in the
-same round, as a share of plain; `of textbook` is that as a share of what textbook takes beyond plain. Milliseconds
-belong to one machine, the shares less so. On a CPU an image of a training step has half the size by default.
+same round, as a share of plain, with its quartiles over the rounds; `of textbook` is that as a share of what textbook
+takes beyond plain. Milliseconds belong to one machine, the shares less so. On a CPU an image of a training step has
+half the size by default.
 """
 
 import argparse
@@ -169,15 +170,17 @@ def measure(case: dict, names: list[str], args: argparse.Namespace) -> list[dict
             runs[name](*batch)
             if i >= 2:  # the first two rounds are a warm-up
                 times[name].append(1e3 * (time.perf_counter() - start))
-    added = {
-        name: statistics.median(b - a for a, b in zip(times['plain'], values, strict=True))
+    plain = statistics.median(times['plain'])
+    shares = {
+        name: [100 * (b - a) / plain for a, b in zip(times['plain'], values, strict=True)]
         for name, values in times.items()
     }
-    plain = statistics.median(times['plain'])
+    added = {name: statistics.median(values) for name, values in shares.items()}
     rows = []
     for name, run in runs.items():
         row = dict(case, size=f'{tuple(batch[0].shape)}', what=name, ms=round(statistics.median(times[name]), 1))
-        row['added_percent'] = round(100 * added[name] / plain, 1)
+        low, _, high = statistics.quantiles(shares[name]) if len(shares[name]) > 1 else 3 * shares[name]
+        row |= dict(added_percent=round(added[name], 1), quartiles=f'{low:.1f} to {high:.1f}')
         row['of_textbook'] = round(added[name] / added['textbook'], 2) if added.get('textbook') else None
         if args.device == 'cuda':
             torch.cuda.reset_peak_memory_stats()
