@@ -63,6 +63,7 @@ class UnitSigmoid(nn.Module):
 
 
 GATES = {'sigmoid': nn.Sigmoid, 'unit': UnitSigmoid}
+UPPER = {nn.Sigmoid: 1.0, UnitSigmoid: 2.0}  # what the gate's values do not reach
 
 
 class ChannelAttention(nn.Module):
@@ -104,6 +105,11 @@ class ChannelAttention(nn.Module):
             descriptor = descriptor.to(self.fc1.weight.dtype)
             z = self.fc2(F.relu(self.fc1(descriptor))).sum(1) if mlp is None else mlp(descriptor, self.fc1, self.fc2)
             return self.activation(z)
+
+    @property
+    def upper(self) -> float | None:
+        """What the map's values do not reach; None where a subclass or another activation computes them."""
+        return UPPER.get(type(self.activation)) if type(self) is ChannelAttention else None
 
     def map_parameters(self) -> list[nn.Parameter]:
         """The parameters between descriptor and map: here, all."""
@@ -161,6 +167,11 @@ class SpatialAttention(nn.Module):
         if isinstance(bn, _BatchNorm) and not waits and bn.training and bn.track_running_stats and z.numel() == 1:
             return F.batch_norm(z, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
         return bn(z)
+
+    @property
+    def upper(self) -> float | None:
+        """As in :class:`ChannelAttention`."""
+        return UPPER.get(type(self.activation)) if type(self) is SpatialAttention else None
 
     @property
     def reduce_weight(self) -> Tensor | None:

@@ -9,9 +9,18 @@ from torch import Tensor, nn
 
 
 class ChannelBranch(Protocol):
-    """M_c: from a descriptor of the channels to a map over them."""
+    """M_c: from a descriptor of the channels to a map over them.
+
+    Where the map is upper * sigmoid(fc2(relu(fc1(descriptor))).sum(1)), `upper` is 1 or 2; otherwise it is None.
+    """
 
     pools: tuple[str, ...]
+    fc1: nn.Linear
+    fc2: nn.Linear
+    activation: nn.Module
+
+    @property
+    def upper(self) -> float | None: ...
 
     def map_of(self, descriptor: Tensor) -> Tensor:
         """(N, K, C) -> (N, C, 1, 1)."""
@@ -27,7 +36,17 @@ class ChannelBranch(Protocol):
 
 
 class SpatialBranch(Protocol):
-    """M_s: from a descriptor of the pixels to a map over them."""
+    """M_s: from a descriptor of the pixels to a map over them.
+
+    Where the map is upper * sigmoid(bn(conv(descriptor))), `upper` is 1 or 2; otherwise it is None.
+    """
+
+    conv: nn.Conv2d
+    bn: nn.Module | None
+    activation: nn.Module
+
+    @property
+    def upper(self) -> float | None: ...
 
     @property
     def reduce_weight(self) -> Tensor | None:

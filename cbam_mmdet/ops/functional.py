@@ -4,6 +4,7 @@ Plain PyTorch keeps `x * channel_map` for the backward pass, a second copy of th
 The ways here keep x alone, which its producer keeps anyway, and compute the rest again from the two small maps:
 
     passes.py     the paper's module in six passes over memory, by c_passes.py, triton_passes.py or torch_passes.py
+    c_cbam.py     the same by c_passes.py, in one autograd function
     variants.py   every variant of it, by one autograd function of PyTorch's operators
 
 Notation: x is (N, C, H, W) and P = H * W. A *descriptor* is what the pools leave of x: (N, K, C) for K channel pools,
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from cbam_mmdet.compat.torch import HAS_CUSTOM_OPERATORS, assume_constant_result, is_compiling
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.ops import c_branches, c_passes, torch_passes
+from cbam_mmdet.ops import c_branches, c_cbam, c_passes, torch_passes
 from cbam_mmdet.ops.branches import ChannelBranch, SpatialBranch
 from cbam_mmdet.ops.passes import Passes, apply, as_map
 from cbam_mmdet.ops.self_test import kernels_obstacle
@@ -166,6 +167,10 @@ def _in_passes(x: Tensor, channel: ChannelBranch, spatial: SpatialBranch, order:
     4.4 % of a bf16 x of 256 channels at most, and 17 % of one of 64. An x with gaps between its elements (a slice of
     another tensor) is copied, and the copy kept.
     """
+    if passes is c_passes.EAGER_FUNCTIONS and torch.is_grad_enabled():
+        layers = c_cbam.layers_for(x, channel, spatial)
+        if layers is not None:
+            return c_cbam.apply(x, layers)
     pixels = x.flatten(2)
     if not pixels.is_contiguous() and not pixels.transpose(1, 2).is_contiguous():
         pixels = pixels.contiguous()

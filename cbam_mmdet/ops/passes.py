@@ -159,7 +159,7 @@ class _Refine(Function):
     def backward(ctx, g):
         refuse_second_derivatives()
         x, s, *kept = ctx.saved_tensors
-        g = _like(g, x)
+        g = like_strides(g, x)
         ds, *gradients = ctx.passes.backward_maps(g, x, s, *kept)
         if ctx.passes.has_tail:
             g = gradients[-1]  # behind ReLU: the identity's gradient, too
@@ -171,7 +171,7 @@ def _carrier(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     return x.new_empty_strided(shape, (0,) * len(shape), dtype=dtype)
 
 
-def _like(g: Tensor, x: Tensor) -> Tensor:
+def like_strides(g: Tensor, x: Tensor) -> Tensor:
     """g in x's strides."""
     return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
 
