@@ -21,6 +21,10 @@ from cbam_mmdet.compat.patches import patch, replaced_items
 # torch.compile takes such operators as they are. Before torch 2.4 there are none.
 HAS_CUSTOM_OPERATORS = hasattr(torch.library, 'custom_op')
 
+# What torch.load(weights_only=True) may build beside tensors, by full name. Before torch 2.6 there is no such list, or
+# one without names, and before 2.4 it builds nothing else.
+HAS_SAFE_GLOBALS = torch.__version__ >= (2, 6)
+
 if hasattr(torch.compiler, 'is_compiling'):
     is_compiling = torch.compiler.is_compiling
 else:  # before torch 2.3
@@ -36,8 +40,12 @@ def is_autocast_enabled(device_type: str) -> bool:
 
 def has_global_hooks() -> bool:
     """Whether there are hooks that all modules call. torch's own function for that has come with 2.2."""
-    kinds = 'forward', 'forward_pre', 'backward', 'backward_pre'
-    return any(getattr(torch_module, f'_global_{kind}_hooks') for kind in kinds)
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 @patch('torch.nn.modules.module._global_module_registration_hooks')
@@ -81,11 +89,10 @@ def load_without_code(path: str, map_location: str | torch.device | None, allowe
     Raises:
         pickle.UnpicklingError: if the file names anything else, with the words 'GLOBAL {name}'. Nothing of it was run.
     """
-    if torch.__version__ >= (2, 6):
+    if HAS_SAFE_GLOBALS:
         with torch.serialization.safe_globals([(value, name) for name, value in allowed.items()]):
             return torch.load(path, map_location=map_location, weights_only=True)
-    # Before torch 2.6 there is no such list, or one without names, and before 2.4 torch builds nothing but tensors.
-    # (In 2.1 torch.load hands TorchScript's archives to torch.jit.)
+    # In torch 2.1 torch.load hands TorchScript's archives to torch.jit.
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(PurePosixPath(name).name == 'constants.pkl' for name in archive.namelist()):

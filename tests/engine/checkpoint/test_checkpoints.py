@@ -1,5 +1,6 @@
 """Checkpoints that survive a kill and run no code."""
 
+import collections
 import contextlib
 import errno
 import itertools
@@ -21,6 +22,7 @@ from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import save_checkpoint
 
+import cbam_mmdet.compat.torch as torch_parts
 from cbam_mmdet.compat.mmengine import local_files_written_by
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint, newest_checkpoint
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint, safe_loading
@@ -39,6 +41,16 @@ class Asks:
         return getattr, self.args
 
 
+class Calls:
+    """Unpickled, it calls this function."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __reduce__(self):
+        return self.function, ('x',)
+
+
 @pytest.fixture
 def evil(trained, tmp_path):
     """A checkpoint that fits the demo's detector, and writes a file when it is unpickled."""
@@ -46,6 +58,12 @@ def evil(trained, tmp_path):
     checkpoint['meta']['extra'] = WritesAFile(tmp_path / 'written')
     torch.save(checkpoint, tmp_path / 'evil.pth')
     return tmp_path / 'evil.pth'
+
+
+@pytest.fixture(params=[torch_parts.HAS_SAFE_GLOBALS, False], ids=['by torch', 'without torch'])
+def either_way(request, monkeypatch):
+    """As this torch loads tensors and plain data, and as one before 2.6 must."""
+    monkeypatch.setattr(torch_parts, 'HAS_SAFE_GLOBALS', request.param)
 
 
 # Safe
@@ -142,10 +160,48 @@ def test_trust_checkpoint_loads_it_all_the_same(run_tool, evil, shapes, tmp_path
     assert (tmp_path / 'written').read_text() == 'code ran'
 
 
+@pytest.mark.parametrize('function', [os.system, eval, print, np.load, torch.load, torch.jit.load, exec, setattr])
+@pytest.mark.parametrize('zipped', [True, False])
+def test_functions_are_refused(function, zipped, tmp_path, either_way):
+    torch.save(dict(x=Calls(function)), tmp_path / 'a.pth', _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=f'it names .*{function.__name__}'):
+        load_checkpoint(tmp_path / 'a.pth')
+
+
+def test_a_class_is_not_changed(tmp_path, either_way):
+    """A pickle may set attributes of what it names, also of a class that it may name."""
+    name = b'c' + HistoryBuffer.__module__.encode() + b'\nHistoryBuffer\n'
+    content = b'\x80\x02' + name + b'}X\x04\x00\x00\x00evilK\x01sb.'
+    with zipfile.ZipFile(tmp_path / 'a.pth', 'w') as archive:
+        archive.writestr('a/data.pkl', content)
+        archive.writestr('a/version', '3\n')
+    with pytest.raises(UserError):
+        load_checkpoint(tmp_path / 'a.pth')
+    assert not hasattr(HistoryBuffer, 'evil')
+
+
+def test_a_program_of_torchscript_is_refused(tmp_path, either_way):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / 'a.pth')
+    with pytest.raises(UserError):
+        load_checkpoint(tmp_path / 'a.pth')
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize('value', [
+    torch.nn.Parameter(torch.arange(3.0)), torch.arange(6).view(2, 3).T, torch.tensor([1, 2], dtype=torch.bfloat16),
+    np.float64(0.1), np.arange(3), np.array([True]), {1, 2}, b'bytes', 2j, torch.Size([1, 2]), torch.float16,
+    torch.device('cpu'), collections.OrderedDict(a=1), collections.Counter('aab'), None, 2**70,
+], ids=repr)  # fmt: skip
+def test_plain_data_comes_back(value, zipped, tmp_path, either_way):
+    torch.save(dict(x=value), tmp_path / 'a.pth', _use_new_zipfile_serialization=zipped)
+    loaded = load_checkpoint(tmp_path / 'a.pth')['x']
+    assert type(loaded) is type(value) and repr(loaded) == repr(value)
+
+
 @pytest.mark.parametrize(
     'args', [(HistoryBuffer, '__init__'), (HistoryBuffer, '__globals__'), (HistoryBuffer, 'register_statistics')]
 )
-def test_getattr_reaches_only_the_statistics(tmp_path, args):
+def test_getattr_reaches_only_the_statistics(tmp_path, args, either_way):
     torch.save(dict(x=Asks(*args)), tmp_path / 'a.pth')
     with pytest.raises(UserError, match='holds more than'):
         load_checkpoint(tmp_path / 'a.pth')
@@ -158,7 +214,7 @@ def test_loading_leaves_torch_as_strict_as_it_was(trained, tmp_path):
         torch.load(tmp_path / 'a.pth', weights_only=True)
 
 
-def test_a_runs_own_checkpoint_loads_whole(trained):
+def test_a_runs_own_checkpoint_loads_whole(trained, either_way):
     """With the state of the optimizer and the histories of the logs, equal to what full unpickling gives."""
     path = trained / 'epoch_1.pth'
     safe, full = load_checkpoint(path), torch.load(path, weights_only=False)
