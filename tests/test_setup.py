@@ -102,3 +102,50 @@ def test_a_library_that_does_not_fit_is_refused(tmp_path):
     for file in HERE.glob('_cpu_kernels*'):
         (broken / file.name).write_bytes(b'no library')
     assert c_passes.load_from(broken)[1].startswith('cannot be loaded: ')
+
+
+def interpreter(path, *version):
+    """A Python that says it is of that version, and that cannot make a virtual environment."""
+    path.parent.mkdir(exist_ok=True)
+    run = f"import sys; sys.version_info = ({', '.join(map(str, version))}, 0, 'final', 0); exec(sys.argv[1])"
+    path.write_text(
+        f'#!/bin/sh\ncase $1 in\n--version) echo Python {".".join(map(str, version))}.0 ;;\n'
+        f'-c) exec {sys.executable} -c "{run}" "$2" ;;\n*) echo no venv in $0; exit 1 ;;\nesac\n'
+    )
+    path.chmod(0o755)
+
+
+def set_up(folder, **environment):
+    """What tools/setup_env.sh says with the interpreters of this folder alone."""
+    for tool in ('sh', 'bash', 'head', 'tail', 'rm', 'grep'):
+        (folder / 'bin').mkdir(exist_ok=True)
+        (folder / 'bin' / tool).symlink_to(shutil.which(tool))
+    script = ['bash', str(ROOT / 'tools/setup_env.sh'), str(folder / 'venv')]
+    done = subprocess.run(script, env={'PATH': str(folder / 'bin'), **environment}, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ('installed', 'chosen'),
+    [
+        ({'python3': (3, 13), 'python3.10': (3, 10)}, 'python3'),
+        ({'python3': (3, 14), 'python3.12': (3, 12)}, 'python3.12'),  # has been tried
+        ({'python3': (3, 14)}, 'python3'),  # may work
+        ({'python3': (3, 9), 'python3.11': (3, 11)}, 'python3.11'),
+    ],
+)
+def test_an_interpreter_that_was_tried_is_preferred(installed, chosen, tmp_path):
+    for name, version in installed.items():
+        interpreter(tmp_path / 'bin' / name, *version)
+    assert f'no venv in {tmp_path}/bin/{chosen}\n' in set_up(tmp_path)
+
+
+@pytest.mark.parametrize('chosen', [None, 'python3.8'])
+def test_an_old_interpreter_is_refused(chosen, tmp_path):
+    interpreter(tmp_path / 'bin/python3', 3, 9)
+    interpreter(tmp_path / 'bin/python3.8', 3, 8)
+    said = set_up(tmp_path, **({'PYTHON': chosen} if chosen else {}))
+    found = '3.8' if chosen else '3.9'
+    assert said.startswith(f'error: Python 3.10, 3.11, 3.12 or 3.13 is needed, found Python {found}.0.')
+    assert 'make PYTHON=' in said

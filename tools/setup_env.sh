@@ -8,24 +8,29 @@ venv=${1:?usage: setup_env.sh VENV [--lock | --stack FILE]}
 
 die() { echo "error: $*" >&2; exit 2; }
 
-supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+# Whether the interpreter $1 is of a version from $2 to $3.
+is() { "$1" -c "import sys; sys.exit(not ($2) <= sys.version_info[:2] <= ($3))" 2>/dev/null; }
+tried() { is "$1" '3, 10' '3, 13'; }
+newer() { is "$1" '3, 14' '3, 99'; }  # may work: it is taken where there is no other
 
-# PYTHON=... chooses; otherwise the first one of these that is in 3.10-3.12.
+# PYTHON=... chooses; otherwise the first one of these that has been tried, else the first that is newer.
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3 python python3.12 python3.11 python3.10}; do
-        if supported "$candidate"; then echo "$candidate"; return 0; fi
+    local fits candidate
+    for fits in tried newer; do
+        for candidate in ${PYTHON:-python3 python python3.13 python3.12 python3.11 python3.10}; do
+            if "$fits" "$candidate"; then echo "$candidate"; return 0; fi
+        done
     done
     return 1
 }
 
-if [ -x "$venv/bin/python" ] && ! supported "$venv/bin/python"; then
-    die "$venv is an environment of $("$venv/bin/python" --version 2>&1 | head -n 1);" \
-        "Python 3.10, 3.11 or 3.12 is needed." \
+needed='Python 3.10, 3.11, 3.12 or 3.13 is needed'
+if [ -x "$venv/bin/python" ] && ! tried "$venv/bin/python" && ! newer "$venv/bin/python"; then
+    die "$venv is an environment of $("$venv/bin/python" --version 2>&1 | head -n 1); $needed." \
         "Remove $venv or move it away."
 fi
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then  # not there, or half made by a run that failed
-    python=$(find_python) || die "Python 3.10, 3.11 or 3.12 is needed," \
+    python=$(find_python) || die "$needed," \
         "found $(${PYTHON:-python3} --version 2>&1 | head -n 1)." \
         "Install one and say which: make PYTHON=/path/to/python3.11 ..."
     rm -rf "$venv"
@@ -62,11 +67,17 @@ if [ "${2:-}" = --stack ]; then
     exit
 fi
 
-echo "Installing the pinned stack into $venv" \
-    "(about 3 GB to fetch, most of it PyTorch's CUDA libraries; no compiler is needed) ..."
+size="about 3 GB to fetch, most of it PyTorch's CUDA libraries"
+if [ "${UV_TORCH_BACKEND:-}" = cpu ]; then size='PyTorch without CUDA'; fi
+echo "Installing the pinned stack into $venv ($size; no compiler is needed) ..."
 "$uv" pip install --python "$venv/bin/python" --constraint constraints.txt --override overrides.txt \
-    --editable '.[mmdet,backbones,fast-eval,explain,docs,dev]' ||
+    --editable '.[mmdet,backbones,fast-eval,explain,docs,dev]' || {
+    if ! tried "$venv/bin/python"; then
+        die "the installation failed; the lines above say why." \
+            "$("$venv/bin/python" --version) has not been tried: remove $venv, and say make PYTHON=python3.13 ..."
+    fi
     die "the installation failed; the lines above say why." \
         "Check the network and the free disk space (7 GB), then run make again."
+}
 
 "$venv/bin/python" tools/serve_mmcv_ops.py || die "mmcv's operators cannot be served; the lines above say why."
