@@ -1,6 +1,7 @@
 """The tools do what their help says, on a tiny data set."""
 
 import json
+import sys
 from pathlib import Path
 
 import cv2
@@ -10,6 +11,8 @@ from coco_records import coco_records
 from conftest import DEMO, ROOT, tiny
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+SERVED = getattr(sys.modules['mmcv._ext'].__spec__, 'origin', None) == 'cbam_mmdet.compat.mmcv_ops'
 
 
 def test_train_writes_a_checkpoint_and_a_log(trained):
@@ -37,6 +40,14 @@ def test_resume_goes_on_where_it_stopped(run_tool, shapes, tmp_path):
     assert result.code == 0
     assert 'resumed epoch: 1' in result.out + result.err
     assert (tmp_path / 'epoch_2.pth').is_file()
+
+
+@pytest.mark.skipif(not SERVED, reason='mmcv has its compiled operators here')
+def test_train_warns_of_a_layer_whose_operator_is_not_served(run_tool, shapes, tmp_path):
+    result = run_tool('train.py', DEMO, *tiny(tmp_path, shapes, 'model.neck.type=FPN_CARAFE'))
+    said = result.out + result.err
+    assert result.code != 0 and 'Traceback' not in said, said[-3000:]
+    assert said.index('is a layer of mmcv.ops whose operators (carafe') < said.index("'carafe_forward' needs a compiled")
 
 
 def test_auto_scale_lr(run_tool, shapes, tmp_path):
