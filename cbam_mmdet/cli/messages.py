@@ -129,7 +129,7 @@ def _channels_that_do_not_fit(error: BaseException) -> str | None:
 
 
 def _out_of_memory(error: BaseException) -> str | None:
-    if not isinstance(error, torch.OutOfMemoryError):
+    if not isinstance(error, torch.cuda.OutOfMemoryError):
         return None
     return (
         f'the GPU has no memory left ({str(error).split(". ")[0]}). Lower train_dataloader.batch_size (and the '

@@ -90,16 +90,16 @@ def served_operators() -> Iterator[None]:
     mmcv = importlib.import_module('mmcv')
     module = importlib.util.module_from_spec(ModuleSpec(EXTENSION, _Loader(), origin=__name__))
     module.__spec__.loader.exec_module(module)
-    modules = sys.modules  # when Python ends, the name `sys` may be gone before this generator is
-    before = modules.get(EXTENSION)
-    modules[EXTENSION] = module
+    modules, name = sys.modules, EXTENSION  # when Python ends, globals may be gone before this generator is
+    before = modules.get(name)
+    modules[name] = module
     try:
         with replaced(mmcv, _ext=module):
             yield
     finally:
-        del modules[EXTENSION]
+        modules.pop(name, None)  # at the end of Python there may be none any more
         if before is not None:
-            modules[EXTENSION] = before
+            modules[name] = before
 
 
 class _Loader(importlib.abc.Loader):

@@ -114,6 +114,7 @@ _PLAIN_DATA = {
     'builtins.complex': complex,
     'builtins.set': set,
     'collections.Counter': collections.Counter,
+    'torch.device': torch.device,
 }
 
 

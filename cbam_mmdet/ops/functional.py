@@ -93,12 +93,13 @@ def implementation(
     """
     if impl == 'eager' or (impl == 'auto' and not _in_c(x) and x.device.type not in TRITON_DEVICES):
         return 'eager'
-    if _in_c(x):
-        obstacle = not_covered(channel, spatial, order) or c_passes.obstacle(x)
-    else:
-        obstacle = not_covered(channel, spatial, order) or _no_kernels(x.device) or distrust(x, warn=impl == 'auto')
+    obstacle = not_covered(channel, spatial, order)
     if is_compiling() and not HAS_CUSTOM_OPERATORS:
         obstacle = obstacle or 'needs torch 2.4 or later under torch.compile'
+    elif _in_c(x):
+        obstacle = obstacle or c_passes.obstacle(x)
+    else:
+        obstacle = obstacle or _no_kernels(x.device) or distrust(x, warn=impl == 'auto')
     if obstacle and impl == 'fused':
         raise UserError(f"CBAM: impl='fused' {obstacle}; impl='auto' takes the kernels wherever they support it")
     return 'eager' if obstacle else 'fused'
