@@ -100,7 +100,7 @@ def _translated(checkpoint: dict) -> dict:
 
 def _harmless_globals() -> dict[str, Any]:
     """What MMEngine's checkpoints name beside tensors: the parts of NumPy's arrays, and HistoryBuffer."""
-    core = np.core if np.__version__.startswith('1.') else np._core
+    core = getattr(np, 'core' if np.__version__.startswith('1.') else '_core')
     kinds = np.float64, np.float32, np.int64, np.int32, np.uint8, np.uint32, np.bool_
     allowed = [HistoryBuffer, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
     named = {f'{cls.__module__}.{cls.__qualname__}': cls for cls in allowed}
