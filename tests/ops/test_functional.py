@@ -24,6 +24,18 @@ VARIANTS = list(
 STAGES = [(256, 50, 84), (512, 25, 42), (1024, 25, 42), (2048, 13, 21)]  # R-50's stages, at half of 800x1333 and below
 
 
+def convolves(dtype):
+    try:
+        torch.nn.functional.conv2d(torch.ones(1, 1, 1, 1, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype))
+    except RuntimeError:
+        return False
+    return True
+
+
+NO_FP16 = pytest.mark.skipif(not convolves(torch.float16), reason='this torch has no fp16 convolution on a CPU')
+HALVES = [torch.bfloat16, pytest.param(torch.float16, marks=NO_FP16)]
+
+
 def gradients(module, x, grad):
     x = x.detach().requires_grad_()
     return torch.autograd.grad(module(x), [x, *module.parameters()], grad)
@@ -95,7 +107,7 @@ def test_plain_pytorch_saves_more_than_the_input():
     assert saved_share(PlainCBAM(256), x) > 1
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', HALVES)
 def test_half_precision_is_as_exact_as_plain_pytorch(dtype):
     """By the median of nine draws: in half precision near maxima tie; which one gets the gradient is luck for both."""
     errors = []
@@ -121,7 +133,7 @@ def relative_error(value, truth):
     return ((value.double() - truth).abs().max() / truth.abs().max()).item()
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', HALVES)
 def test_autocast_changes_nothing_of_the_small_parts(dtype):
     module = CBAM(32)
     x = torch.randn(2, 32, 6, 6).to(dtype)
@@ -132,7 +144,7 @@ def test_autocast_changes_nothing_of_the_small_parts(dtype):
     assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('half', HALVES)
 def test_a_module_in_half_precision(half):
     module = CBAM(32).eval()
     x = torch.randn(2, 32, 6, 6)
@@ -255,6 +267,7 @@ def test_compile_without_graph_break(order):
         torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 2), reason='before torch 2.2 there is no torch.export.Dim')
 @pytest.mark.parametrize('spatial', ['pool', 'conv', None])
 def test_export(spatial):
     module = CBAM(8, spatial=spatial).eval()
