@@ -94,7 +94,8 @@ class _CBAM(Function):
         s = _gate(norm.forward(z, bn_weight, bn_bias), layers.upper).flatten(1)
         y = PASSES.refine(x, s, c)
         ctx.upper, ctx.norm, ctx.has_bias, ctx.shape = layers.upper, norm, conv_bias is not None, (height, width)
-        tensors = x, i, j, c, s, planes, z, conv_weight, bn_weight, *norm.tensors, *kept_mlp, w1, b1, w2, b2
+        kept_z = None if layers.bn is None else z
+        tensors = x, i, j, c, s, planes, kept_z, conv_weight, bn_weight, *norm.tensors, *kept_mlp, w1, b1, w2, b2
         ctx.save_for_backward(*tensors)
         return torch.ops.aten._unsafe_view(y, (*y.shape[:2], height, width))  # no view, as in passes.as_map
 
@@ -105,9 +106,8 @@ class _CBAM(Function):
         norm_tensors, mlp_tensors = rest[:4], rest[4:]
         g = like_strides(g.flatten(2), x)
         ds, dc = PASSES.backward_maps(g, x, s, c)
-        dz, dbn_weight, dbn_bias = ctx.norm.backward(
-            _gate_backward(ds, s, ctx.upper).view_as(z), z, bn_weight, norm_tensors
-        )
+        dn = _gate_backward(ds, s, ctx.upper).unflatten(1, ctx.shape).unsqueeze(1)
+        dz, dbn_weight, dbn_bias = ctx.norm.backward(dn, z, bn_weight, norm_tensors)
         dplanes = convolution_backward(dz, conv_weight).flatten(2)
         dconv_weight = convolution_backward_weight(dz, planes, conv_weight) if ctx.needs_input_grad[6] else None
         dconv_bias = dz.sum().view(1) if ctx.has_bias else None
@@ -157,7 +157,7 @@ class _Norm:
         self.bn = None  # the graph keeps tensors, and not the module
         return n
 
-    def backward(self, dn: Tensor, z: Tensor, weight: Tensor | None, tensors: list) -> tuple[Tensor | None, ...]:
+    def backward(self, dn: Tensor, z: Tensor | None, weight: Tensor | None, tensors: list) -> tuple[Tensor | None, ...]:
         """The gradients of z, weight and bias."""
         if not hasattr(self, 'by_batch'):
             return dn, None, None
