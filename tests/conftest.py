@@ -35,6 +35,9 @@ IN_THIS_PROCESS = {
     for key, value in (('num_workers', 0), ('persistent_workers', False))
 }
 
+SERVED = getattr(sys.modules['mmcv._ext'].__spec__, 'origin', None) == 'cbam_mmdet.compat.mmcv_ops'
+needs_served_operators = pytest.mark.skipif(not SERVED, reason='mmcv has its compiled operators here')
+
 # Processes that begin with the package imported, which takes seconds: for tests that need a process, and no fresh one.
 # `FORKS.Process(target=in_a_fork, args=(function, ...))` calls a function of a test's module in one.
 FORKS = multiprocessing.get_context('forkserver')

@@ -29,8 +29,6 @@ from cbam_mmdet.ops.c_branches import (
 from cbam_mmdet.ops.c_passes import EAGER_FUNCTIONS as PASSES
 from cbam_mmdet.ops.passes import accumulate_dtype, like_strides, refuse_second_derivatives
 
-native_batch_norm_backward = torch.ops.aten.native_batch_norm_backward
-
 
 @dataclass(frozen=True)
 class Layers:
@@ -90,29 +88,32 @@ class _CBAM(Function):
         z = convolution(planes, conv_weight)
         if conv_bias is not None:
             z += conv_bias
-        norm = _Norm(layers.bn)
-        s = _gate(norm.forward(z, bn_weight, bn_bias), layers.upper).flatten(1)
+        n, ctx.by_batch, kept_norm = _norm(layers.bn, z)
+        s = _gate(n, layers.upper).flatten(1)
         y = PASSES.refine(x, s, c)
-        ctx.upper, ctx.norm, ctx.has_bias, ctx.shape = layers.upper, norm, conv_bias is not None, (height, width)
-        kept_z = None if layers.bn is None else z
-        tensors = x, i, j, c, s, planes, kept_z, conv_weight, bn_weight, *norm.tensors, *kept_mlp, w1, b1, w2, b2
-        ctx.save_for_backward(*tensors)
+        ctx.upper, ctx.has_bias, ctx.shape = layers.upper, conv_bias is not None, (height, width)
+        ctx.eps = None if layers.bn is None else layers.bn.eps
+        ctx.save_for_backward(x, i, j, c, s, planes, conv_weight, bn_weight, *kept_norm, *kept_mlp, w1, b1, w2, b2)
         return torch.ops.aten._unsafe_view(y, (*y.shape[:2], height, width))  # no view, as in passes.as_map
 
     @staticmethod
     def backward(ctx, g):
         refuse_second_derivatives()
-        x, i, j, c, s, planes, z, conv_weight, bn_weight, *rest = ctx.saved_tensors
-        norm_tensors, mlp_tensors = rest[:4], rest[4:]
+        x, i, j, c, s, planes, conv_weight, bn_weight, *rest = ctx.saved_tensors
+        (z, *statistics), kept_mlp = rest[:5], rest[5:]
         g = like_strides(g.flatten(2), x)
         ds, dc = PASSES.backward_maps(g, x, s, c)
-        dn = _gate_backward(ds, s, ctx.upper).unflatten(1, ctx.shape).unsqueeze(1)
-        dz, dbn_weight, dbn_bias = ctx.norm.backward(dn, z, bn_weight, norm_tensors)
+        dz, dbn_weight, dbn_bias = _gate_backward(ds, s, ctx.upper).unflatten(1, ctx.shape).unsqueeze(1), None, None
+        if ctx.by_batch is not None:
+            mask = [True, bn_weight is not None, bn_weight is not None]
+            dz, dbn_weight, dbn_bias = torch.ops.aten.native_batch_norm_backward(
+                dz, z, bn_weight, *statistics, ctx.by_batch, ctx.eps, mask
+            )
         dplanes = convolution_backward(dz, conv_weight).flatten(2)
         dconv_weight = convolution_backward_weight(dz, planes, conv_weight) if ctx.needs_input_grad[6] else None
         dconv_bias = dz.sum().view(1) if ctx.has_bias else None
         dc += PASSES.backward_pool_channels(x, dplanes, j)
-        ddescriptor, *dmlp = mlp_backward(_gate_backward(dc, c, ctx.upper), *mlp_tensors)
+        ddescriptor, *dmlp = mlp_backward(_gate_backward(dc, c, ctx.upper), *kept_mlp)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = PASSES.backward_input(g, c, s, dplanes, j, ddescriptor, i)
@@ -130,36 +131,23 @@ def _gate_backward(dgate: Tensor, gate: Tensor, upper: float) -> Tensor:
     return torch.ops.aten.sigmoid_backward(upper * dgate, gate / upper)
 
 
-class _Norm:
-    """A BatchNorm2d of one channel in its present mode, or none."""
+def _norm(bn: Any, z: Tensor) -> tuple[Tensor, bool | None, tuple[Tensor | None, ...]]:
+    """bn(z) as torch.nn.BatchNorm2d computes it; None for bn leaves z as it is.
 
-    def __init__(self, bn: Any):
-        self.bn = bn
-        # What backward takes beside z and the weight, as tensors to save.
-        self.tensors: tuple[Tensor | None, ...] = (None, None, None, None)
-        if bn is not None:
-            self.by_batch = bn.training or bn.running_mean is None
-            self.eps = bn.eps
-
-    def forward(self, z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        if self.bn is None:
-            return z
-        mean, variance, momentum = self.bn.running_mean, self.bn.running_var, self.bn.momentum or 0.0
-        if self.bn.training and self.bn.track_running_stats and self.bn.num_batches_tracked is not None:
-            self.bn.num_batches_tracked.add_(1)
-            if self.bn.momentum is None:  # the average of all batches
-                momentum = 1.0 / float(self.bn.num_batches_tracked)
-        if self.bn.training and not self.bn.track_running_stats:
-            mean = variance = None
-        n, *statistics = torch.native_batch_norm(z, weight, bias, mean, variance, self.by_batch, momentum, self.eps)
-        # The running statistics change with the next batch; backward looks at them only where they were used.
-        self.tensors = (None, None, *statistics) if self.by_batch else (mean, variance, None, None)
-        self.bn = None  # the graph keeps tensors, and not the module
-        return n
-
-    def backward(self, dn: Tensor, z: Tensor | None, weight: Tensor | None, tensors: list) -> tuple[Tensor | None, ...]:
-        """The gradients of z, weight and bias."""
-        if not hasattr(self, 'by_batch'):
-            return dn, None, None
-        mask = [True, weight is not None, weight is not None]
-        return native_batch_norm_backward(dn, z, weight, *tensors, self.by_batch, self.eps, mask)
+    Returns:
+        The result; whether it is by the batch's own statistics, None without bn; and five tensors to keep, those that
+        native_batch_norm_backward takes beside the weight.
+    """
+    if bn is None:
+        return z, None, (None, None, None, None, None)
+    by_batch = bn.training or bn.running_mean is None
+    mean, variance, momentum = bn.running_mean, bn.running_var, bn.momentum or 0.0
+    if bn.training and not bn.track_running_stats:
+        mean = variance = None
+    elif bn.training and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:  # the average of all batches
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    n, *statistics = torch.native_batch_norm(z, bn.weight, bn.bias, mean, variance, by_batch, momentum, bn.eps)
+    # The running statistics change with the next batch; backward looks at them only where they were used.
+    return n, by_batch, (z, None, None, *statistics) if by_batch else (z, mean, variance, None, None)

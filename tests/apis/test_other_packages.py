@@ -28,7 +28,7 @@ def test_mmsegmentations_resnet_takes_it(name):
         torch.testing.assert_close(actual, expected)
 
 
-def test_mmyolo_has_one_of_its_own_under_the_name(monkeypatch):
+def test_mmyolo_has_one_of_its_own_under_the_name():
     pytest.importorskip('mmyolo.models')
     kinds = {}
     for name in ('CBAM', 'mmengine.CBAM'):

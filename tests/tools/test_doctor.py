@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_served_operators
 from passes_cases import DEVICE, FUSED
 
 from cbam_mmdet.apis import doctor
@@ -17,8 +17,6 @@ from cbam_mmdet.apis.doctor import attention, installed, measure, operators
 from cbam_mmdet.apis.doctor.case import without_paths
 from cbam_mmdet.compat.mmcv_ops import OPERATORS
 from cbam_mmdet.ops import c_passes, torch_passes
-
-SERVED = getattr(sys.modules['mmcv._ext'].__spec__, 'origin', None) == 'cbam_mmdet.compat.mmcv_ops'
 
 
 def line_of(page, name):
@@ -60,7 +58,7 @@ def test_this_environment_is_well(run_tool, tmp_path):
         assert folder not in result.out and folder not in str(content)
 
 
-@pytest.mark.skipif(not SERVED, reason='mmcv has its compiled operators here')
+@needs_served_operators
 @pytest.mark.parametrize('name', OPERATORS)
 def test_every_served_operator_is_tested(name, monkeypatch):
     extension = sys.modules['mmcv._ext']
@@ -68,7 +66,7 @@ def test_every_served_operator_is_tested(name, monkeypatch):
     assert 'WRONG' in {doctor.run(case).status for case in operators.cases(['cpu'])}
 
 
-@pytest.mark.skipif(not SERVED, reason='mmcv has its compiled operators here')
+@needs_served_operators
 def test_a_broken_served_operator(run_tool, monkeypatch):
     only(monkeypatch, 'operators')
     extension = sys.modules['mmcv._ext']

@@ -1,18 +1,15 @@
 """The tools do what their help says, on a tiny data set."""
 
 import json
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from coco_records import coco_records
-from conftest import DEMO, ROOT, tiny
+from conftest import DEMO, ROOT, needs_served_operators, tiny
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-
-SERVED = getattr(sys.modules['mmcv._ext'].__spec__, 'origin', None) == 'cbam_mmdet.compat.mmcv_ops'
 
 
 def test_train_writes_a_checkpoint_and_a_log(trained):
@@ -42,7 +39,7 @@ def test_resume_goes_on_where_it_stopped(run_tool, shapes, tmp_path):
     assert (tmp_path / 'epoch_2.pth').is_file()
 
 
-@pytest.mark.skipif(not SERVED, reason='mmcv has its compiled operators here')
+@needs_served_operators
 def test_train_warns_of_a_layer_whose_operator_is_not_served(run_tool, shapes, tmp_path):
     result = run_tool('train.py', DEMO, *tiny(tmp_path, shapes, 'model.neck.type=FPN_CARAFE'))
     said = result.out + result.err
