@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-PYTHONS = {'users': ('python3.11', 'python3.10')}  # torch 2.1 has no wheels for later ones
+PYTHONS = dict.fromkeys(('users', 'mmyolo'), ('python3.11', 'python3.10'))  # torch 2.1 has no wheels for later ones
 
 # Operators, CBAM, PluginBackbone, checkpoints, one training, one resume, one evaluation.
 CORE = (

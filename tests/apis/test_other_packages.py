@@ -19,8 +19,10 @@ def in_scope(package, **backbone):
 def test_mmsegmentations_resnet_takes_it(name):
     pytest.importorskip('mmseg.models')
     plugins = [dict(cfg=dict(type=name, gate='unit'), position='after_conv3')]
-    backbone = in_scope('mmseg', type='ResNetV1c', depth=50, plugins=plugins).eval()
-    plain = in_scope('mmseg', type='ResNetV1c', depth=50).eval()
+    backbone = in_scope('mmseg', type='ResNetV1c', depth=50, plugins=plugins)
+    plain = in_scope('mmseg', type='ResNetV1c', depth=50)
+    for model in (backbone, plain):
+        model.eval()  # returns None there
     assert len(find_cbams(backbone)) == 16
     plain.load_state_dict(backbone.state_dict(), strict=False)
     x = torch.randn(1, 3, 64, 64)
