@@ -96,7 +96,8 @@ def build(network: Network, contender: str) -> nn.Module:
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     for name, cbam in find_cbams(model).items():
-        model.set_submodule(name, MODULES[contender](cbam.channel.fc1.in_features))
+        parent, _, child = name.rpartition('.')
+        setattr(model.get_submodule(parent), child, MODULES[contender](cbam.channel.fc1.in_features))
     if contender == 'fused tail':
         fuse_tails(model.backbone)
     return model.backbone if network.part == 'backbone' else model

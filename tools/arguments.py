@@ -58,6 +58,11 @@ SHARED: dict[str, dict[str, Any]] = {
         action='store_true',
         help='load a checkpoint that holds more than tensors and plain data: this runs code from the file',
     ),
+    '--any-variant': dict(
+        action='store_true',
+        help='load the weights of a CBAM also where the config has another gate, order or other pools than they were '
+        'trained with',
+    ),
     '--launcher': dict(choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher'),
 }
 
@@ -99,7 +104,16 @@ def run(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespa
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     from cbam_mmdet.cli import run_tool
 
-    run_tool(lambda: main(args))
+    run_tool(lambda: _main(main, args))
+
+
+def _main(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int | None:
+    if not getattr(args, 'any_variant', False):
+        return main(args)
+    from cbam_mmdet.models.variant import any_variant_loaded
+
+    with any_variant_loaded():
+        return main(args)
 
 
 def _require_data_root(folder: str | None) -> None:

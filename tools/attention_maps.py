@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_shared('--num-images', help='take the first N images only')
     parser.add_argument('--pictures', type=int, default=8, metavar='N', help='draw the first N images (default: 8)')
     parser.add_shared('--out-dir', default='outputs/attention')
-    parser.add_shared('--device', '--trust-checkpoint', '--cfg-options')
+    parser.add_shared('--device', '--trust-checkpoint', '--any-variant', '--cfg-options')
     args = parser.parse_args()
     parser.require_positive(args, 'num_images')
     return args

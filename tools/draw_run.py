@@ -21,14 +21,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from cbam_mmdet.engine.run_reader import find_config, require_results, require_work_dir
+    from cbam_mmdet.engine.run_reader import RESULTS, find_config, find_tested_config, require_results, require_work_dir
     from cbam_mmdet.utils.config import load_config
 
     work_dir = Path(args.work_dir)
-    results = args.results or work_dir / 'results.pkl'
+    results = args.results or work_dir / RESULTS
     require_work_dir(work_dir)
-    config = find_config(work_dir)
     require_results(results)
+    config = find_tested_config(work_dir, results) or find_config(work_dir)
     cfg = load_config(str(config))
     from cbam_mmdet.visualization import draw_curve, draw_sheet  # MMDetection takes seconds to import
 

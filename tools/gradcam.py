@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
         '(default: %(default)s)',
     )
     parser.add_shared('--out-dir', default='outputs/gradcam')
-    parser.add_shared('--device', '--trust-checkpoint', '--cfg-options')
+    parser.add_shared('--device', '--trust-checkpoint', '--any-variant', '--cfg-options')
     args = parser.parse_args()
     if args.top < 0:
         parser.error('--top takes a positive number, or 0 for all')

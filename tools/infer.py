@@ -17,7 +17,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_shared('--out-dir', default='outputs')
     parser.add_shared('--score-thr', default=0.3)
     parser.add_argument('--no-draw', action='store_true', help='write the JSON only')
-    parser.add_shared('--device', '--trust-checkpoint', '--cfg-options')
+    parser.add_shared('--device', '--trust-checkpoint', '--any-variant', '--cfg-options')
     return parser.parse_args()
 
 

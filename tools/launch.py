@@ -115,7 +115,8 @@ def launch(options: list[str], command: list[str]) -> int:
         0; or USER_ERROR if a process of this node ended with it; FAILED if the nodes do not come together; or the
         code of the first that failed (128 + N for signal N).
     """
-    from torch.distributed import DistError, run  # takes seconds
+    from torch import distributed  # takes seconds
+    from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -137,7 +138,7 @@ def launch(options: list[str], command: list[str]) -> int:
         return 128 - first.exitcode if first.exitcode < 0 else first.exitcode
     except SignalException as stop:
         return 128 + stop.sigval
-    except (DistError, RendezvousError) as error:
+    except (getattr(distributed, 'DistError', RendezvousError), RendezvousError) as error:  # DistError: since torch 2.2
         reason = str(error).splitlines()[0]
         print(
             f'error: the rendezvous of the nodes failed ({type(error).__name__}: {reason}). Another node is gone, '

@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_shared('--data-root')
     parser.add_shared('--num-images', default=12, help='pictures of detections (default: %(default)s)')
     parser.add_shared('--score-thr', default=0.5)
-    parser.add_shared('--device', '--trust-checkpoint')
+    parser.add_shared('--device', '--trust-checkpoint', '--any-variant')
     args = parser.parse_args()
     parser.require_positive(args, 'num_images')
     return args

@@ -15,7 +15,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--show-dir', metavar='DIR', help='write pictures with the detections below the work dir')
     parser.add_argument('--wait-time', type=float, default=2, metavar='S', help='seconds that a window stays')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
-    parser.add_shared('--trust-checkpoint')
+    parser.add_shared('--trust-checkpoint', '--any-variant')
     parser.add_shared('--cfg-options', help='settings to override, e.g. test_dataloader.batch_size=4')
     parser.add_launcher()
     return parser.parse_args()

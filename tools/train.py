@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
         help="resume from this checkpoint; without FILE, from the newest intact one in the work dir; 'auto': from that "
         'if there is one',
     )
-    parser.add_shared('--trust-checkpoint')
+    parser.add_shared('--trust-checkpoint', '--any-variant')
     parser.add_shared('--cfg-options', help='settings to override, e.g. train_cfg.max_epochs=3 or "a.b=[1,2]"')
     parser.add_launcher()
     return parser.parse_args()

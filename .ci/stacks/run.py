@@ -29,8 +29,8 @@ CORE = (
     'tests/engine/hooks/test_resume.py::test_stopped_and_resumed_equals_uninterrupted',
     'tests/evaluation/test_coco.py',
 )
-# What looks at the environment that `make` installs.
-OURS = ('tests/test_setup.py', 'tests/docs', 'tests/visualization/test_report.py')
+# What looks at the environment that `make` installs, or measures there.
+OURS = ('tests/test_setup.py', 'tests/docs', 'tests/benchmarks', 'tests/visualization/test_report.py')
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cbam_mmdet.compat.ssd_head  # noqa: F401  (patches SSD)
+from cbam_mmdet.compat.torch import memory_changes
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import CBAM
 from cbam_mmdet.models.gates import find_cbams
@@ -269,16 +271,7 @@ def peak_memory(function: Callable[[], object], device: str = 'cpu') -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        function()
-    taken = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        taken += event.nbytes()
-        peak = max(peak, taken)
-    return peak
+    return max(0, *itertools.accumulate(memory_changes(function)))
 
 
 # The tables

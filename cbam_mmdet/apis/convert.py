@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,7 +12,9 @@ from cbam_mmdet.engine.checkpoint.content import meta_of
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint, write_checkpoint
 from cbam_mmdet.engine.checkpoint.keys import from_official, is_official, to_official, translate
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
+from cbam_mmdet.engine.checkpoint.variants import PAPER, add_variants, cbams_in, set_variant
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.models.variant import KEY
 
 
 def convert_checkpoint(
@@ -41,7 +44,9 @@ def convert_checkpoint(
         raise UserError(f'{source} holds no weights (a dict of tensors, or one with the key state_dict)')
     plain = {key: checkpoint[key] for key in ('epoch', 'arch', 'best_prec1', 'best_prec') if key in checkpoint}
     if official:
+        notes = _refuse_other_variants(state_dict, meta_of(checkpoint), source)
         made = to_official(state_dict)
+        made = replace(made, notes=(*made.notes, *notes))
         out = dict(**meta_of(checkpoint).get('official', {}), state_dict=made.state_dict)
     elif is_official(state_dict):
         made = from_official(state_dict, in_norm)
@@ -50,7 +55,7 @@ def convert_checkpoint(
             state_dict={_as_classifier(key): value for key, value in made.state_dict.items()},
             origins={_as_classifier(key): old for key, old in made.origins.items()},
         )
-        out = dict(meta=dict(official=plain), state_dict=made.state_dict)
+        out = dict(meta=dict(official=plain), state_dict=_of_the_paper(made.state_dict))
     else:
         made = translate(state_dict)
         if made is None:
@@ -59,7 +64,7 @@ def convert_checkpoint(
                 '(spatial.conv.conv.weight) or MMYOLO (spatial_attention.conv.conv.weight) in it. Weights without '
                 'CBAM need no conversion: tools/insert_cbam.py'
             )
-        out = dict(meta={}, state_dict=made.state_dict)
+        out = dict(meta={}, state_dict=_of_the_paper(made.state_dict))
     write_checkpoint(out, target)
     lines = [
         f'{origin or "(zeros)"} -> {key} {tuple(made.state_dict[key].shape)}' for key, origin in made.origins.items()
@@ -67,6 +72,32 @@ def convert_checkpoint(
     left = sorted(set(checkpoint) - {*plain, 'state_dict', 'meta'}) if checkpoint is not state_dict else []
     notes = [*made.notes, *([f'not carried over: {", ".join(left)}'] if left else [])]
     return [*lines, *(f'note: {note}' for note in notes), f'{target}: {len(lines)} keys, none left over']
+
+
+def _of_the_paper(state_dict: Mapping[str, Tensor]) -> OrderedDict:
+    """The state dict with a note in its metadata that all three sources compute what the paper's defaults do."""
+    noted = OrderedDict(state_dict)
+    set_variant(noted, cbams_in(noted), PAPER)
+    return noted
+
+
+def _refuse_other_variants(state_dict: Mapping[str, Tensor], meta: Mapping, source: str) -> list[str]:
+    """Refuse weights that compute something else in the authors' network.
+
+    Returns:
+        A note if the variant is not known.
+    """
+    unknown = add_variants(state_dict, meta)
+    metadata = getattr(state_dict, '_metadata', {})
+    for name in cbams_in(state_dict):
+        variant = metadata.get(name, {}).get(KEY, PAPER)
+        others = [f'{key}={value!r}' for key, value in variant.items() if PAPER.get(key) != value]
+        if others:
+            raise UserError(
+                f"{source}: {name} was trained with {', '.join(others)}, which the authors' network does not have "
+                f'({", ".join(f"{key}={value!r}" for key, value in PAPER.items())}): it would compute something else'
+            )
+    return [f'the file does not say which variant its CBAMs are; the authors have {PAPER}'] if unknown else []
 
 
 def _as_classifier(key: str) -> str:

@@ -15,13 +15,18 @@ from mmengine.runner import Runner
 import cbam_mmdet.compat.ssd_head  # mends SSD
 import cbam_mmdet.engine.mixed_precision  # registers its optimizer wrapper
 import cbam_mmdet.evaluation  # noqa: F401  (registers its metrics)
+from cbam_mmdet.compat.mmengine import config_not_dumped
 from cbam_mmdet.datasets.checks import check_data
+from cbam_mmdet.datasets.class_order import follow_class_order
 from cbam_mmdet.datasets.image_folders import check_image_folders, is_classifier
 from cbam_mmdet.datasets.pointing import point_at_data
+from cbam_mmdet.engine.checkpoint.content import classes_of
+from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.engine.distributed import in_first_process, join_processes
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import check_evaluators, check_optimizer, set_default_scope
+from cbam_mmdet.utils.logging import log
 
 
 def prepare(
@@ -41,12 +46,37 @@ def prepare(
     check_evaluators(cfg)
 
 
-def build_runner(cfg: Config, hooks: list[Hook]) -> Runner:
+def follow_checkpoint(cfg: Config, path: str, splits: Sequence[str], trust_checkpoint: bool) -> None:
+    """Number the classes of the data sets as a checkpoint does (see datasets.class_order.follow_class_order)."""
+    if is_classifier(cfg) or '://' in path:
+        return
+
+    def follow() -> dict:
+        classes = classes_of(load_checkpoint(path, 'cpu', trust_checkpoint))
+        if classes is None:
+            log(f'checkpoint {path} does not say its classes: they are taken for those of the config, in its order')
+        else:
+            make_work_dir(cfg)
+            follow_class_order(cfg, splits, classes, path, cfg.work_dir)
+        return {
+            key: cfg[key] for split in splits for key in (f'{split}_dataloader', f'{split}_evaluator') if key in cfg
+        }
+
+    for key, value in in_first_process(follow).items():
+        cfg[key] = value
+
+
+def make_work_dir(cfg: Config) -> None:
     try:
         Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--work-dir {cfg.work_dir}: cannot be made ({error.strerror})') from error
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def build_runner(cfg: Config, hooks: list[Hook]) -> Runner:
+    make_work_dir(cfg)
+    with config_not_dumped():
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     for hook in hooks:
         runner.register_hook(hook)
     return runner

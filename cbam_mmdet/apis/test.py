@@ -10,14 +10,16 @@ from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
-from cbam_mmdet.apis.runner import build_runner, check_splits, prepare
+from cbam_mmdet.apis.runner import build_runner, check_splits, follow_checkpoint, prepare
 from cbam_mmdet.compat.mmengine import scores_written_once
 from cbam_mmdet.datasets.image_folders import is_classifier
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint
 from cbam_mmdet.engine.checkpoint.loading import safe_loading
 from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
 from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
+from cbam_mmdet.engine.record import write_record
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.logging import is_first_process
 
 
 def test(
@@ -71,6 +73,7 @@ def test(
         _draw(cfg, show, show_dir, wait_time)
     if tta:
         _use_tta(cfg)
+    follow_checkpoint(cfg, cfg.load_from, ['test'], trust_checkpoint)
     check_splits(cfg, ['test'])
     # The checkpoint holds every weight: a pretrained backbone would be fetched for nothing.
     model = cfg.model.module if tta else cfg.model
@@ -82,7 +85,10 @@ def test(
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             dump = DumpResults if is_classifier(cfg) else DumpDetResults
             runner.test_evaluator.metrics.append(dump(out_file_path=out))
-        return runner.test()
+        metrics = runner.test()
+    if is_first_process():
+        write_record(runner.cfg, runner.log_dir, copy_in=runner.log_dir, results=out)
+    return metrics
 
 
 def _draw(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> None:

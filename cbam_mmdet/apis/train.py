@@ -13,7 +13,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from cbam_mmdet.apis.runner import build_runner, check_splits, prepare
+from cbam_mmdet.apis.runner import build_runner, check_splits, follow_checkpoint, make_work_dir, prepare
 from cbam_mmdet.compat.mmcv_ops import unserved_layers
 from cbam_mmdet.compat.mmengine import hooks_of_class, local_files_written_by
 from cbam_mmdet.engine.checkpoint.content import meta_of
@@ -25,13 +25,18 @@ from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
 from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.engine.hooks.finite_loss import FiniteLossHook
 from cbam_mmdet.engine.hooks.gate_statistics import GateStatisticsHook
+from cbam_mmdet.engine.hooks.keep_record import KeepRecordHook
 from cbam_mmdet.engine.hooks.resume_exactly import ResumeExactlyHook
 from cbam_mmdet.engine.hooks.safe_checkpoint import SafeCheckpointHook
 from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
-from cbam_mmdet.engine.record import write_record
 from cbam_mmdet.errors import Stopped, UserError, is_dead_worker
 from cbam_mmdet.utils.files import AtomicLocalBackend, remove_unfinished
+from cbam_mmdet.utils.lock import locked
 from cbam_mmdet.utils.logging import is_first_process, log
+
+IN_USE = (
+    'the logs and checkpoints of two trainings would mix. Wait until that one has ended, or give another --work-dir'
+)
 
 
 def train(
@@ -74,11 +79,15 @@ def train(
     if auto_scale_lr:
         _scale_lr(cfg)
     with contextlib.ExitStack() as patches:
+        in_first_process(lambda: (make_work_dir(cfg), patches.enter_context(locked(cfg.work_dir, IN_USE)))[1])
         patches.enter_context(safe_loading(trust_checkpoint))
         patches.enter_context(summarize_missing_cbam())
         patches.enter_context(local_files_written_by(AtomicLocalBackend))
         resumes = _choose_checkpoint(cfg, resume, trust_checkpoint)
-        check_splits(cfg, ['train', 'val'] if cfg.get('val_dataloader') else ['train'])
+        splits = ['train', 'val'] if cfg.get('val_dataloader') else ['train']
+        if resumes:
+            follow_checkpoint(cfg, cfg.load_from, splits, trust_checkpoint)
+        check_splits(cfg, splits)
         stop = StopSignalHook()
         runner = build_runner(cfg, [*_hooks(cfg, resumes), stop])
         patches.enter_context(hooks_of_class(runner.hooks, CheckpointHook, SafeCheckpointHook))
@@ -86,7 +95,6 @@ def train(
         if is_first_process():
             for folder in _checkpoint_folders(cfg):
                 remove_unfinished(folder)
-            write_record(cfg, runner.log_dir)
         _run(runner, stop)
     return runner
 
@@ -146,6 +154,7 @@ def _hooks(cfg: Config, resumes: bool) -> list[Hook]:
         CheckpointFitHook(strict=resumes),
         CheckImagesHook(cfg.get('broken_images', 'skip')),
         ResumeExactlyHook(),
+        KeepRecordHook(),
     ]
     if cfg.get('gate_statistics', True):
         hooks.append(GateStatisticsHook())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from mmengine.config import Config
 
@@ -55,6 +57,34 @@ def local_files_written_by(backend: type) -> Iterator[None]:
         yield
 
 
+@patch('mmengine.runner.checkpoint._load_checkpoint_with_prefix')
+def prefixes_keep_metadata() -> Iterator[None]:
+    """Let init_cfg=dict(type='Pretrained', prefix=...) keep the metadata of the modules under the prefix."""
+    from mmengine.runner import checkpoint
+
+    original = checkpoint._load_checkpoint_with_prefix
+
+    def load(prefix: str, filename: str, map_location: Any = None) -> OrderedDict:
+        loaded = []
+
+        def remember(*args: Any, **kwargs: Any) -> Any:
+            loaded.append(load_file(*args, **kwargs))
+            return loaded[-1]
+
+        load_file = checkpoint._load_checkpoint
+        with replaced(checkpoint, _load_checkpoint=remember):
+            part = OrderedDict(original(prefix, filename, map_location))
+        metadata = getattr(loaded[0].get('state_dict', loaded[0]), '_metadata', {})
+        start = prefix.rstrip('.') + '.'
+        part._metadata = {  # type: ignore[attr-defined]
+            name.removeprefix(start): value for name, value in metadata.items() if name.startswith(start)
+        }
+        return part
+
+    with replaced(checkpoint, _load_checkpoint_with_prefix=load):
+        yield
+
+
 @patch('mmengine.runner.load_state_dict', 'mmengine.runner.checkpoint.load_state_dict')
 def state_dicts_loaded_by(function: Callable) -> Iterator[None]:
     """Let MMEngine load state dicts by this function, which takes what MMEngine's own takes."""
@@ -75,6 +105,22 @@ def scores_written_once() -> Iterator[None]:
     from mmengine.hooks import LoggerHook
 
     with replaced(LoggerHook, after_test_epoch=master_only(LoggerHook.after_test_epoch)):
+        yield
+
+
+@patch('mmengine.runner.Runner.dump_config', 'mmengine.runner.FlexibleRunner.dump_config')
+def config_not_dumped() -> Iterator[None]:
+    """Let a Runner that is built leave the config in its work dir as it is.
+
+    MMEngine's writes there at once, in place: a test, or a training that fails before its first iteration, replaces the
+    config of what was trained.
+    """
+    from mmengine.runner import FlexibleRunner, Runner
+
+    def leave(runner: object) -> None:
+        pass
+
+    with replaced(Runner, dump_config=leave), replaced(FlexibleRunner, dump_config=leave):
         yield
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import _compat_pickle
 import collections
+import inspect
+import io
 import pickle
 import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -36,6 +38,18 @@ def is_autocast_enabled(device_type: str) -> bool:
     if hasattr(torch, 'get_autocast_dtype'):  # has come with that argument
         return torch.is_autocast_enabled(device_type)
     return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
+
+
+def memory_changes(function: Callable[[], object]) -> list[int]:
+    """The bytes that tensors on the CPU take and free (negative) during a call, in order, as the profiler sees them."""
+    # Without this option later versions forget the events; torch 2.1 does not know it, and tells the time otherwise.
+    options = inspect.signature(torch.profiler.profile).parameters.keys() & {'acc_events'}
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, **dict.fromkeys(options, True)) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_ns() if hasattr(event, 'start_ns') else event.start_us())
+    return [event.nbytes() for event in events]
 
 
 def has_global_hooks() -> bool:
@@ -78,7 +92,9 @@ def assume_constant_result(function: Callable) -> Callable:
     return function
 
 
-def load_without_code(path: str, map_location: str | torch.device | None, allowed: Mapping[str, Any]) -> Any:
+def load_without_code(
+    path: str | io.BytesIO, map_location: str | torch.device | None, allowed: Mapping[str, Any]
+) -> Any:
     """torch.load(weights_only=True), with a list of its own of what a file may name.
 
     Args:
@@ -97,8 +113,24 @@ def load_without_code(path: str, map_location: str | torch.device | None, allowe
         with zipfile.ZipFile(path) as archive:
             if any(PurePosixPath(name).name == 'constants.pkl' for name in archive.namelist()):
                 raise pickle.UnpicklingError('a TorchScript archive, GLOBAL torch.jit')
-    pickles = _pickle_module({**_PLAIN_DATA, **torch._weights_only_unpickler._get_allowed_globals(), **allowed})
+    pickles = _pickle_module({**_plain_globals(), **allowed})
     return torch.load(path, map_location=map_location, pickle_module=pickles, weights_only=False)
+
+
+def unpickle_without_code(path: str | Path, allowed: Mapping[str, Any]) -> Any:
+    """Read a file that pickle.dump wrote, with a list of what it may name as in load_without_code.
+
+    Raises:
+        pickle.UnpicklingError: as load_without_code.
+    """
+    # So pickle writes the storage of a tensor: the bytes of a file of torch.save.
+    storages = {'torch.storage._load_from_bytes': lambda content: load_without_code(io.BytesIO(content), 'cpu', {})}
+    with open(path, 'rb') as file:
+        return _pickle_module({**_plain_globals(), **allowed, **storages}).load(file)
+
+
+def _plain_globals() -> dict[str, Any]:
+    return {**_PLAIN_DATA, **torch._weights_only_unpickler._get_allowed_globals()}
 
 
 def _latin1(text: str, encoding: str) -> bytes:

@@ -59,7 +59,7 @@ def set_classes(cfg: Config, classes: str | Sequence[str]) -> tuple[str, ...]:
         )
     splits = [split for split in SPLITS if split_datasets(cfg, split)]
     for dataset in (dataset for split in splits for dataset in split_datasets(cfg, split)):
-        _set_metainfo(dataset, names)
+        set_metainfo(dataset, names)
     origin = f'read from {sources}' if asked is None else 'as given'
     log(
         f'--classes: {len(names)} classes, {origin}: {", ".join(names)}. '
@@ -227,7 +227,8 @@ def _reset_num_classes(head: ConfigDict, count: int, where: str) -> list[str]:
     return keys
 
 
-def _set_metainfo(dataset: ConfigDict, names: tuple[str, ...]) -> None:
+def set_metainfo(dataset: ConfigDict, names: tuple[str, ...]) -> None:
+    """Give a data set these classes, and as many colours."""
     meta = dict(dataset.get('metainfo') or {}, classes=names)
     kind = class_of(DATASETS, dataset['type'])
     palette = meta.pop('palette', None) or getattr(kind, 'METAINFO', {}).get('palette')

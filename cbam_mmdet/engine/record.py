@@ -1,7 +1,7 @@
-"""The record of a training: its command, config, versions and machine, written beside its log for tools/report.py.
+"""The record of a run: its config, and its command, versions and machine, for whoever reads the work dir later.
 
-The copy of the config in a work dir has no bases any more. So which base a config inherits from, and what it changes,
-is only known while the original is loaded.
+A copy of a config has no bases any more. So which base a config inherits from, and what it changes, is only known
+while the original is loaded.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size
 from mmengine.runner import Runner
 
-from cbam_mmdet.utils.config import CONFIG_DIR, PREFIX, config_path, shipped_configs
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.config import CONFIG_DIR, PREFIX, config_path, config_text, shipped_configs
 from cbam_mmdet.utils.files import AtomicLocalBackend
 
 RECORD = 'vis_data/run.json'
 PACKAGES = ('cbam_mmdet', 'torch', 'torchvision', 'mmcv', 'mmengine', 'mmdet')
+# What a record holds. One of before 0.2 has no copy and no results.
+RECORDED: dict[str, type | tuple[type, ...]] = dict(
+    command=str, config=(str, type(None)), copy=(str, type(None)), results=(str, type(None)), bases=list,
+    differences=list, processes=int, versions=dict, machine=str,
+)  # fmt: skip
 # The arguments of the Runner, without those for folders and names. Other names in a config are its own variables.
 SETTINGS = tuple(
     name
@@ -43,24 +49,50 @@ class Setting(NamedTuple):
     after: str | None
 
 
-def write_record(cfg: Config, folder: str | Path) -> None:
-    """Write `run.json` into the log folder of a training at its start.
+def write_record(cfg: Config, folder: str | Path, copy_in: str | Path, results: str | None = None) -> None:
+    """Write `vis_data/run.json` into the log folder of a run, and a copy of its config.
 
     Args:
-        cfg: the config of the training. Its `filename` is the file that the user gave.
-        folder: the folder into which the training writes its log.
+        cfg: the config of the run. Its `filename` is the file that the user gave.
+        folder: the folder into which the run writes its log.
+        copy_in: the folder for the copy: a training's work dir, or the log folder of a test.
+        results: the file of a test's detections.
     """
     bases, changes = base_differences(cfg, cfg.filename) if cfg.filename and osp.isfile(cfg.filename) else ([], [])
+    copy = Path(copy_in, osp.basename(cfg.filename or 'config.py'))
     record = dict(
         command=shlex.join([osp.relpath(sys.argv[0]), *sys.argv[1:]]),
         config=cfg.filename,
+        copy=copy.name,
+        results=results and osp.abspath(results),
         bases=bases,
         differences=changes,
         processes=get_world_size(),
         versions=dict(Python=platform.python_version(), **{name: import_module(name).__version__ for name in PACKAGES}),
         machine=_machine(),
     )
+    AtomicLocalBackend().put(config_text(cfg).encode(), copy)
     AtomicLocalBackend().put(json.dumps(record, indent=1).encode(), Path(folder) / RECORD)
+
+
+def read_record(folder: str | Path) -> dict:
+    """What write_record wrote into a log folder; empty where another program ran.
+
+    Raises:
+        UserError: for a file that holds something else.
+    """
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding='utf-8'))
+        wrong = [key for key, kind in RECORDED.items() if not isinstance(record.get(key), kind)]
+        wrong += [] if wrong or all(len(change) == 3 for change in record['differences']) else ['differences']
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        wrong = [f'{type(error).__name__}: {error}']
+    if wrong:
+        raise UserError(f'{path} is not a record that tools/train.py wrote ({wrong[0]}): move it away to go on without')
+    return record
 
 
 def base_differences(cfg: Config, path: str) -> tuple[list[str], list[Setting]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +11,13 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from cbam_mmdet.engine.record import RECORD, Setting, base_differences, shipped_config
+from cbam_mmdet.engine.checkpoint.loading import load_plain_pickle
+from cbam_mmdet.engine.record import Setting, base_differences, read_record, shipped_config
 from cbam_mmdet.engine.scalars import SCALARS, is_training, is_validation, scalar_logs
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import load_config, split_datasets
+
+RESULTS = 'results.pkl'  # in the work dir
 
 
 @dataclass
@@ -27,7 +28,8 @@ class TrainingRecord:
         name: a short name that differs from those of the other trainings.
         work_dir: its folder.
         trained: the config of the training.
-        tested: the config in the work dir, which names the test data.
+        tested: the config of the test that wrote the detections, which names the test data; that of the training if
+            no such test is recorded.
         train: the rows of losses, in the order of their `step` (iterations).
         validations: the rows of metrics. Their `step` is the iteration after which they were measured.
         facts: a description of the run: the config, the data, the seed, the versions, the machine.
@@ -79,15 +81,43 @@ def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
 
 
 def find_config(work_dir: str | Path) -> Path:
-    """The newest config in a work dir.
+    """The config of the newest training in a work dir.
+
+    A config is code, which reading it runs: no other file is taken for one, whatever else lies in the folder.
+
+    Returns:
+        The copy that the training's record names. Another program's training has no such record: then it is the copy
+        in its log folder, or the only config in the work dir.
 
     Raises:
         UserError: if there is none.
     """
-    configs = sorted(Path(work_dir).glob('*.py'), key=lambda path: path.stat().st_mtime)
+    configs = list(Path(work_dir).glob('*.py'))
+    for folder in [folder for folder, rows in reversed(scalar_logs(work_dir)) if any(map(is_training, rows))][:1]:
+        named = Path(work_dir, os.path.basename(read_record(folder).get('copy') or ''))
+        if named.is_file():
+            return named
+        logged = folder / 'vis_data/config.py'
+        if logged.is_file():
+            return next((path for path in configs if path.read_bytes() == logged.read_bytes()), logged)
     if not configs:
         raise UserError(f'{work_dir} holds no config: give the --work-dir of tools/train.py')
-    return configs[-1]
+    if len(configs) > 1:
+        names = ', '.join(sorted(path.name for path in configs))
+        raise UserError(f"{work_dir} holds {len(configs)} configs ({names}) and no record of which is the training's")
+    return configs[0]
+
+
+def find_tested_config(work_dir: str | Path, results: str | Path) -> Path | None:
+    """The config of the test in a work dir that wrote this file of detections; None if there is no record of it."""
+    for folder in sorted(Path(work_dir).glob('*/vis_data'), reverse=True):
+        record = read_record(folder.parent)
+        written = record.get('results')
+        copy = folder.parent / os.path.basename(record.get('copy') or '')
+        # A work dir may have been moved: the file's name must do, then.
+        if written and os.path.basename(written) == Path(results).name and copy.is_file():
+            return copy
+    return None
 
 
 def read_results(path: str | Path) -> list[dict]:
@@ -98,8 +128,10 @@ def read_results(path: str | Path) -> list[dict]:
     """
     require_results(path)
     try:
-        samples = pickle.loads(Path(path).read_bytes())
+        samples = load_plain_pickle(path)
         samples[0]['img_id'], samples[0]['pred_instances']['bboxes']
+    except UserError:
+        raise
     except Exception as error:  # a pickle may raise anything
         raise UserError(
             f'{path} does not hold the detections of images ({type(error).__name__}: {error}): write it again with '
@@ -134,11 +166,11 @@ def _read_run(work_dir: Path, name: str) -> TrainingRecord:
     train, validations = _join(logs)
     config = find_config(work_dir)
     folder = logs[-1][0]
-    copy = folder / 'vis_data/config.py'
-    tested = load_config(str(config))
-    trained = load_config(str(copy)) if copy.is_file() else tested
+    trained = load_config(str(config))
+    test = find_tested_config(work_dir, work_dir / RESULTS)
+    tested = load_config(str(test)) if test else trained
     log = next((path.read_text(encoding='utf-8', errors='replace') for path in folder.glob('*.log')), '')
-    record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
+    record = read_record(folder)
 
     run = TrainingRecord(
         name, work_dir, trained, tested, train, validations, _facts(trained, record, log, config, train)

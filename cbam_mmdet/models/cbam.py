@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cbam_mmdet.compat.torch import is_autocast_enabled
 from cbam_mmdet.errors import UserError, did_you_mean
+from cbam_mmdet.models.variant import compare_variant, write_variant
 from cbam_mmdet.ops.functional import IMPLS, ORDERS, choose, implementation, not_covered
 from cbam_mmdet.ops.pools import CHANNEL_POOLS, channel_descriptor, spatial_descriptor
 
@@ -255,6 +256,7 @@ class CBAM(BaseModule):
         if impl == 'fused' and obstacle:
             raise UserError(f"CBAM: impl='fused' {obstacle}; impl='auto' takes the eager path for this variant")
         self._fresh = True
+        self._register_state_dict_hook(write_variant)
         if self.unit:
             self._start_as_identity()
 
@@ -296,10 +298,18 @@ class CBAM(BaseModule):
             for parameter in branch.last_layer.parameters():
                 nn.init.zeros_(parameter)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+    @property
+    def variant(self) -> dict[str, str]:
+        """The arguments that change what the same weights compute."""
+        gate = 'unit' if self.unit else 'sigmoid'
+        order = {} if self.spatial is None else dict(order=self.order)
+        return dict(gate=gate, pools=', '.join(sorted(self.channel.pools)), **order)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
         if f'{prefix}channel.fc1.weight' in state_dict:
             self._fresh = False
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            compare_variant(self, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:

@@ -34,7 +34,8 @@ ORDERS = ('channel-spatial', 'spatial-channel', 'parallel')
 IMPLS = ('auto', 'eager', 'fused')
 # Triton's interpreter, which runs kernels on a CPU, to test them.
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-HAS_TRITON = importlib.util.find_spec('triton') is not None
+# Triton 3, which comes with torch 2.4: the kernels do not compile with an earlier one.
+HAS_TRITON = HAS_CUSTOM_OPERATORS and importlib.util.find_spec('triton') is not None
 TRITON_DEVICES = ('cuda',)  # where 'auto' takes the Triton kernels
 
 
@@ -137,7 +138,7 @@ def _leaves_this_process() -> bool:
 @assume_constant_result
 def _no_kernels(device: torch.device) -> str | None:
     if not HAS_TRITON:
-        return 'needs Triton, which is not installed here'
+        return 'needs torch 2.4 or later with its Triton, which is not installed here'
     if INTERPRETED and device.type == 'cpu':
         return None
     if device.type == 'cuda':

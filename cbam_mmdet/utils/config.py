@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import json
 import os.path as osp
 import warnings
 from collections.abc import Callable, Iterator
@@ -70,6 +71,17 @@ def load_config(path: str, cfg_options: dict | None = None, check: Callable[[Con
         with _readable(path):
             import_modules_from_strings(**cfg.custom_imports)
     return cfg
+
+
+def config_text(cfg: Config) -> str:
+    """The text of a config's file, in the format that its `filename` has.
+
+    MMEngine takes `{{ ... }}` in a file for a variable, also where it is a part of a class name: there the text has an
+    escape. A YAML file gets JSON, which is YAML too and has such escapes.
+    """
+    if cfg.filename is None or cfg.filename.endswith('.py'):
+        return cfg.pretty_text.replace('{{', '{\\x7b')
+    return json.dumps(cfg.to_dict(), indent=2).replace('{{', '{\\u007b')
 
 
 def find_config_file(path: str) -> str:

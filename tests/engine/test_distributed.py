@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import DEMO, ROOT, Result, run_forks, tiny
 
+from cbam_mmdet.compat.torch import HAS_CUSTOM_OPERATORS
 from cbam_mmdet.datasets import ensure_shapes
 
 ENVIRONMENT = {
@@ -160,7 +162,13 @@ end_process(int(sys.argv[2]))
         ('thread', '0', 0, 'exit function\n'),
         ('thread', '3', 3, 'exit function\n'),
         # That the program can tell. With the thread, sys.exit may end in SIGABRT, as it does with torch 2.11.
-        ('no thread', 'sys.exit', 3, 'exit function\nPython finalizes\n'),
+        pytest.param(
+            'no thread',
+            'sys.exit',
+            3,
+            'exit function\nPython finalizes\n',
+            marks=pytest.mark.skipif(not HAS_CUSTOM_OPERATORS, reason='torch 2.1 keeps the object from its end'),
+        ),
     ],
 )
 def test_a_process_ends_before_a_thread_can_want_the_gil_of_a_python_that_finalizes(
@@ -212,7 +220,8 @@ def test_one_mistake_one_message(option, message, shapes, tmp_path):
     assert result.err.count('error: ') == 1
     assert message in result.err
     assert 'Traceback' not in result.err
-    assert 'torch.distributed' not in result.err
+    # torch 2.1 warns of an argument that later versions want.
+    assert 'torch.distributed' not in re.sub('.*master_addr is only used for static.*', '', result.err)
 
 
 @pytest.mark.slow

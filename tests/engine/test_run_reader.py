@@ -1,11 +1,17 @@
 """What is read back from a work dir: losses, metrics and the config, of logs written by hand and by a training."""
 
+import io
 import json
 import os
+import pickle
+import shutil
 
+import numpy as np
 import pytest
+import torch
+from conftest import WritesAFile
 
-from cbam_mmdet.engine.run_reader import find_config, read_scalars
+from cbam_mmdet.engine.run_reader import find_config, read_results, read_scalars
 from cbam_mmdet.engine.scalars import final_metrics
 from cbam_mmdet.errors import UserError
 
@@ -57,10 +63,70 @@ def test_the_metrics_at_the_end_of_a_training(tmp_path):
     assert final_metrics(tmp_path, 2) == {'coco/bbox_mAP': 0.3}
 
 
-def test_the_newest_config_counts(tmp_path):
+def test_the_config_of_another_program(tmp_path):
     with pytest.raises(UserError, match='holds no config'):
         find_config(tmp_path)
-    for name, seconds in (('a.py', 1), ('b.py', 3), ('c.py', 2)):
-        (tmp_path / name).write_text('')
-        os.utime(tmp_path / name, (seconds, seconds))
+    for name in ('a', 'b', 'c'):
+        (tmp_path / f'{name}.py').write_text(f'name = {name!r}')
+    with pytest.raises(UserError, match=r'holds 3 configs \(a.py, b.py, c.py\) and no record'):
+        find_config(tmp_path)
+    write_log(tmp_path, '20260101_000000', loss(5, 1))
+    logged = tmp_path / '20260101_000000/vis_data/config.py'
+    logged.write_text("name = 'b'")
     assert find_config(tmp_path) == tmp_path / 'b.py'
+    (tmp_path / 'b.py').write_text('')
+    assert find_config(tmp_path) == logged
+
+
+def test_a_stray_file_is_no_config(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'work')
+    (tmp_path / 'work/zzz.py').write_text('raise SystemExit')
+    assert find_config(tmp_path / 'work').name == 'faster_rcnn_cbam.py'
+
+
+def write_results(path, **more):
+    with open(path, 'wb') as file:
+        pickle.dump([dict(img_id=1, pred_instances=dict(bboxes=torch.ones(2, 4), labels=np.arange(2)), **more)], file)
+
+
+@pytest.mark.parametrize('protocol', [2, pickle.HIGHEST_PROTOCOL])
+def test_detections_are_plain_data(tmp_path, protocol):
+    mask = dict(size=[3, 4], counts=b'\x00\xff')
+    kinds = dict(f=np.float64(0.5), i=np.int64(3), half=torch.ones(1, dtype=torch.bfloat16), shape=(3, 4), masks=[mask])
+    samples = [dict(img_id=1, pred_instances=dict(bboxes=torch.rand(2, 4), labels=torch.arange(2)), **kinds)]
+    (tmp_path / 'a.pkl').write_bytes(pickle.dumps(samples, protocol))
+    (read,) = read_results(tmp_path / 'a.pkl')
+    assert read.keys() == samples[0].keys() and torch.equal(read['half'], kinds['half'])
+    assert torch.equal(read['pred_instances']['bboxes'], samples[0]['pred_instances']['bboxes'])
+    assert all(read[key] == kinds[key] and type(read[key]) is type(kinds[key]) for key in ('f', 'i', 'shape', 'masks'))
+
+
+@pytest.mark.parametrize('tool', ['report.py', 'draw_run.py'])
+def test_detections_that_hold_code_are_refused(run_tool, trained, tmp_path, tool):
+    work = shutil.copytree(trained, tmp_path / 'work')
+    write_results(work / 'results.pkl', more=WritesAFile(tmp_path / 'written'))
+    os.utime(work / 'results.pkl', (2e9, 2e9))  # newer than the checkpoint
+    result = run_tool(tool, work)
+    assert result.code == 2 and 'holds more than tensors and plain data (it names pathlib.Path' in result.err
+    assert not (tmp_path / 'written').exists()
+
+
+def test_code_in_the_bytes_of_a_tensor_is_refused(tmp_path):
+    class Storage:
+        def __reduce__(self):
+            stream = io.BytesIO()
+            torch.save(WritesAFile(tmp_path / 'written'), stream)
+            return torch.storage._load_from_bytes, (stream.getvalue(),)
+
+    write_results(tmp_path / 'a.pkl', more=Storage())
+    with pytest.raises(UserError, match='holds more than tensors and plain data'):
+        read_results(tmp_path / 'a.pkl')
+    assert not (tmp_path / 'written').exists()
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{}', '3', '[' * 10000])
+def test_a_record_of_something_else(trained, tmp_path, text):
+    shutil.copytree(trained, tmp_path / 'work')
+    next((tmp_path / 'work').glob('*/vis_data/run.json')).write_text(text)
+    with pytest.raises(UserError, match='is not a record'):
+        find_config(tmp_path / 'work')

@@ -73,7 +73,7 @@ def _triton(device: str) -> Passes:
 
 def _require_kernels(device: str) -> None:
     if not HAS_TRITON:
-        raise Skip('Triton is not installed')
+        raise Skip('Triton 3, which comes with torch 2.4, is not installed')
     if device == 'cpu':
         if not INTERPRETED:
             raise Skip('it needs a GPU')

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -15,11 +18,13 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-from cbam_mmdet.compat.mmengine import checkpoints_loaded_by
-from cbam_mmdet.compat.torch import load_without_code
-from cbam_mmdet.engine.checkpoint.content import weights_of
+from cbam_mmdet.compat.mmengine import checkpoints_loaded_by, prefixes_keep_metadata
+from cbam_mmdet.compat.torch import load_without_code, unpickle_without_code
+from cbam_mmdet.engine.checkpoint.content import meta_of, weights_of
 from cbam_mmdet.engine.checkpoint.keys import from_official, is_official
+from cbam_mmdet.engine.checkpoint.variants import PAPER, add_variants, cbams_in, set_variant
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.logging import log
 
 
 def load_checkpoint(path: str, map_location: str | torch.device | None = None, trust: bool = False) -> dict:
@@ -58,6 +63,25 @@ def load_checkpoint(path: str, map_location: str | torch.device | None = None, t
     ) from reason
 
 
+def load_plain_pickle(path: str | Path) -> Any:
+    """Unpickle a file of tensors and plain data, such as MMEngine's DumpResults writes, without executing anything.
+
+    Raises:
+        UserError: if the file holds other objects. No code from it was run.
+        Exception: whatever a damaged pickle raises.
+    """
+    try:
+        return unpickle_without_code(path, _harmless_globals())
+    except pickle.UnpicklingError as error:
+        named = re.search(r'GLOBAL ([\w.]+)', str(error))
+        if named is None:
+            raise
+        raise UserError(
+            f'{path} holds more than tensors and plain data (it names {named.group(1)}): reading it would run code '
+            'from the file, so it was not read.'
+        ) from error
+
+
 @contextlib.contextmanager
 def safe_loading(trust: bool = False) -> Iterator[None]:
     """Let MMEngine load checkpoints with load_checkpoint inside this context.
@@ -74,7 +98,7 @@ def safe_loading(trust: bool = False) -> Iterator[None]:
         filename = os.path.expanduser(filename)
         if not os.path.isfile(filename):
             raise UserError(f'checkpoint {filename} does not exist')
-        return _translated(load_checkpoint(filename, map_location, trust))
+        return _translated(load_checkpoint(filename, map_location, trust), filename)
 
     def load_url(
         url: str, model_dir: str | None = None, map_location: str | torch.device | None = None, **kwargs: Any
@@ -84,18 +108,35 @@ def safe_loading(trust: bool = False) -> Iterator[None]:
         if not os.path.exists(path):
             os.makedirs(folder, exist_ok=True)
             torch.hub.download_url_to_file(url, path, progress=kwargs.get('progress', True))
-        return _translated(load_checkpoint(path, map_location, trust))
+        return _translated(load_checkpoint(path, map_location, trust), url)
 
-    with checkpoints_loaded_by(load_file, load_url):
+    with checkpoints_loaded_by(load_file, load_url), prefixes_keep_metadata():
         yield
 
 
-def _translated(checkpoint: dict) -> dict:
-    """Translate the CBAM authors' own checkpoints into the keys used here. Others stay as they are."""
+def _translated(checkpoint: Any, name: str) -> Any:
+    """Translate the CBAM authors' own checkpoints into the keys used here, and say which variant of CBAM a file is of.
+
+    Other files stay as they are.
+    """
     weights = weights_of(checkpoint)
-    if weights is None or not is_official(weights):
+    if weights is None:
         return checkpoint
-    return dict(meta={}, state_dict=from_official(weights).state_dict)
+    if is_official(weights):
+        weights = OrderedDict(from_official(weights).state_dict)
+        set_variant(weights, cbams_in(weights), PAPER)
+        return dict(meta={}, state_dict=weights)
+    unknown = add_variants(weights, meta_of(checkpoint))
+    if unknown:
+        log(
+            f'checkpoint {name} does not say which variant of CBAM its {len(unknown)} modules are (gate, pools, '
+            'order): they are taken for that of the config',
+            logging.WARNING,
+        )
+    if 'state_dict' in checkpoint:
+        checkpoint['state_dict'] = weights
+        return checkpoint
+    return weights
 
 
 def _harmless_globals() -> dict[str, Any]:

@@ -51,7 +51,8 @@ def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
         logger='current',
     )
     made: Any = OrderedDict()
-    made._metadata = getattr(state_dict, '_metadata', OrderedDict())
+    metadata = getattr(state_dict, '_metadata', {})
+    made._metadata = OrderedDict((renamed.get(name, name), value) for name, value in metadata.items())
     for key, value in state_dict.items():
         module = modules.get(key)
         made[renamed[module] + key[len(module) :] if module in renamed else key] = value

@@ -1,6 +1,7 @@
 """Evaluate the newest checkpoint of a run: its detections in the test set, their scores, and the network's cost.
 
-The test set is that of the config. The configs for COCO and VOC test on their validation images.
+The test set is that of the test which wrote results.pkl, or else that of the training's config. The configs for COCO
+and VOC test on their validation images.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 
 from cbam_mmdet.analysis.complexity import Complexity, measure
 from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.apis.test import test
-from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
-from cbam_mmdet.engine.run_reader import TrainingRecord, read_results
+from cbam_mmdet.engine.run_reader import RESULTS, TrainingRecord, read_results
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.scores import Outcome, Scores, score
 from cbam_mmdet.models.gates import RecordedGates, find_cbams
@@ -60,13 +60,12 @@ def evaluate(
     record: TrainingRecord, checkpoint: str, *, data_root: str | None, score_thr: float, trust_checkpoint: bool
 ) -> EvaluatedRun:
     """Score the detections of a checkpoint. write_report explains the arguments."""
-    detections = _detections(record, checkpoint, data_root, trust_checkpoint)
-    cfg = copy.deepcopy(record.tested)
-    point_at_data(cfg, data_root, None)
-    scores = score(cfg, detections, f"{record.name}'s results.pkl")
+    with TemporaryDirectory() as folder:
+        detections, cfg = _detections(record, checkpoint, data_root, trust_checkpoint, folder)
+        scores = score(cfg, detections, f"{record.name}'s results.pkl")
     cost, no_cost = None, ''
     try:
-        cost = measure(cfg, record.name, device='cpu')
+        cost = measure(copy.deepcopy(record.trained), record.name, device='cpu')
     except UserError as error:
         no_cost = str(error)
     record.facts['Checkpoint'] = Path(checkpoint).name
@@ -86,24 +85,28 @@ def worst_first(runs: Sequence[EvaluatedRun]) -> list[str]:
 def add_gates(runs: Sequence[EvaluatedRun], paths: Sequence[str], device: str | None, trust_checkpoint: bool) -> None:
     """Record the gates of each run over those of the images that are in its test set."""
     for run in runs:
-        model = load_detector(run.record.tested, run.checkpoint, device, trust_checkpoint)
+        model = load_detector(run.record.trained, run.checkpoint, device, trust_checkpoint)
         if find_cbams(model):
             pipeline = array_pipeline(model.cfg)
             run.gates = {path: gates_over(model, read_image(path), pipeline) for path in paths if path in run.outcomes}
 
 
-def _detections(record: TrainingRecord, checkpoint: str, data_root: str | None, trust_checkpoint: bool) -> list[dict]:
-    """The detections that tools/test.py --out wrote after the checkpoint. If there are none, detect now."""
-    results = record.work_dir / 'results.pkl'
+def _detections(
+    record: TrainingRecord, checkpoint: str, data_root: str | None, trust_checkpoint: bool, folder: str
+) -> tuple[list[dict], Config]:
+    """The detections that tools/test.py --out wrote after the checkpoint, and the config that names their data.
+
+    If there are none, detect now, and write into a folder.
+    """
+    results = record.work_dir / RESULTS
     if not data_root and results.is_file() and results.stat().st_mtime >= os.path.getmtime(checkpoint):
         written = datetime.fromtimestamp(results.stat().st_mtime)
-        record.facts['Detections'] = f'results.pkl of {written:%Y-%m-%d %H:%M}'
-        return read_results(results)
+        record.facts['Detections'] = f'{RESULTS} of {written:%Y-%m-%d %H:%M}'
+        return read_results(results), copy.deepcopy(record.tested)
     record.facts['Detections'] = 'made for this report'
-    with TemporaryDirectory() as folder:
-        results = f'{folder}/results.pkl'
-        cfg = copy.deepcopy(record.tested)
-        # MMEngine keeps a visualizer by its name as long as the process lives, so each run needs another name.
-        cfg.visualizer = ConfigDict(type='DetLocalVisualizer', name=folder, vis_backends=[])
-        test(cfg, checkpoint, data_root=data_root, work_dir=folder, out=results, trust_checkpoint=trust_checkpoint)
-        return read_results(results)
+    results = f'{folder}/{RESULTS}'
+    cfg = copy.deepcopy(record.trained)
+    # MMEngine keeps a visualizer by its name as long as the process lives, so each run needs another name.
+    cfg.visualizer = ConfigDict(type='DetLocalVisualizer', name=folder, vis_backends=[])
+    test(cfg, checkpoint, data_root=data_root, work_dir=folder, out=results, trust_checkpoint=trust_checkpoint)
+    return read_results(results), cfg

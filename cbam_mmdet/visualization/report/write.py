@@ -76,7 +76,7 @@ def write_report(
 
 def _check_detectors(records: Sequence[TrainingRecord]) -> None:
     for record in records:
-        if record.tested.get('default_scope') == 'mmpretrain':
+        if record.trained.get('default_scope') == 'mmpretrain':
             raise UserError(f'{record.work_dir} is the work dir of a classifier: the report is for detectors')
 
 

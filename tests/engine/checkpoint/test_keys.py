@@ -13,6 +13,7 @@ from cbam_mmdet.engine.checkpoint.loading import safe_loading
 from cbam_mmdet.engine.checkpoint.missing_cbam import summarize_missing_cbam
 from cbam_mmdet.errors import UserError
 
+UNIT = dict(cfg=dict(type='CBAM', gate='unit'))
 BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3]}
 
 
@@ -262,6 +263,25 @@ def test_the_tool_there_and_back(run_tool, tmp_path):
     assert (back['epoch'], back['arch']) == (90, 'resnet18')
     assert list(back['state_dict']) == list(theirs['state_dict'])
     assert all(torch.equal(back['state_dict'][key], value) for key, value in theirs['state_dict'].items())
+
+
+def test_another_variant_does_not_become_the_authors(run_tool, tmp_path):
+    """Their network has the paper's gate alone."""
+    model = MODELS.build(dict(type='ResNet', depth=50, plugins=[dict(UNIT, position='after_conv3')]))
+    torch.save(model.state_dict(), tmp_path / 'unit.pth')
+    result = run_tool('convert_checkpoint.py', tmp_path / 'unit.pth', tmp_path / 'out.pth', '--to', 'official')
+    assert result.code == 2 and "was trained with gate='unit'" in result.err and not (tmp_path / 'out.pth').exists()
+
+
+def test_converted_weights_are_of_the_papers_variant(run_tool, tmp_path):
+    torch.save(official(50), tmp_path / 'theirs.pth')
+    assert run_tool('convert_checkpoint.py', tmp_path / 'theirs.pth', tmp_path / 'ours.pth').code == 0
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'ours.pth'), prefix='backbone.')
+    for source in (init_cfg, dict(type='Pretrained', checkpoint=str(tmp_path / 'theirs.pth'))):
+        plugins = [dict(UNIT, position='after_conv3')]
+        model = MODELS.build(dict(type='ResNet', depth=50, plugins=plugins, init_cfg=source))
+        with safe_loading(), pytest.raises(UserError, match="trained with gate='sigmoid'"):
+            model.init_weights()
 
 
 def test_the_tool_refuses(run_tool, tmp_path):
