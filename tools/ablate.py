@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from arguments import Parser, run
+from arguments import Parser, count, run
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,14 +24,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_shared('--data-root', '--classes')
     parser.add_shared('--cfg-options', help='settings to override in every config, e.g. train_cfg.max_epochs=3')
-    parser.add_argument('--rounds', type=int, default=20, metavar='N', help='measurements of speed (%(default)s)')
+    parser.add_argument('--rounds', type=count, default=20, metavar='N', help='measurements of speed (%(default)s)')
     parser.add_argument(
         '--print-commands',
         action='store_true',
         help='print the training commands that are left, for a cluster; later, the same without it makes the table',
     )
     args = parser.parse_args()
-    parser.require_positive(args, 'rounds')
     return args
 
 

@@ -36,6 +36,22 @@ class KeyValues(argparse.Action):
         DictAction(self.option_strings, self.dest, nargs='+')(parser, namespace, values, option_string)
 
 
+def score(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'{text} is not a number from 0 to 1')
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not a positive number')
+    return value
+
+
 CONFIG = "config file, or 'cbam_mmdet::NAME.py' for one that the package ships"
 CHECKPOINT = 'checkpoint file, or a work dir for its newest'
 # Arguments of more than one tool -> what argparse is to know of them.
@@ -52,8 +68,8 @@ SHARED: dict[str, dict[str, Any]] = {
     ),
     '--cfg-options': dict(nargs='+', action=KeyValues, metavar='KEY=VALUE', help='settings of the config to override'),
     '--device': dict(help="'cpu', 'cuda:0', ... (default: the GPU if there is one)"),
-    '--num-images': dict(type=int, metavar='N'),
-    '--score-thr': dict(type=float, metavar='S', help='leave out detections with a lower score (default: %(default)s)'),
+    '--num-images': dict(type=count, metavar='N'),
+    '--score-thr': dict(type=score, metavar='S', help='leave out detections with a lower score (default: %(default)s)'),
     '--trust-checkpoint': dict(
         action='store_true',
         help='load a checkpoint that holds more than tensors and plain data: this runs code from the file',

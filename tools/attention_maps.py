@@ -8,7 +8,7 @@ For every CBAM: the spatial gate over images, the channel gate's distribution, a
 import argparse
 import sys
 
-from arguments import Parser, run
+from arguments import Parser, count, run
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,11 +18,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_shared('--config', '--checkpoint', '--data-root')
     parser.add_shared('--num-images', help='take the first N images only')
-    parser.add_argument('--pictures', type=int, default=8, metavar='N', help='draw the first N images (default: 8)')
+    parser.add_argument('--pictures', type=count, default=8, metavar='N', help='draw the first N images (default: 8)')
     parser.add_shared('--out-dir', default='outputs/attention')
     parser.add_shared('--device', '--trust-checkpoint', '--any-variant', '--cfg-options')
     args = parser.parse_args()
-    parser.require_positive(args, 'num_images')
     return args
 
 

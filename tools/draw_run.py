@@ -27,8 +27,9 @@ def main(args: argparse.Namespace) -> None:
     work_dir = Path(args.work_dir)
     results = args.results or work_dir / RESULTS
     require_work_dir(work_dir)
+    config = find_config(work_dir)
     require_results(results)
-    config = find_tested_config(work_dir, results) or find_config(work_dir)
+    config = find_tested_config(work_dir, results) or config
     cfg = load_config(str(config))
     from cbam_mmdet.visualization import draw_curve, draw_sheet  # MMDetection takes seconds to import
 

@@ -5,7 +5,6 @@ python tools/infer.py CONFIG CHECKPOINT IMAGE_OR_FOLDER_OR_VIDEO ...
 
 import argparse
 import sys
-from pathlib import Path
 
 from arguments import USER_ERROR, Parser, run
 
@@ -28,7 +27,7 @@ def main(args: argparse.Namespace) -> int:
 
     checkpoint = find_checkpoint(args.checkpoint)
     for source in args.inputs:
-        expand_inputs(Path(source))
+        expand_inputs(source)
     cfg = load_config(args.config, args.cfg_options)
     from cbam_mmdet.apis.infer import infer, load_detector  # MMDetection takes seconds to import
 

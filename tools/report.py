@@ -26,7 +26,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_shared('--score-thr', default=0.5)
     parser.add_shared('--device', '--trust-checkpoint', '--any-variant')
     args = parser.parse_args()
-    parser.require_positive(args, 'num_images')
     return args
 
 

@@ -35,6 +35,7 @@ from cbam_mmdet.models.cbam import CBAM
 from cbam_mmdet.models.gates import find_cbams
 from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import set_default_scope, split_datasets
+from cbam_mmdet.utils.devices import choose_device
 from cbam_mmdet.utils.tables import Cell, Column, Table, code
 
 LAYERS = ('conv', 'linear', 'matmul', 'mm', 'addmm', 'bmm', 'einsum')  # MMEngine's names of what the paper counts
@@ -130,8 +131,7 @@ def measure(
     """
     set_default_scope(cfg)
     check_plugins(cfg)
-    if device is None:
-        device = 'cuda:0' if torch.cuda.is_available() else 'cpu'
+    device = choose_device(device)
     height, width = size or input_size(cfg, name)
     network = MODELS.build(cfg.model).eval().to(device)
     image = torch.rand(1, 3, height, width, device=device)

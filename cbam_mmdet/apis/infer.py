@@ -11,7 +11,6 @@ from pathlib import Path
 import cv2
 import mmcv
 import numpy as np
-import torch
 from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import VISUALIZERS
 from mmdet.structures import DetDataSample
@@ -32,6 +31,8 @@ from cbam_mmdet.engine.checkpoint.loading import safe_loading
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import split_datasets
+from cbam_mmdet.utils.devices import choose_device
+from cbam_mmdet.utils.files import write_text
 
 
 @dataclass
@@ -59,10 +60,7 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
     """
     checkpoint = find_checkpoint(checkpoint)
     check_plugins(cfg)
-    if device is None:
-        device = 'cuda:0' if torch.cuda.is_available() else 'cpu'
-    elif device.startswith('cuda') and not torch.cuda.is_available():
-        raise UserError(f'--device {device}: torch sees no GPU here; use --device cpu')
+    device = choose_device(device)
     with safe_loading(trust_checkpoint), warnings.catch_warnings():
         weights = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
         warnings.simplefilter('ignore')  # "checkpoint is None": it follows
@@ -105,7 +103,7 @@ def infer(
     Raises:
         UserError: if an input does not exist, or holds no image.
     """
-    files = [file for source in inputs for file in expand_inputs(Path(source))]
+    files = [file for source in inputs for file in expand_inputs(source)]
     out_dir = Path(out_dir)
     (out_dir / 'vis').mkdir(parents=True, exist_ok=True)
     painter = _Painter(model, score_thr) if draw else None
@@ -130,8 +128,7 @@ def infer(
         except UserError as error:
             warn(str(error))
             broken.append(str(file))
-    with open(out_dir / 'predictions.json', 'w', encoding='utf-8') as out:
-        json.dump(records, out)
+    write_text(out_dir / 'predictions.json', json.dumps(records))
     return Summary(images, len(records), out_dir, broken)
 
 

@@ -27,6 +27,7 @@ from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import check_evaluators, check_optimizer, set_default_scope
 from cbam_mmdet.utils.logging import log
+from cbam_mmdet.utils.numbers import check_numbers
 
 
 def prepare(
@@ -42,6 +43,7 @@ def prepare(
         cfg.work_dir = osp.join('work_dirs', Path(cfg.filename).stem)
     point_at_data(cfg, data_root, classes)
     check_plugins(cfg)
+    check_numbers(cfg)
     check_optimizer(cfg)
     check_evaluators(cfg)
 

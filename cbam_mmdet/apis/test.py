@@ -11,7 +11,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
 from cbam_mmdet.apis.runner import build_runner, check_splits, follow_checkpoint, prepare
-from cbam_mmdet.compat.mmengine import scores_written_once
+from cbam_mmdet.compat.mmengine import local_files_written_by, scores_written_once
 from cbam_mmdet.datasets.image_folders import is_classifier
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint
 from cbam_mmdet.engine.checkpoint.loading import safe_loading
@@ -19,6 +19,7 @@ from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
 from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.engine.record import write_record
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.files import AtomicLocalBackend
 from cbam_mmdet.utils.logging import is_first_process
 
 
@@ -79,7 +80,7 @@ def test(
     model = cfg.model.module if tta else cfg.model
     if model.get('backbone'):
         model.backbone.init_cfg = None
-    with safe_loading(trust_checkpoint), scores_written_once():
+    with safe_loading(trust_checkpoint), scores_written_once(), local_files_written_by(AtomicLocalBackend):
         runner = build_runner(cfg, [CheckpointFitHook(strict=True), CheckImagesHook()])
         if out:
             Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -73,6 +73,9 @@ def train(
     Raises:
         UserError: for whatever in config, data or checkpoint would end in a failure later.
     """
+    lacking = [key for key in ('train_dataloader', 'train_cfg', 'optim_wrapper') if not cfg.get(key)]
+    if lacking:
+        raise UserError(f'the config has no {lacking[0]}: it cannot be trained')
     prepare(cfg, data_root, classes, work_dir, launcher)
     if amp:
         _use_amp(cfg, 'fp16' if amp is True else amp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import importlib.util
@@ -29,6 +30,7 @@ def explain(error: BaseException) -> str | None:
         _download_failed,
         _channels_that_do_not_fit,
         _out_of_memory,
+        _compiled_without_bf16,
         _unusable_file,
         _dead_worker,
         _sync_bn_on_cpu,
@@ -128,6 +130,17 @@ def _channels_that_do_not_fit(error: BaseException) -> str | None:
     )
 
 
+def _compiled_without_bf16(error: BaseException) -> str | None:
+    if not isinstance(error, RuntimeError) or 'but found BFloat16' not in str(error):
+        return None
+    if not _came_through(error, 'mmcv/ops/nms.py', 'mmcv/ops/roi_align.py'):
+        return None
+    return (
+        'the compiled operators of this mmcv take no bf16: train without --amp, or with --amp fp16 on a GPU, or with '
+        'mmcv-lite, whose operators cbam_mmdet serves in any dtype'
+    )
+
+
 def _out_of_memory(error: BaseException) -> str | None:
     if not isinstance(error, torch.cuda.OutOfMemoryError):
         return None
@@ -137,20 +150,25 @@ def _out_of_memory(error: BaseException) -> str | None:
     )
 
 
-def _unusable_file(error: BaseException) -> str | None:
-    import errno
+UNUSABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 
-    if not isinstance(error, OSError) or not error.filename or _came_through(error, 'subprocess.py'):
+
+def _unusable_file(error: BaseException) -> str | None:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not isinstance(error, OSError) or _came_through(error, 'subprocess.py') or not (error.filename or full):
         return None
-    name = error.filename
+    name = error.filename or 'a file'
     if error.errno == errno.ENOENT:
         return f'{name} does not exist (any more): check the path, and the disk that holds it'
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if full:
         return (
             f'{name} cannot be written: {os.strerror(error.errno)}. Checkpoints that were saved are intact: make '
             'room, then --resume'
         )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE):
+    if error.errno in UNUSABLE:
         return f'{name} cannot be used: {os.strerror(error.errno)}'
     return None
 

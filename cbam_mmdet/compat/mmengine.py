@@ -28,6 +28,16 @@ def package_configs(prefix: str, resolve: Callable[[str], str]) -> Iterator[None
         yield
 
 
+@patch('mmengine.fileio.handlers.yaml_handler.Loader')
+def yaml_without_code() -> Iterator[None]:
+    """Let MMEngine read YAML files as data. Its own loader calls what their tags name."""
+    import yaml
+    from mmengine.fileio.handlers import yaml_handler
+
+    with replaced(yaml_handler, Loader=getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
+        yield
+
+
 @patch('mmengine.runner.CheckpointLoader._schemes', 'mmengine.runner.checkpoint.load_url')
 def checkpoints_loaded_by(load_file: Callable, load_url: Callable) -> Iterator[None]:
     """Let all that MMEngine loads by a path or a URL go through these functions.

@@ -113,6 +113,8 @@ def load_without_code(
         with zipfile.ZipFile(path) as archive:
             if any(PurePosixPath(name).name == 'constants.pkl' for name in archive.namelist()):
                 raise pickle.UnpicklingError('a TorchScript archive, GLOBAL torch.jit')
+    if isinstance(path, io.BytesIO):
+        path.seek(0)
     pickles = _pickle_module({**_plain_globals(), **allowed})
     return torch.load(path, map_location=map_location, pickle_module=pickles, weights_only=False)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import os.path as osp
 import xml.etree.ElementTree as ET
@@ -163,6 +162,8 @@ def read_coco(path: str) -> dict:
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
+    except RecursionError as error:
+        raise UserError(f'annotation file {path} is nested too deeply to be one.') from error
     except json.JSONDecodeError as error:
         raise UserError(
             f'annotation file {path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}). '
@@ -170,6 +171,8 @@ def read_coco(path: str) -> dict:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f'annotation file {path} is not a text file in UTF-8: {error.reason}.') from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f'annotation file {path} cannot be read: {error}.') from error
     keys = ('images', 'annotations', 'categories')
     lacking = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if lacking:
@@ -201,7 +204,21 @@ def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split:
             _count(report, item.id, item.name, item.box, item.image_size, item.area > 0)
     folder = osp.join(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img', ''))
     _check_image_files(path, split, folder, [image['file_name'] for image in images.values()])
+    _check_masks(path, dataset, content['annotations'])
     return report
+
+
+def _check_masks(path: str, dataset: ConfigDict, annotations: list[dict]) -> None:
+    """A detector of masks trains on them. MMDetection says KeyError where there are none."""
+    if not any(step.get('with_mask') for step in dataset.get('pipeline') or [] if isinstance(step, dict)):
+        return
+    without = sum(not annotation.get('segmentation') for annotation in annotations)
+    if without:
+        raise UserError(
+            f'annotation file {path}: {without} of {len(annotations)} annotations have no segmentation, and the config '
+            'loads masks (with_mask=True): take a detector of boxes, such as configs/faster_rcnn_r50_cbam.py, or '
+            'annotate masks'
+        )
 
 
 def _coco_images_and_names(path: str, content: dict) -> tuple[dict[Any, dict], dict[Any, str]]:
@@ -212,12 +229,20 @@ def _coco_images_and_names(path: str, content: dict) -> tuple[dict[Any, dict], d
         for image in images.values():
             for value in (image['width'], image['height']):
                 _number(value)
-            image['file_name'].strip()
+            _text(image['file_name'])
+        for name in names.values():
+            _text(name)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'annotation file {path}: an image or category is malformed ({type(error).__name__}: {error}). '
             'Each image needs id, file_name, width and height, each category id and name.'
         ) from error
+    if len(names) < len(content['categories']):
+        twice = [category for category in content['categories'] if category['name'] != names[category['id']]]
+        raise UserError(
+            f'annotation file {path}: several categories have the id {twice[0]["id"] if twice else "of another"}: '
+            'each needs an id of its own'
+        )
     return images, names
 
 
@@ -232,7 +257,7 @@ def _coco_objects(
                 raise ValueError('its id is given twice')
             ids.add(annotation['id'])
             item = _coco_object(annotation, images, names, needs_iscrowd)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             which = annotation.get('id') if isinstance(annotation, dict) else repr(annotation)
             raise UserError(
                 f'annotation file {path}: annotation id={which} is malformed ({type(error).__name__}: {error}). '
@@ -245,14 +270,26 @@ def _coco_objects(
 def _coco_object(annotation: dict, images: dict[Any, dict], names: dict[Any, str], needs_iscrowd: bool) -> COCOObject:
     if needs_iscrowd:
         _number(annotation['iscrowd'])  # the metric reads it
+    if not isinstance(annotation['id'], (int, str)):
+        raise TypeError(f'its id {annotation["id"]!r} is neither a number nor a text')
+    if annotation['image_id'] not in images:
+        raise ValueError(f'its image_id {annotation["image_id"]!r} is not among the images')
+    if annotation['category_id'] not in names:
+        raise ValueError(f'its category_id {annotation["category_id"]!r} is not among the categories')
     name, image = names[annotation['category_id']], images[annotation['image_id']]
     x, y, width, height = (_number(value) for value in annotation['bbox'])
     box, area = (x, y, x + width, y + height), _number(annotation['area'])
     return COCOObject(annotation['id'], name, box, area, (image['width'], image['height']))
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip() or '\0' in value:
+        raise TypeError(f'{value!r} is not a name')
+    return value
+
+
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e15:
         raise TypeError(f'{value!r} is not a number')
     return value
 
@@ -311,7 +348,7 @@ def _voc_object(item: ET.Element) -> VOCObject:
     name = item.findtext('name')
     if not name:
         raise ValueError('an object has no name')
-    box = tuple(float(item.findtext(f'bndbox/{key}')) for key in ('xmin', 'ymin', 'xmax', 'ymax'))
+    box = tuple(_number(float(item.findtext(f'bndbox/{key}'))) for key in ('xmin', 'ymin', 'xmax', 'ymax'))
     return VOCObject(name, box, difficult=bool(int(item.findtext('difficult') or 0)))
 
 
@@ -398,6 +435,9 @@ def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], orde
 def _check_image_files(path: str, split: str, folder: str, names: list[str]) -> None:
     if not osp.isdir(folder):
         raise UserError(f'the images of {path} are not there: no folder {folder}. {HELP}')
+    outside = [name for name in names if osp.isabs(name) or '..' in name.split('/')]
+    if outside:
+        print_log(f'{path}: {len(outside)} images may lie outside {folder}: [{abridge(outside)}]', logger='current')
     present = set(os.listdir(folder))
     missing = [name for name in names if name not in present and not osp.isfile(osp.join(folder, name))]
     if names and len(missing) == len(names):

@@ -20,6 +20,7 @@ from cbam_mmdet.datasets.checks import read_coco, read_voc, read_voc_ids
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.datasets.voc import image_names_by_stem, voc_image_folder
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.files import write_text
 
 
 def convert(source: str, target: str) -> int:
@@ -48,7 +49,7 @@ def convert(source: str, target: str) -> int:
     if suffixes[0] == '.txt':
         content = voc_to_coco(source)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        Path(target).write_text(json.dumps(content), encoding='utf-8')
+        write_text(target, json.dumps(content))
         return len(content['images'])
     return _write_voc(source, target)
 
@@ -133,7 +134,7 @@ def _write_voc(source: str, image_set: str) -> int:
     for name, root in files.items():
         ET.indent(root)
         (annotations / f'{name}.xml').write_bytes(ET.tostring(root, encoding='utf-8'))
-    Path(image_set).write_text(''.join(f'{name}\n' for name in files), encoding='utf-8')
+    write_text(image_set, ''.join(f'{name}\n' for name in files))
     return len(files)
 
 

@@ -17,19 +17,22 @@ def expand_to_images(inputs: Iterable[str]) -> list[Path]:
     Raises:
         UserError: if an input does not exist, or if there is no image among them.
     """
-    files = [file for source in inputs for file in expand_inputs(Path(source))]
+    files = [file for source in inputs for file in expand_inputs(source)]
     images = [file for file in files if file.suffix.lower() not in VIDEOS]
     if not images:
         raise UserError(f'{", ".join(map(str, inputs))}: no image among them, only videos')
     return images
 
 
-def expand_inputs(source: Path) -> list[Path]:
+def expand_inputs(given: str | Path) -> list[Path]:
     """A file as it is, or the sorted images and videos in a folder and below it.
 
     Raises:
         UserError: if the source does not exist, or is a folder without images and videos.
     """
+    if not str(given).strip():
+        raise UserError('an input is empty: give image files, folders or videos')
+    source = Path(given)
     if source.is_dir():
         files = sorted(p for p in source.rglob('*') if p.suffix.lower() in IMAGES + VIDEOS)
         if not files:

@@ -47,10 +47,13 @@ class Box:
 class Outcome:
     """The result of a detector for one image at an IoU of 0.5, with the detections that reach the score threshold.
 
+    The image's size is (height, width) as its annotation says.
+
     Objects that COCO ignores (crowds, difficult ones) and their detections are in none of the lists.
     """
 
     path: str
+    size: tuple[int, int] | None = None
     missed: list[Box] = field(default_factory=list)
     found: list[Box] = field(default_factory=list)
     false: list[Box] = field(default_factory=list)
@@ -80,6 +83,7 @@ class Scores:
         voc_mode: the mode of its AP of each class, '11points' or 'area'.
         classes: the class names, in the order of the evaluation.
         paths: the image file of each image id.
+        sizes: its (height, width), as the annotation says.
     """
 
     coco: COCOeval
@@ -87,6 +91,7 @@ class Scores:
     voc_mode: str
     classes: tuple[str, ...]
     paths: dict[object, str]
+    sizes: dict[object, tuple[int, int]]
 
     @property
     def figures(self) -> dict[str, float | None]:
@@ -145,7 +150,7 @@ class Scores:
     def outcomes(self, score_thr: float) -> dict[str, Outcome]:
         """For each image file its objects, found and missed, and false detections, as COCOeval matches at IoU 0.5."""
         params, names = self.coco.params, dict(zip(self.coco.params.catIds, self.classes, strict=True))
-        outcomes = {image: Outcome(path) for image, path in self.paths.items()}
+        outcomes = {image: Outcome(path, self.sizes.get(image)) for image, path in self.paths.items()}
         at = int(np.argmin(np.abs(params.iouThrs - 0.5)))
         detections, objects = self.coco.cocoDt.anns, self.coco.cocoGt.anns
         for part in self.coco.evalImgs:
@@ -204,9 +209,10 @@ def score(cfg: Config, results: list[dict], name: str) -> Scores:
         voc.process({}, samples)
         figures = voc.compute_metrics(voc.results)
     paths = {image: info['img_path'] for image, info in infos.items()}
+    sizes = {image: (info['height'], info['width']) for image, info in infos.items()}
     # COCOeval sorts the categories by their ids, which need not be the order of the classes.
     classes = tuple(category['name'] for category in coco.cocoGt.loadCats(list(coco.params.catIds)))
-    return Scores(coco, figures, voc.eval_mode, classes, paths)
+    return Scores(coco, figures, voc.eval_mode, classes, paths, sizes)
 
 
 def _coco(samples: list[dict], meta: dict, ann_file: str | None) -> COCOeval:

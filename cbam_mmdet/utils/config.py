@@ -16,6 +16,7 @@ from mmengine.registry import OPTIMIZERS, Registry, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
+from cbam_mmdet.compat.mmengine import yaml_without_code
 from cbam_mmdet.errors import UserError, did_you_mean
 
 SPLITS = ('train', 'val', 'test')
@@ -61,7 +62,7 @@ def load_config(path: str, cfg_options: dict | None = None, check: Callable[[Con
         UserError: if the file is missing or is not a config, or if an option does not fit.
     """
     path = find_config_file(path)
-    with _readable(path):
+    with _readable(path), yaml_without_code():
         cfg = Config.fromfile(path, import_custom_modules=False)
     _check_kind(cfg, path)
     _merge(cfg, cfg_options or {}, path)

@@ -37,6 +37,15 @@ class AtomicLocalBackend(LocalBackend):
             os.close(folder)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8 completely or not at all. Its folder is made where it is missing.
+
+    Raises:
+        OSError: with the file's name.
+    """
+    AtomicLocalBackend().put(text.encode(), path)
+
+
 def remove_unfinished(work_dir: str) -> None:
     """Remove the unfinished files of a killed process from a folder."""
     for path in Path(work_dir).glob('.*.unfinished'):

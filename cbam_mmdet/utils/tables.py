@@ -11,6 +11,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from cbam_mmdet.utils.files import write_text
+
 
 class Change(float):
     """A difference between two runs. It is shown with its sign."""
@@ -115,7 +117,7 @@ class Table:
 
     def write(self, folder: Path) -> None:
         """Write NAME.csv, and NAME.md with the caption, into an existing folder."""
-        (folder / f'{self.name}.csv').write_text(self.csv(), encoding='utf-8')
+        write_text(folder / f'{self.name}.csv', self.csv())
         (folder / f'{self.name}.md').write_text(f'{self.caption}\n\n{self.markdown()}', encoding='utf-8')
 
     def _text(self, index: int, cell: Cell) -> str:

@@ -24,6 +24,7 @@ from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.gates import SATURATED, RecordedGates, gate_figures, record_gates
+from cbam_mmdet.utils.files import write_text
 from cbam_mmdet.utils.tables import Column, Table, code
 from cbam_mmdet.visualization.sheets import image_grid, save_sheet, show_image
 
@@ -216,11 +217,11 @@ def attend(
         raise UserError(f'none of the {len(files)} images can be read')
     rows = [row for average in averages.values() for row in average.rows()]
     draw_gates(averages.values(), out_dir / 'average.png', title=f'average of {rows[0].images} images')
-    (out_dir / 'gates.md').write_text(markdown(rows), encoding='utf-8')
+    write_text(out_dir / 'gates.md', markdown(rows))
     names = [field.name for field in fields(GateRow)]
-    (out_dir / 'gates.csv').write_text(Table(names, list(map(astuple, rows))).csv(), encoding='utf-8')
+    write_text(out_dir / 'gates.csv', Table(names, list(map(astuple, rows))).csv())
     single = Table(['file', *names], [(file, *astuple(row)) for file, row in by_image])
-    (out_dir / 'gates_by_image.csv').write_text(single.csv(), encoding='utf-8')
+    write_text(out_dir / 'gates_by_image.csv', single.csv())
     return rows
 
 

@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from cbam_mmdet.visualization.sheets import write_figure
+
 # By the number of the run, as --run-0, --run-1, ... in report.css. Colour-blind people can distinguish them, too.
 COLOURS = ('#0062b1', '#c8500a', '#00795c', '#94388a', '#7a6400', '#4a4a52')
 COLOURS_ON_DARK = ('#6cb6ff', '#ff9a5c', '#4fd0a8', '#e59adb', '#dcc35a', '#c2c2cc')
@@ -134,7 +136,7 @@ class Chart:
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write a figure as NAME.png and NAME.pdf."""
     for suffix in ('png', 'pdf'):
-        figure.savefig(folder / f'{name}.{suffix}', dpi=200)
+        write_figure(figure, folder / f'{name}.{suffix}', dpi=200)
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -29,6 +29,7 @@ from cbam_mmdet.analysis.gradcam import (
 from cbam_mmdet.datasets.inputs import unique_names
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError, did_you_mean
+from cbam_mmdet.utils.files import write_text
 from cbam_mmdet.visualization.sheets import draw_box, image_grid, save_sheet, show_image
 
 
@@ -174,7 +175,7 @@ def _write_raw(explanation: Explanation, record: dict, folder: Path, name: str) 
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / f'{name}.npy', explanation.maps)
     record = record | dict(layers=explanation.layers, scores=explanation.scores, overlaps=explanation.overlaps)
-    (folder / f'{name}.json').write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+    write_text(folder / f'{name}.json', json.dumps(record, indent=1) + '\n')
 
 
 def choose_targets(model: nn.Module, image: np.ndarray, choice: Choice) -> list[Target]:

@@ -84,7 +84,7 @@ def draw_sheet(cfg: Config, results: str | Path, out: str | Path, num_images: in
 
 
 def _draw_image(axes: Axes, info: dict, prediction: dict, score_thr: float) -> None:
-    show_image(axes, read_image(info['img_path']))
+    show_image(axes, read_image(info['img_path'], size=(info['height'], info['width'])))
     for instance in info['instances']:
         draw_box(axes, tuple(instance['bbox']), **TRUTH)
     for box, label, score in zip(prediction['bboxes'], prediction['labels'], prediction['scores'], strict=True):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import mmcv
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+
+from cbam_mmdet.utils.files import AtomicLocalBackend
 
 
 def image_grid(rows: int, columns: int, size: tuple[float, float], **layout: Any) -> tuple[Figure, np.ndarray]:
@@ -44,9 +49,21 @@ def box_corners(xywh: tuple[float, float, float, float]) -> tuple[float, float, 
     return x, y, x + width, y + height
 
 
+def write_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure completely or not at all, in the format that the path's suffix names.
+
+    Its texts are texts: a $ in a class name begins no formula.
+    """
+    content = io.BytesIO()
+    with matplotlib.rc_context({'text.parse_math': False}):  # for the labels of ticks, which are made when it is drawn
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
+        figure.savefig(content, dpi=dpi, format=path.suffix.lstrip('.'))
+    AtomicLocalBackend().put(content.getvalue(), path)
+
+
 def save_sheet(figure: Figure, out: str | Path) -> Path:
     """Write a figure as a picture for the screen, and create its folder if it does not exist."""
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
+    write_figure(figure, out, dpi=100)
     return out

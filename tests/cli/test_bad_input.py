@@ -1,5 +1,6 @@
 """A user's mistakes: each ends in one message that names the file or key, exit code 2, and no traceback."""
 
+import errno
 import json
 import os
 import re
@@ -14,7 +15,9 @@ import torch
 from conftest import DATA, DEMO, ROOT, SMALL, cfg_options, tiny
 
 from cbam_mmdet.datasets.checks import check_data
+from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import load_config
+from cbam_mmdet.visualization.sheets import image_grid, save_sheet
 
 BCCD = DATA / 'bccd'
 
@@ -144,6 +147,8 @@ def test_misspelt_cfg_option_is_refused(train):
 
 
 def test_cfg_option_that_nothing_reads_is_named():
+    import mmdet.apis  # noqa: F401  (old packages warn where they are imported)
+
     with pytest.warns(UserWarning, match="the config has no 'lr', and no setting has this name"):
         load_config(DEMO, {'lr': 0.1})
     with warnings.catch_warnings():
@@ -659,3 +664,122 @@ def test_infer_names_a_broken_image_and_goes_on(run_tool, trained, own_shapes, t
 
 def test_draw_run_of_a_folder_without_a_run(run_tool, tmp_path):
     assert_refused(run_tool('draw_run.py', tmp_path), 'holds no config')
+
+
+# Numbers, devices and names that no tool can use
+
+
+@pytest.mark.parametrize('setting, expected', [
+    ('train_cfg.max_epochs=-1', 'whole number of at least 1'), ('train_cfg.val_interval=0', 'at least 1'),
+    ('train_dataloader.batch_size=0', 'at least 1'), ('train_dataloader.num_workers=-1', 'at least 0'),
+    ('optim_wrapper.optimizer.lr=-1', 'finite number of at least 0'), ('randomness.seed=abc', 'whole number'),
+    ('default_hooks.logger.interval=0', 'at least 1'), ('train_dataloader.batch_size=2.5', 'whole number'),
+])  # fmt: skip
+def test_numbers_out_of_their_range(train, setting, expected):
+    name, _, value = setting.partition('=')
+    assert_refused(train(setting), f'the config says {name}={value!r}|the config says {setting}', expected)
+
+
+def test_a_learning_rate_that_is_no_number(run_tool, tmp_path, shapes):
+    config = config_with(tmp_path, "optim_wrapper = dict(optimizer=dict(lr=float('nan')))")
+    result = run_tool('train.py', config, '--work-dir', tmp_path / 'work', '--data-root', shapes)
+    assert_refused(result, 'optim_wrapper.optimizer.lr=nan')
+
+
+def test_a_config_that_trains_nothing(run_tool, tmp_path, shapes):
+    config = config_with(tmp_path, 'train_cfg = None')
+    result = run_tool('train.py', config, '--work-dir', tmp_path / 'work', '--data-root', shapes)
+    assert_refused(result, 'the config has no train_cfg: it cannot be trained')
+
+
+@pytest.mark.parametrize('arguments', [
+    ['--score-thr', 'nan'], ['--score-thr', '-5'], ['--score-thr', '7'], ['--score-thr', 'x'], ['--device', 'foo'],
+])  # fmt: skip
+def test_arguments_out_of_their_range(run_tool, trained, shapes, tmp_path, arguments):
+    image = next((shapes / 'val2017').iterdir())
+    settings = cfg_options(SMALL)
+    result = run_tool('infer.py', DEMO, trained, image, '--out-dir', tmp_path / 'out', *arguments, *settings)
+    assert_refused(result, arguments[0])
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('tool, argument', [('draw_run.py', '--num-images'), ('report.py', '--num-images')])
+def test_no_pictures(run_tool, tmp_path, tool, argument):
+    assert_refused(run_tool(tool, tmp_path, argument, '0'), argument, 'not a positive number')
+
+
+def test_an_empty_input(run_tool, trained, tmp_path):
+    result = run_tool('infer.py', DEMO, trained, '', '--out-dir', tmp_path / 'out', *cfg_options(SMALL))
+    assert_refused(result, 'an input is empty')
+
+
+def test_an_out_dir_that_is_a_file(run_tool, trained, shapes, tmp_path):
+    (tmp_path / 'out').write_text('')
+    image = next((shapes / 'val2017').iterdir())
+    result = run_tool('infer.py', DEMO, trained, image, '--out-dir', tmp_path / 'out', *cfg_options(SMALL))
+    assert_refused(result, str(tmp_path / 'out'), 'cannot be used')
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda c: c['categories'][1].update(id=1), 'several categories have the id 1'),
+    (lambda c: c['categories'][1].update(name=7), 'an image or category is malformed .*7 is not a name'),
+    (lambda c: c['images'][0].update(file_name='a\0b'), 'an image or category is malformed'),
+    (lambda c: c['annotations'][0].update(image_id=77), 'its image_id 77 is not among the images'),
+    (lambda c: c['annotations'][0].update(category_id=77), 'its category_id 77 is not among the categories'),
+    (lambda c: c['annotations'][0].update(bbox=[0, 0, 10**400, 1]), 'is not a number'),
+])  # fmt: skip
+def test_categories_and_ids(own_shapes, change, message):
+    path, content = annotations(own_shapes)
+    change(content)
+    path.write_text(json.dumps(content))
+    cfg = load_config(DEMO)
+    for split in ('train', 'val'):
+        cfg[f'{split}_dataloader'].dataset.data_root = str(own_shapes)
+    with pytest.raises(UserError, match=message):
+        check_data(cfg, ['train'])
+
+
+def test_masks_that_the_data_do_not_have(own_shapes):
+    path, content = annotations(own_shapes)
+    for annotation in content['annotations']:
+        annotation.pop('segmentation', None)
+    path.write_text(json.dumps(content))
+    cfg = load_config(DEMO)
+    cfg.train_dataloader.dataset.data_root = str(own_shapes)
+    cfg.train_dataloader.dataset.pipeline[1].with_mask = True
+    with pytest.raises(UserError, match='annotations have no segmentation, and the config loads masks'):
+        check_data(cfg, ['train'])
+
+
+def test_images_outside_the_data_root_are_counted(own_shapes, logged):
+    path, content = annotations(own_shapes)
+    content['images'][0]['file_name'] = f'../train2017/{content["images"][0]["file_name"]}'
+    path.write_text(json.dumps(content))
+    cfg = load_config(DEMO)
+    cfg.train_dataloader.dataset.data_root = str(own_shapes)
+    check_data(cfg, ['train'])
+    assert any('1 images may lie outside' in message for message in logged.messages)
+
+
+def test_a_dollar_is_a_dollar(tmp_path):
+    """Matplotlib would take what stands between two of them for a formula, and end where it is none."""
+    figure, grid = image_grid(1, 1, (2, 2))
+    grid[0, 0].set_title(r'$x^2_')
+    grid[0, 0].set_xticks([0], [r'a$\foo$b'])
+    grid[0, 0].axis('on')
+    assert save_sheet(figure, tmp_path / 'a.png').stat().st_size > 0
+
+
+def test_a_full_disk_leaves_no_empty_file(run_tool, trained, shapes, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'fsync', full)
+    image = next((shapes / 'val2017').iterdir())
+    options = ['--out-dir', tmp_path / 'out', *cfg_options(SMALL)]
+    result = run_tool('infer.py', DEMO, trained, image, *options)
+    assert_refused(result, 'predictions.json cannot be written: No space left')
+    assert not (tmp_path / 'out/predictions.json').exists()
+    result = run_tool('test.py', DEMO, trained, '--out', tmp_path / 'a.pkl', *tiny(tmp_path / 'test', shapes))
+    assert_refused(result, 'a.pkl cannot be written: No space left')
+    assert not (tmp_path / 'a.pkl').exists()

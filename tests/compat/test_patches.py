@@ -12,6 +12,7 @@ from mmengine import runner
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend, get_file_backend, io
 from mmengine.fileio.backends import registry_utils
+from mmengine.fileio.handlers import yaml_handler
 from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.runner import CheckpointLoader, checkpoint
 from torch import nn
@@ -68,6 +69,15 @@ CASES = {
         mmengine_patches.scores_written_once,
         lambda: vars(LoggerHook)['after_test_epoch'],
     ),
+    'mmengine.config_not_dumped': (
+        mmengine_patches.config_not_dumped,
+        lambda: (vars(runner.Runner)['dump_config'], vars(runner.FlexibleRunner)['dump_config']),
+    ),
+    'mmengine.prefixes_keep_metadata': (
+        mmengine_patches.prefixes_keep_metadata,
+        lambda: checkpoint._load_checkpoint_with_prefix,
+    ),
+    'mmengine.yaml_without_code': (mmengine_patches.yaml_without_code, lambda: yaml_handler.Loader),
     'torch.children_registered_with': (
         lambda: torch_patches.children_registered_with(nothing),
         lambda: list(torch_module._global_module_registration_hooks.values()),

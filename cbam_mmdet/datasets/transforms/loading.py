@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
+import os
 import warnings
 
+import cv2
 import mmcv
 import mmengine.fileio as fileio
 import numpy as np
@@ -13,8 +16,12 @@ from mmengine.logging import print_log
 from mmengine.registry import TRANSFORMS
 from PIL import Image
 
+from cbam_mmdet.compat.patches import replaced
 from cbam_mmdet.errors import UserError
 
+# Other flags of mmcv.imfrombytes for the image as it is stored, without the turn that its EXIF data ask for.
+AS_STORED = {'color': 'color_ignore_orientation', 'grayscale': 'grayscale_ignore_orientation'}
+MAX_PIXELS = int(os.environ.get('CBAM_MAX_PIXELS', 2**28))
 # The last bytes of a complete JPEG and of a complete PNG.
 END_MARKERS = (b'\xff\xd9', b'IEND\xaeB`\x82')
 
@@ -49,8 +56,9 @@ class LoadCheckedImage(LoadImageFromFile):
     def transform(self, results: dict) -> dict | None:
         path = results['img_path']
         try:
-            image = read_image(path, self.color_type, self.imdecode_backend, self.backend_args)
-            _check_size(path, image, results)
+            annotated = _annotated_size(results)
+            image = read_image(path, self.color_type, self.imdecode_backend, self.backend_args, annotated)
+            _check_size(path, image, annotated)
         except UserError as error:
             if self.on_error == 'raise':
                 raise
@@ -63,34 +71,95 @@ class LoadCheckedImage(LoadImageFromFile):
         return results
 
 
-def _check_size(path: str, image: np.ndarray, annotated: dict) -> None:
-    # Both orientations pass, because OpenCV rotates an image by its EXIF data and annotation files may not.
-    expected = annotated.get('height'), annotated.get('width')
-    if None not in expected and sorted(expected) != sorted(image.shape[:2]):
+def _annotated_size(results: dict) -> tuple[int, int] | None:
+    size = results.get('height'), results.get('width')
+    return None if None in size else size
+
+
+def _check_size(path: str, image: np.ndarray, annotated: tuple[int, int] | None) -> None:
+    if annotated and annotated != image.shape[:2]:
         raise UserError(
             f'image {path} has {image.shape[1]}x{image.shape[0]} pixels, '
-            f'its annotation says {expected[1]}x{expected[0]}: was one of them resized? The boxes would not fit.'
+            f'its annotation says {annotated[1]}x{annotated[0]}: was one of them resized? The boxes would not fit.'
         )
 
 
 def read_image(
-    path: str, color_type: str = 'color', backend: str = 'cv2', backend_args: dict | None = None
+    path: str,
+    color_type: str = 'color',
+    backend: str = 'cv2',
+    backend_args: dict | None = None,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Read an image, by default as (H, W, 3) uint8, BGR.
 
+    A camera may store an image on its side, and say in its EXIF data how to turn it. OpenCV turns it. Some annotation
+    tools do not, and the boxes they write are of the image as it is stored.
+
+    Args:
+        path: the file.
+        color_type: the flag of mmcv.imfrombytes.
+        backend: what decodes it, see mmcv.imfrombytes.
+        backend_args: where it is, see mmengine.fileio.get.
+        size: (height, width) as the annotation says. An image that has it only as it is stored is not turned.
+
     Raises:
-        UserError: if the file is missing, truncated or not an image. The message names it.
+        UserError: if the file is missing, truncated, not an image, or has more than MAX_PIXELS. The message names it.
     """
-    try:
-        data = fileio.get(path, backend_args=backend_args)
-    except OSError as error:
-        raise UserError(f'image {path} cannot be read: {error.strerror or error}.') from error
-    if not data:
-        raise UserError(f'image {path} is empty.')
-    image = mmcv.imfrombytes(data, flag=color_type, backend=backend) if _is_complete(path, data) else None
+    data = _read_bytes(path, backend_args)
+    image = _decode(path, data, color_type, backend) if _is_complete(path, data) else None
+    if image is not None and size and size == image.shape[1::-1] != image.shape[:2] and color_type in AS_STORED:
+        image = _decode(path, data, AS_STORED[color_type], backend)
+        _say_once(path)
     if image is None:
         raise UserError(f'image {path} is not an image that OpenCV can read.')
     return image
+
+
+_turns = itertools.count()
+
+
+def _say_once(path: str) -> None:
+    if next(_turns) == 0:
+        print_log(
+            f'image {path} has its boxes in the frame in which it is stored, by the size that its annotation says: '
+            'like others of its kind it is not turned by its EXIF orientation.',
+            logger='current',
+        )
+
+
+def _read_bytes(path: str, backend_args: dict | None) -> bytes:
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f'image {path} is no file (but a folder, a device or a pipe).')
+        data = fileio.get(path, backend_args=backend_args)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        raise UserError(f'image {path} cannot be read: {getattr(error, "strerror", None) or error}.') from error
+    if not data:
+        raise UserError(f'image {path} is empty.')
+    return data
+
+
+def _decode(path: str, data: bytes, flag: str, backend: str) -> np.ndarray | None:
+    _refuse_huge(path, data)
+    try:
+        return mmcv.imfrombytes(data, flag=flag, backend=backend)
+    except cv2.error as error:
+        raise UserError(f'image {path} cannot be decoded by OpenCV ({error.err}).') from error
+
+
+def _refuse_huge(path: str, data: bytes) -> None:
+    """A small file may be a picture of gigabytes. Its header says so before it is decoded."""
+    try:
+        with replaced(Image, MAX_IMAGE_PIXELS=None):  # Pillow's own limit, which is another one
+            width, height = Image.open(io.BytesIO(data)).size
+    except Exception:  # whatever Pillow cannot read: OpenCV may, by a limit of its own
+        return
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f'image {path} has {width}x{height} pixels by its header, and would take {3 * width * height / 2**30:.1f} '
+            f'GiB. The limit is {MAX_PIXELS} pixels; the environment variable CBAM_MAX_PIXELS sets another one.'
+        )
 
 
 def _is_complete(path: str, data: bytes) -> bool:

@@ -56,11 +56,18 @@ def find_checkpoint(path: str) -> str:
         raise UserError(f'checkpoint {path} does not exist{did_you_mean(path, siblings)}.{have}')
     with open(path, 'rb') as file:
         head = file.read(2)
-    if head == b'PK' and not zipfile.is_zipfile(path):
+    if head == b'PK' and not _is_whole_zip(path):
         raise UserError(f'checkpoint {path} is cut off (a killed job or a full disk?): use an earlier one.')
     if head != b'PK' and not head.startswith(b'\x80'):  # zip, and the pickle of torch before 1.6
         raise UserError(f'{path} is not a checkpoint of PyTorch.')
     return path
+
+
+def _is_whole_zip(path: str) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # its directory is damaged
+        return False
 
 
 def newest_checkpoint(

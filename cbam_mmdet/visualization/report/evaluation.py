@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 from mmengine.config import Config, ConfigDict
 
 from cbam_mmdet.analysis.complexity import Complexity, measure
@@ -72,6 +73,11 @@ def evaluate(
     return EvaluatedRun(record, checkpoint, scores, scores.outcomes(score_thr), cost, no_cost)
 
 
+def image_of(path: str, runs: Sequence[EvaluatedRun]) -> np.ndarray:
+    """A test image, (H, W, 3) BGR, in the frame of its boxes."""
+    return read_image(path, size=next((run.outcomes[path].size for run in runs if path in run.outcomes), None))
+
+
 def worst_first(runs: Sequence[EvaluatedRun]) -> list[str]:
     """The image files, sorted by the missed objects of all runs, most first, and then by the false detections."""
     missed, false = Counter(), Counter()
@@ -88,7 +94,8 @@ def add_gates(runs: Sequence[EvaluatedRun], paths: Sequence[str], device: str | 
         model = load_detector(run.record.trained, run.checkpoint, device, trust_checkpoint)
         if find_cbams(model):
             pipeline = array_pipeline(model.cfg)
-            run.gates = {path: gates_over(model, read_image(path), pipeline) for path in paths if path in run.outcomes}
+            shown = {path: read_image(path, size=run.outcomes[path].size) for path in paths if path in run.outcomes}
+            run.gates = {path: gates_over(model, image, pipeline) for path, image in shown.items()}
 
 
 def _detections(

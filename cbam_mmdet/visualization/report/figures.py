@@ -7,9 +7,8 @@ from pathlib import Path
 
 from matplotlib.patches import Patch
 
-from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.visualization.charts import Chart, save
-from cbam_mmdet.visualization.report.evaluation import EvaluatedRun
+from cbam_mmdet.visualization.report.evaluation import EvaluatedRun, image_of
 from cbam_mmdet.visualization.sheets import box_corners, draw_box, image_grid, show_image
 
 BOXES = {
@@ -32,7 +31,7 @@ def write_figures(runs: Sequence[EvaluatedRun], charts: Sequence[Chart], paths: 
 def _draw_detections(runs: Sequence[EvaluatedRun], paths: Sequence[str], folder: Path) -> None:
     figure, grid = image_grid(len(paths), len(runs), (1.8 * len(runs) + 0.3, 1.9 * len(paths) + 0.3))
     for path, row in zip(paths, grid, strict=True):
-        image = read_image(path)
+        image = image_of(path, runs)
         for run, axes in zip(runs, row, strict=True):
             show_image(axes, image)
             for kind, style in BOXES.items():
@@ -55,7 +54,7 @@ def _draw_attention(run: EvaluatedRun, folder: Path, name: str) -> None:
         return
     figure, grid = image_grid(len(maps), len(cbams) + 1, (0.9 * (len(cbams) + 1), 1.1 * len(maps)))
     for (path, gates), row in zip(maps.items(), grid, strict=True):
-        show_image(row[0], read_image(path))
+        show_image(row[0], image_of(path, [run]))
         for cbam, axes in zip(cbams, row[1:], strict=True):
             axes.imshow(gates[cbam], cmap='viridis')
     for cbam, axes in zip(cbams, grid[0][1:], strict=True):

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.evaluation.scores import Box, Outcome
 from cbam_mmdet.visualization.report.encoding import jpeg_uri, map_uri
-from cbam_mmdet.visualization.report.evaluation import EvaluatedRun
+from cbam_mmdet.visualization.report.evaluation import EvaluatedRun, image_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Heat:
 
 def make_picture(path: str, runs: Sequence[EvaluatedRun]) -> Picture:
     """A test image with the outcome of each run that was tested on it."""
-    image = read_image(path)
+    image = image_of(path, runs)
     height, width = image.shape[:2]
     parts = [(run.name, run.outcomes[path], _in_words(run.outcomes[path])) for run in runs if path in run.outcomes]
     return Picture(Path(path).name, width, height, jpeg_uri(image), parts)
@@ -63,7 +62,7 @@ def make_heats(
                 for map_ in gates.spatial
             ]
             if heats:
-                rows.append((Path(path).name, jpeg_uri(read_image(path), 240), heats))
+                rows.append((Path(path).name, jpeg_uri(image_of(path, runs), 240), heats))
         if rows:
             shown.append((run.name, rows))
     return shown

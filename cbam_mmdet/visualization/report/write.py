@@ -8,6 +8,7 @@ from pathlib import Path
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint
 from cbam_mmdet.engine.run_reader import TrainingRecord, read_runs
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.files import write_text
 from cbam_mmdet.utils.tables import Table
 from cbam_mmdet.visualization.report.charts import make_charts
 from cbam_mmdet.visualization.report.evaluation import add_gates, evaluate, worst_first
@@ -70,7 +71,7 @@ def write_report(
         num_tested=len(paths),
         score_thr=score_thr,
     )
-    page.write_text(html, encoding='utf-8')
+    write_text(page, html)
     return page
 
 

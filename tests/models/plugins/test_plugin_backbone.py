@@ -288,11 +288,12 @@ def test_init_weights_of_the_backbone_leaves_the_plugins_theirs(gate, zero_init_
 
 @pytest.mark.parametrize('with_cbam', [True, False])
 def test_pretrained_weights(tmp_path, with_cbam):
-    source = shake(build() if with_cbam else MODELS.build(R18))
+    unit = dict(CBAM_CFG, gate='unit')
+    source = shake(build(cfg=unit) if with_cbam else MODELS.build(R18))
     torch.save(dict(state_dict=source.state_dict()), tmp_path / 'pretrained.pth')
     model = build(
         dict(R18, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'pretrained.pth'))),
-        cfg=dict(CBAM_CFG, gate='unit'),
+        cfg=unit,
     )
     model.init_weights()
     state = model.state_dict()

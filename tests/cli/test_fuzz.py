@@ -1,0 +1,225 @@
+"""Damaged inputs, at random: each is read, or refused by a UserError; nothing else, and nothing is written.
+
+A few hundred of each kind by default. CBAM_FUZZ=5000 makes it so many of each; a seed that failed is a test of its own.
+"""
+
+import copy
+import json
+import os
+import pickle
+import random
+import zipfile
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO
+
+from cbam_mmdet.apis.runner import prepare
+from cbam_mmdet.datasets.checks import check_data
+from cbam_mmdet.datasets.classes import set_classes
+from cbam_mmdet.datasets.transforms.loading import read_image
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint
+from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
+from cbam_mmdet.engine.record import read_record
+from cbam_mmdet.engine.run_reader import read_results
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.config import load_config
+from cbam_mmdet.utils.numbers import LEAST
+
+COUNT = int(os.environ.get('CBAM_FUZZ', 100))
+ODD = (
+    None, True, -1, 0, 10**30, -(10**400), 0.5, float('nan'), float('inf'), -float('inf'), '', ' ', 'circle', '\0',
+    '../../x', '/', '$x^2', '{{ fileDirname }}', '<script>', '\ud800', [], [[]], {}, [1, 2], [None] * 4, {'id': 1},
+    [-1e308, 1e308, 1, 1],
+)  # fmt: skip
+
+
+def places(node):
+    """(container, key) of everything in a tree of dicts and lists."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in list(items):
+        yield node, key
+        yield from places(value)
+
+
+def damage(rng, content):
+    """A copy with one to three values changed, taken out, or copied over another."""
+    content = copy.deepcopy(content)
+    for _ in range(rng.randint(1, 3)):
+        spots = list(places(content))
+        if not spots:
+            break
+        container, key = rng.choice(spots)
+        kind = rng.random()
+        if kind < 0.2:
+            del container[key]
+        elif kind < 0.4:
+            other, at = rng.choice(spots)
+            container[key] = copy.deepcopy(other.get(at) if isinstance(other, dict) else other[at])
+        else:
+            container[key] = rng.choice(ODD)
+    return content
+
+
+def damage_bytes(rng, data):
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 8)):
+        at = rng.randrange(len(data))
+        kind = rng.random()
+        if kind < 0.3:
+            del data[at : at + rng.randint(1, 64)]
+        elif kind < 0.5:
+            data[at:at] = rng.randbytes(rng.randint(1, 16))
+        else:
+            data[at] = rng.randrange(256)
+        if not data:
+            return b''
+    return bytes(data)
+
+
+def refused_or_read(function, seed):
+    try:
+        function()
+    except UserError as error:
+        assert str(error) and 'Traceback' not in str(error)
+        return True
+    except Exception as error:
+        raise AssertionError(f'seed {seed}: {type(error).__name__}: {error}') from error
+    return False
+
+
+def fuzz(run, least_refused=0.2):
+    """Run run(rng), which returns a function to try, for COUNT seeds."""
+    refused = sum(refused_or_read(run(random.Random(seed)), seed) for seed in range(COUNT))
+    assert COUNT * least_refused < refused, 'the damages are no damages'
+
+
+@pytest.fixture
+def demo(own_shapes):
+    cfg = load_config(DEMO)
+    prepare(cfg, str(own_shapes), None, str(own_shapes / 'work'), 'none')
+    return cfg
+
+
+@pytest.mark.parametrize('checked', [True, False])
+def test_coco_annotations(demo, own_shapes, checked):
+    path = own_shapes / 'annotations/instances_train2017.json'
+    content = json.loads(path.read_text())
+    content['annotations'] = content['annotations'][:6]
+
+    def run(rng):
+        text = json.dumps(damage(rng, content))
+        if rng.random() < 0.2:
+            text = damage_bytes(rng, text.encode()).decode(errors='surrogateescape')
+        path.write_bytes(text.encode(errors='surrogateescape'))
+        cfg = copy.deepcopy(demo)
+        return lambda: check_data(cfg, ['train']) if checked else set_classes(cfg, 'auto')
+
+    fuzz(run, 0.2 if checked else 0.02)
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_coco_annotations_of_odd_kinds(demo, own_shapes, seed):
+    path = own_shapes / 'annotations/instances_train2017.json'
+    texts = ('[' * 200_000, '{"images": ' * 5000, '1' * 5000, '"x"', '', '\x00', '{"images": [], "annotations": []}',
+             'nan', '{"images": [null], "annotations": [null], "categories": [null]}', '\ufeff{}')  # fmt: skip
+    path.write_text(texts[seed])
+    assert refused_or_read(lambda: check_data(demo, ['train']), seed)
+    assert refused_or_read(lambda: set_classes(demo, 'auto'), seed)
+
+
+def test_numbers_of_a_config(demo):
+    names = [name for name in LEAST if demo.get(name.split('.')[0])]
+
+    def run(rng):
+        cfg = copy.deepcopy(demo)
+        for _ in range(rng.randint(1, 2)):
+            *path, last = rng.choice(names).split('.')
+            node = cfg
+            for key in path:
+                node = node[key]
+            node[last] = rng.choice(ODD[1:])
+        return lambda: prepare(cfg, None, None, None, 'none')
+
+    fuzz(run, 0.5)
+
+
+def test_records_of_a_run(trained, tmp_path):
+    content = json.loads(next(trained.glob('*/vis_data/run.json')).read_text())
+    path = tmp_path / 'vis_data/run.json'
+    path.parent.mkdir()
+
+    def run(rng):
+        path.write_text(json.dumps(damage(rng, content)))
+        return lambda: read_record(tmp_path)
+
+    fuzz(run)
+
+
+@pytest.mark.parametrize('suffix', ['.jpg', '.png', '.bmp', '.tiff', '.webp'])
+def test_images(tmp_path, suffix):
+    image = np.random.default_rng(0).integers(0, 255, (16, 24, 3)).astype(np.uint8)
+    data, path = cv2.imencode(suffix, image)[1].tobytes(), tmp_path / f'a{suffix}'
+
+    def run(rng):
+        path.write_bytes(damage_bytes(rng, data[:200] if rng.random() < 0.1 else data))
+        return lambda: read_image(str(path), size=rng.choice([None, (16, 24), (24, 16), (1, 1)]))
+
+    fuzz(run, 0.0 if suffix == '.bmp' else 0.02)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_checkpoints(tmp_path, zipped):
+    path = tmp_path / 'a.pth'
+    content = dict(meta=dict(iter=1, cfg='a = 1'), state_dict={'a.weight': torch.ones(3)}, message_hub={}, optimizer={})
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    data = path.read_bytes()
+    pickled = zipfile.ZipFile(path).read('a/data.pkl') if zipped else None
+
+    def run(rng):
+        path.write_bytes(damage_bytes(rng, data))
+        if zipped and rng.random() < 0.5:  # a whole archive of a damaged pickle
+            with zipfile.ZipFile(path, 'w') as archive:
+                archive.writestr('a/data.pkl', damage_bytes(rng, pickled))
+                archive.writestr('a/data/0', bytes(12))
+                archive.writestr('a/version', '3\n')
+        return lambda: load_checkpoint(find_checkpoint(str(path)))
+
+    fuzz(run)
+
+
+def test_results(tmp_path):
+    path = tmp_path / 'a.pkl'
+    data = pickle.dumps([dict(img_id=1, pred_instances=dict(bboxes=torch.ones(2, 4), labels=np.arange(2)))])
+
+    def run(rng):
+        path.write_bytes(damage_bytes(rng, data))
+        return lambda: read_results(path)
+
+    fuzz(run)
+
+
+def test_configs(tmp_path):
+    """The text of one is code. Of JSON and YAML, data."""
+    for suffix in ('json', 'yaml'):
+        text = json.dumps(dict(model=dict(type='A', b=[1, 2]), custom_imports=None, train_cfg=dict(max_epochs=1)))
+        path = tmp_path / f'a.{suffix}'
+
+        def run(rng, path=path, text=text):
+            path.write_bytes(damage_bytes(rng, text.encode()))
+            return lambda: load_config(str(path))
+
+        fuzz(run, 0.02)
+
+
+def test_a_yaml_file_calls_nothing(tmp_path, run_tool):
+    written = tmp_path / 'written'
+    path = tmp_path / 'a.yaml'
+    path.write_text(
+        f'model: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ["{written}"]]'
+    )
+    result = run_tool('train.py', path)
+    assert result.code == 2 and 'could not determine a constructor for the tag' in result.err
+    assert not written.exists()
