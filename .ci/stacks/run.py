@@ -23,11 +23,16 @@ PYTHONS = dict.fromkeys(('users', 'mmyolo'), ('python3.11', 'python3.10'))  # to
 # Operators, CBAM, PluginBackbone, checkpoints, one training, one resume, one evaluation.
 CORE = (
     'tests/compat/test_mmcv_ops.py',
-    'tests/models',
+    'tests/models/plugins',
+    'tests/models/test_cbam.py',
+    'tests/models/test_variant.py',
+    'tests/ops/test_c_cbam.py',
     'tests/ops/test_functional.py',
     'tests/engine/checkpoint',
     'tests/engine/hooks/test_resume.py::test_stopped_and_resumed_equals_uninterrupted',
+    'tests/engine/test_run_reader.py',
     'tests/evaluation/test_coco.py',
+    'tests/apis/test_other_packages.py',
 )
 # What looks at the environment that `make` installs, or measures there.
 OURS = ('tests/test_setup.py', 'tests/docs', 'tests/benchmarks', 'tests/visualization/test_report.py')

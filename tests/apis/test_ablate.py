@@ -311,6 +311,7 @@ def files_of(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
 
 
+@pytest.mark.slow
 def test_killed_in_the_second_run_it_resumes_there(ablation):
     process, _ = ablation.start_until_it_hangs('second')
     os.killpg(process.pid, signal.SIGKILL)

@@ -236,6 +236,7 @@ def test_a_process_that_fails_alone_ends_all(own_shapes, tmp_path):
     assert 'Traceback' not in result.err
 
 
+@pytest.mark.slow
 def test_the_reason_is_printed_also_before_a_restart(tmp_path):
     """torchrun keeps the error files of the last attempt alone."""
     tool = tmp_path / 'fails_once.py'

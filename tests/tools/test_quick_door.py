@@ -55,11 +55,18 @@ def test_a_pair_without_equals_sign_is_found_before_torch_is_imported():
         ('train.py', ['configs/faster_rcnn_r50_cbam_voc0712.py'], 'no folder data/VOCdevkit/'),
         # A config whose custom_imports import MMDetection.
         ('infer.py', [SSD, 'nothing.pth', 'photo.jpg'], 'checkpoint nothing.pth does not exist'),
-        ('gradcam.py', ['--config', SSD, '--checkpoint', DEMO, 'photo.jpg'], 'is not a checkpoint of PyTorch'),
-        ('ablate.py', ['nothing.py'], "config 'nothing.py' does not exist"),
+        pytest.param(
+            'gradcam.py',
+            ['--config', SSD, '--checkpoint', DEMO, 'photo.jpg'],
+            'is not a checkpoint of PyTorch',
+            marks=pytest.mark.slow,
+        ),
+        pytest.param('ablate.py', ['nothing.py'], "config 'nothing.py' does not exist", marks=pytest.mark.slow),
         ('report.py', ['nothing'], 'nothing is not a folder'),
-        ('draw_run.py', ['nothing'], 'nothing is not a folder'),
-        ('convert_annotations.py', ['nothing.txt', 'x.json'], 'nothing.txt does not exist'),
+        pytest.param('draw_run.py', ['nothing'], 'nothing is not a folder', marks=pytest.mark.slow),
+        pytest.param(
+            'convert_annotations.py', ['nothing.txt', 'x.json'], 'nothing.txt does not exist', marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_is_missing_is_found_before_mmdetection_is_imported(name, args, message, tmp_path):
