@@ -10,12 +10,13 @@ DEMO := work_dirs/demo
 DEMO_CONFIG := configs/demo/faster_rcnn_cbam.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint docs docs-serve docs-pages lock clean
+.PHONY: help setup demo test test-all stacks lint docs docs-serve docs-pages lock clean
 
 help:
 	@echo 'make demo      install what is missing, train a small Faster R-CNN with CBAM on built-in data, evaluate, report'
 	@echo 'make test      install what is missing, run the tests (make test-all: the slow ones too)'
 	@echo 'make setup     install only, into $(VENV)'
+	@echo 'make stacks    run the tests with the versions that people have, each in an environment in build/stacks'
 	@echo 'make lint      check the style with ruff, and the types of ops, models and engine with mypy'
 	@echo 'make docs      build the pages of docs/ into site/ (make docs-serve: show them in a browser)'
 	@echo 'make lock      write constraints.txt anew, with the newest versions that fit'
@@ -40,6 +41,9 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST) -m ''
+
+stacks: $(READY)
+	$(PY) .ci/stacks/run.py
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -67,4 +71,4 @@ lock: $(READY)
 	@bash tools/setup_env.sh $(VENV) --lock
 
 clean:
-	rm -rf cbam_mmdet/ops/_cpu_kernels* $(VENV) data/shapes $(DEMO) $(PAGES) site .cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf cbam_mmdet/ops/_cpu_kernels* $(VENV) data/shapes $(DEMO) $(PAGES) build/stacks site .cache .pytest_cache .ruff_cache .mypy_cache

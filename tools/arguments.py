@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 USER_ERROR = 2  # the exit code for a user's mistake, as argparse has it
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 class KeyValues(argparse.Action):
@@ -105,21 +106,17 @@ class Parser(argparse.ArgumentParser):
         self.add_shared('--launcher')
         self.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
-    def require_positive(self, args: argparse.Namespace, *names: str) -> None:
-        """End with a message unless these numbers, where they are given, are at least 1."""
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and value < 1:
-                self.error(f'--{name.replace("_", "-")} takes a positive number, got {value}')
-
 
 def run(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> NoReturn:
     """Run a tool with its parsed arguments, and exit with its code; a user's mistake ends in one message."""
     _require_data_root(getattr(args, 'data_root', None))
     if hasattr(args, 'local_rank'):
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    from cbam_mmdet.cli import run_tool
-
+    try:
+        from cbam_mmdet.cli import run_tool
+    except KeyboardInterrupt:  # in the first second
+        print('\ninterrupted', file=sys.stderr)
+        sys.exit(INTERRUPTED)
     run_tool(lambda: _main(main, args))
 
 

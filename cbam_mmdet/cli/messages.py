@@ -6,6 +6,7 @@ import errno
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import pickle
 import re
@@ -99,8 +100,18 @@ def _wrong_argument(error: BaseException) -> str | None:
         return None
     owner, _, rest = found.groups()
     if 'unexpected' in found.group(2):
-        return f'type={owner!r} in the config does not take the key {rest}'
+        hint = did_you_mean(rest.strip("'"), _parameters_of(owner, error))
+        return f'type={owner!r} in the config does not take the key {rest}{hint}'
     return f'type={owner!r} in the config lacks {rest}'
+
+
+def _parameters_of(name: str | None, error: BaseException) -> list[str]:
+    """What the class takes that was being built when the exception was raised: a local variable of some caller."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for built in frame.f_locals.values():
+            if isinstance(built, type) and built.__name__ == name:
+                return list(inspect.signature(built).parameters)
+    return []
 
 
 def _download_failed(error: BaseException) -> str | None:

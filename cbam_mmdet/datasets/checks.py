@@ -270,8 +270,8 @@ def _coco_objects(
 def _coco_object(annotation: dict, images: dict[Any, dict], names: dict[Any, str], needs_iscrowd: bool) -> COCOObject:
     if needs_iscrowd:
         _number(annotation['iscrowd'])  # the metric reads it
-    if not isinstance(annotation['id'], (int, str)):
-        raise TypeError(f'its id {annotation["id"]!r} is neither a number nor a text')
+    if not isinstance(annotation['id'], int):
+        raise TypeError(f'its id {annotation["id"]!r} is no whole number')
     if annotation['image_id'] not in images:
         raise ValueError(f'its image_id {annotation["image_id"]!r} is not among the images')
     if annotation['category_id'] not in names:

@@ -40,10 +40,12 @@ class AtomicLocalBackend(LocalBackend):
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8 completely or not at all. Its folder is made where it is missing.
 
+    What UTF-8 cannot hold, such as a file's name in another encoding, is written as an escape.
+
     Raises:
         OSError: with the file's name.
     """
-    AtomicLocalBackend().put(text.encode(), path)
+    AtomicLocalBackend().put(text.encode(errors='backslashreplace'), path)
 
 
 def remove_unfinished(work_dir: str) -> None:

@@ -1,10 +1,12 @@
 """A user's mistakes: each ends in one message that names the file or key, exit code 2, and no traceback."""
 
+import argparse
 import errno
 import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -783,3 +785,34 @@ def test_a_full_disk_leaves_no_empty_file(run_tool, trained, shapes, tmp_path, m
     result = run_tool('test.py', DEMO, trained, '--out', tmp_path / 'a.pkl', *tiny(tmp_path / 'test', shapes))
     assert_refused(result, 'a.pkl cannot be written: No space left')
     assert not (tmp_path / 'a.pkl').exists()
+
+
+def test_a_name_that_is_no_utf_8(run_tool, trained, shapes, tmp_path):
+    folder = os.fsencode(tmp_path) + b'/a\xff'
+    os.mkdir(folder)
+    shutil.copy(next((shapes / 'val2017').iterdir()), folder + b'/\xfe.jpg')
+    out = tmp_path / 'out'
+    result = run_tool('infer.py', DEMO, trained, os.fsdecode(folder), '--out-dir', out, *cfg_options(SMALL))
+    assert result.code == 0, result.err[-2000:]
+    assert json.loads((out / 'predictions.json').read_text()) is not None
+
+
+def test_a_key_that_is_misspelt(train):
+    result = train('model.backbone.plugins.0.cfg.gates=unit')
+    assert_refused(result, "does not take the key 'gates'", "did you mean 'gate'")
+
+
+def test_ctrl_c_in_the_first_second(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    import arguments
+
+    class Stopped:
+        def find_spec(self, name, path=None, target=None):
+            if name == 'cbam_mmdet.cli':
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, 'cbam_mmdet.cli', raising=False)
+    monkeypatch.setattr(sys, 'meta_path', [Stopped(), *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        arguments.run(lambda args: 0, argparse.Namespace())
+    assert end.value.code == 130 and capsys.readouterr().err == '\ninterrupted\n'
