@@ -62,12 +62,27 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
             _check_dataset(dataset, split, reports)
             _check_num_classes(cfg.model, dataset, where='model')
         for metric in evaluators_of(cfg, split):
-            ann_file = metric.get('ann_file')
-            if ann_file and not osp.isfile(ann_file):
-                raise UserError(f"{split}_evaluator's annotation file {ann_file} does not exist. {HELP}")
+            _check_evaluator(metric.get('ann_file'), split_datasets(cfg, split), split)
     for report in reports.values():
         _log(report)
     return list(reports.values())
+
+
+def _check_evaluator(ann_file: str | None, datasets: Sequence[ConfigDict], split: str) -> None:
+    """An evaluator has an annotation file of its own, which should be that of its data set."""
+    if not ann_file or '://' in ann_file:
+        return
+    theirs = [annotation_file(dataset) for dataset in datasets]
+    if not osp.isfile(ann_file):
+        remedy = f'--cfg-options {split}_evaluator.ann_file={theirs[0]}' if theirs and osp.isfile(theirs[0]) else HELP
+        raise UserError(f"{split}_evaluator's annotation file {ann_file} does not exist. {remedy}")
+    if theirs and not any(osp.isfile(path) and osp.samefile(path, ann_file) for path in theirs):
+        print_log(
+            f'{split}_evaluator scores against {ann_file}, and the {split} data set is {theirs[0]}: if that is not '
+            f'meant, --cfg-options {split}_evaluator.ann_file={theirs[0]}',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def _check_num_classes(node: object, dataset: ConfigDict, where: str, inside_head: bool = False) -> None:

@@ -120,7 +120,23 @@ def coco_to_voc(content: dict) -> dict[str, ET.Element]:
         raise UserError(
             'some images share their name without folder and suffix, which VOC has no place for: rename them'
         )
+    for image_id, root in roots.items():
+        _require_readable(stems[image_id], root)
     return {stems[image_id]: root for image_id, root in roots.items()}
+
+
+def _require_readable(stem: str, root: ET.Element) -> None:
+    """Refuse names that XML or a list of names gives back as others, or not at all."""
+    try:
+        back = [item.text for item in ET.fromstring(ET.tostring(root, encoding='utf-8')).iter('name')]
+    except (ET.ParseError, UnicodeEncodeError):
+        back = []
+    names = [item.text for item in root.iter('name')]
+    if back != names:
+        lost = next((name for name in names if name not in back), None)
+        raise UserError(f"the class name {lost!r} (image {stem!r}) cannot be written in VOC's format: rename it")
+    if [line.strip() for line in f'{stem}\n'.splitlines()] != [stem]:
+        raise UserError(f"the image name {stem!r} cannot stand in VOC's list of images: rename it")
 
 
 def _write_voc(source: str, image_set: str) -> int:

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, DEMO, ROOT, SMALL, cfg_options, tiny
+from mmengine.config import ConfigDict
 
-from cbam_mmdet.datasets.checks import check_data
+from cbam_mmdet.datasets.checks import check_data, read_voc
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import load_config
 from cbam_mmdet.visualization.sheets import image_grid, save_sheet
@@ -816,3 +817,29 @@ def test_ctrl_c_in_the_first_second(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         arguments.run(lambda args: 0, argparse.Namespace())
     assert end.value.code == 130 and capsys.readouterr().err == '\ninterrupted\n'
+
+
+def test_an_evaluator_of_another_file(own_shapes, logged, tmp_path):
+    cfg = load_config(DEMO)
+    cfg.val_dataloader.dataset.data_root = str(own_shapes)
+    cfg.val_evaluator.ann_file = str(tmp_path / 'nothing.json')
+    own = own_shapes / 'annotations/instances_val2017.json'
+    with pytest.raises(UserError, match=rf'nothing\.json does not exist\. --cfg-options val_evaluator\.ann_file={own}'):
+        check_data(cfg, ['val'])
+    cfg.val_evaluator.ann_file = str(shutil.copy(own, tmp_path / 'other.json'))
+    check_data(cfg, ['val'])
+    assert any('val_evaluator scores against' in message for message in logged.messages)
+    logged.clear()
+    cfg.val_evaluator.ann_file = str(own)
+    check_data(cfg, ['val'])
+    assert not any('scores against' in message for message in logged.messages)
+
+
+@pytest.mark.parametrize('value', ['nan', 'inf', '1e400', 'x', ''])
+def test_a_box_of_voc_that_is_no_number(tmp_path, value):
+    (tmp_path / 'Annotations').mkdir()
+    box = f'<xmin>{value}</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax>'
+    text = f'<annotation><object><name>a</name><bndbox>{box}</bndbox></object></annotation>'
+    (tmp_path / 'Annotations/a.xml').write_text(text)
+    with pytest.raises(UserError, match=r"a\.xml is not in Pascal VOC's format"):
+        read_voc(ConfigDict(data_root=str(tmp_path)), 'x.txt', 'a')

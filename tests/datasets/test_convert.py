@@ -2,12 +2,15 @@
 
 import json
 import re
+import xml.etree.ElementTree as ET
 
 import pytest
 from conftest import DATA
 from mmdet.datasets import CocoDataset, VOCDataset
 
 from cbam_mmdet.datasets import CLASSES, ensure_shapes
+from cbam_mmdet.datasets.convert import coco_to_voc
+from cbam_mmdet.errors import UserError
 
 BCCD = DATA / 'bccd'
 
@@ -116,3 +119,27 @@ def test_mistakes(run_tool, both, tmp_path):
     content['annotations'][0]['category_id'] = 99
     (tmp_path / 'wrong.json').write_text(json.dumps(content))
     assert "not in COCO's format: KeyError: 99" in refused(tmp_path / 'wrong.json', tmp_path / 'a/b/c.txt')
+
+
+@pytest.mark.parametrize('name, file_name', [
+    ('a\0b', 'a.jpg'), ('a\rb', 'a.jpg'), ('\ud800', 'a.jpg'), ('a', 'a\nb.jpg'), ('a', ' a.jpg'), ('a', 'a\x85b.jpg'),
+])  # fmt: skip
+def test_names_that_voc_would_change_are_refused(name, file_name):
+    content = dict(
+        images=[dict(id=1, file_name=file_name, width=9, height=9)],
+        annotations=[dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 3, 3])],
+        categories=[dict(id=1, name=name)],
+    )
+    with pytest.raises(UserError, match="in VOC's"):
+        coco_to_voc(content)
+
+
+@pytest.mark.parametrize('name', ['<&>"', ' a ', 'ä', '$x$', '{{a}}', 'a\tb', 'a\nb'])
+def test_other_names_come_back(name):
+    content = dict(
+        images=[dict(id=1, file_name='a b.c.jpg', width=9, height=9)],
+        annotations=[dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 3, 3])],
+        categories=[dict(id=1, name=name)],
+    )
+    ((stem, root),) = coco_to_voc(content).items()
+    assert stem == 'a b.c' and ET.fromstring(ET.tostring(root)).findtext('object/name') == name
