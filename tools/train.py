@@ -18,6 +18,9 @@ def parse_args() -> argparse.Namespace:
         choices=['fp16', 'bf16'],
         help='mixed precision: fp16 (the default; needs a GPU) or bf16',
     )
+    parser.add_argument(
+        '--smoke', action='store_true', help='a first look: one epoch on a few small images, from random weights'
+    )
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size')
     parser.add_argument(
         '--resume',
@@ -49,6 +52,7 @@ def main(args: argparse.Namespace) -> None:
         work_dir=args.work_dir,
         amp=args.amp,
         auto_scale_lr=args.auto_scale_lr,
+        smoke=args.smoke,
         resume=args.resume,
         trust_checkpoint=args.trust_checkpoint,
         launcher=args.launcher,

@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from cbam_mmdet.apis.runner import build_runner, check_splits, follow_checkpoint, make_work_dir, prepare
+from cbam_mmdet.apis.smoke import make_small
 from cbam_mmdet.compat.mmcv_ops import unserved_layers
 from cbam_mmdet.compat.mmengine import hooks_of_class, local_files_written_by
 from cbam_mmdet.engine.checkpoint.content import meta_of
@@ -47,6 +48,7 @@ def train(
     work_dir: str | None = None,
     amp: str | bool = False,
     auto_scale_lr: bool = False,
+    smoke: bool = False,
     resume: str | bool = False,
     trust_checkpoint: bool = False,
     launcher: str = 'none',
@@ -61,6 +63,7 @@ def train(
         work_dir: for logs and checkpoints; by default the config's, else work_dirs/NAME.
         amp: mixed precision: 'fp16' (or True; needs a GPU) or 'bf16'.
         auto_scale_lr: scale the learning rate to the batch size of all processes together.
+        smoke: for a first look, one epoch on a few small images (see apis.smoke.make_small).
         resume: a checkpoint to resume from; True for the newest intact one in work_dir; 'auto' for that if there is
             one.
         trust_checkpoint: load checkpoints by full unpickling, which runs code from the file (see
@@ -77,6 +80,8 @@ def train(
     if lacking:
         raise UserError(f'the config has no {lacking[0]}: it cannot be trained')
     prepare(cfg, data_root, classes, work_dir, launcher)
+    if smoke:
+        make_small(cfg)
     if amp:
         _use_amp(cfg, 'fp16' if amp is True else amp)
     if auto_scale_lr:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 from conftest import ROOT
 
@@ -17,12 +18,13 @@ NAMES = {
 
 def test_copies_of_old_configs_are_read(tmp_path):
     lines = ['from mmengine.config import Config']
-    for i, (name, brings) in enumerate(NAMES.items()):
+    here = {name: brings for name, brings in NAMES.items() if 'mmpretrain' not in brings or find_spec('mmpretrain')}
+    for i, (name, brings) in enumerate(here.items()):
         config = tmp_path / f'copy_{i}.py'
         config.write_text(f'custom_imports = dict(allow_failed_imports=False, imports=[{name!r}])\nmodel = dict()\n')
         package = brings.split('(')[-1 if brings.startswith('hasattr') else 0].split('.')[0]
         module = 'mmdet.models.dense_heads' if brings.startswith('hasattr') else f'{package}.registry'
         lines += [f'Config.fromfile({str(config)!r})', f'import {module}', f'print({name!r}, bool({brings}))']
     done = subprocess.run([sys.executable, '-c', '\n'.join(lines)], cwd=ROOT, capture_output=True, text=True)
-    for name in NAMES:
+    for name in here:
         assert f'{name} True' in done.stdout.splitlines(), done.stdout + done.stderr
