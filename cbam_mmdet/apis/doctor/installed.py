@@ -147,5 +147,5 @@ def _gpu_kernels() -> str:
     from cbam_mmdet.ops.functional import HAS_TRITON, INTERPRETED
 
     if not HAS_TRITON:
-        return 'none: Triton is not installed'
+        return 'none: Triton 3, which comes with torch 2.4, is not installed'
     return "Triton's, interpreted on the CPU (TRITON_INTERPRET=1)" if INTERPRETED else "Triton's"
