@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -20,6 +21,8 @@ from conftest import DEMO, ROOT, run_in_this_process, tiny
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tide import KINDS, tide
+
+from cbam_mmdet.visualization.report.page import _notes
 
 PLAIN = str(ROOT / 'configs/demo/faster_rcnn.py')
 SECTIONS = [
@@ -209,6 +212,18 @@ def test_what_was_run(compared, page):
     assert any(row['setting'] == 'train_cfg.max_epochs' and row['cbam'] == '1' for row in base), (
         '--cfg-options are seen'
     )
+
+
+def test_unequal_lengths_are_said(page):
+    assert 'differ for that alone' not in page
+    runs = [
+        SimpleNamespace(name=name, record=SimpleNamespace(facts={'Length': f'{length} iterations'}), outcomes={},
+                        scores=SimpleNamespace(classes=('a',)))
+        for name, length in (('plain', 10), ('short', 5), ('cbam', 10))
+    ]  # fmt: skip
+    assert _notes(runs) == [
+        'short was trained for 5 iterations, and plain for 10 iterations: their figures may differ for that alone.'
+    ]
 
 
 def test_gates_are_those_of_a_forward_pass(compared, page, shapes):

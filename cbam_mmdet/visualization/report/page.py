@@ -43,7 +43,14 @@ def _title(runs: Sequence[EvaluatedRun]) -> str:
 
 def _notes(runs: Sequence[EvaluatedRun]) -> list[str]:
     first, others = runs[0], runs[1:]
-    return [
+    length = {run.name: run.record.facts['Length'] for run in runs}
+    lengths = [
+        f'{run.name} was trained for {length[run.name]}, and {first.name} for {length[first.name]}: their figures may '
+        'differ for that alone.'
+        for run in others
+        if length[run.name] != length[first.name]
+    ]
+    return lengths + [
         f'{run.name} is tested on other images or other classes than {first.name}: their figures cannot be compared.'
         for run in others
         if run.scores.classes != first.scores.classes or _file_names(run) != _file_names(first)
