@@ -91,7 +91,7 @@ class Scores:
     voc_mode: str
     classes: tuple[str, ...]
     paths: dict[object, str]
-    sizes: dict[object, tuple[int, int]]
+    sizes: dict[object, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def figures(self) -> dict[str, float | None]:

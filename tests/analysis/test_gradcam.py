@@ -234,7 +234,7 @@ def test_bad_input_is_one_line(run_tool, trained, shapes, tmp_path):
     where = ['--config', config, '--checkpoint', trained, '--device', 'cpu', '--out-dir', tmp_path]
     for arguments, message in (
         ([image, *where, '--layers', 'backbone.layer5.0'], "no such layer; did you mean 'backbone.layer"),
-        ([image, *where, '--score-thr', 1.1], 'no detection with a score of 1.1 or more'),
+        ([image, *where, '--score-thr', 1.0], 'no detection with a score of 1 or more'),
         (
             [image, *where, '--class', 'sta'],
             "the detector knows circle, square, triangle, star, ring, cross; did you mean 'star'",
