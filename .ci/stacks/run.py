@@ -76,7 +76,7 @@ def environment(name: str) -> Path:
     if not ready.is_file() or ready.read_text() != listed.read_text():
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        python = next(filter(shutil.which, PYTHONS.get(name, ())), None)
+        python = next(filter(runs, PYTHONS.get(name, ())), None)
         if python is None and name in PYTHONS:
             sys.exit(f"the stack '{name}' needs one of {', '.join(PYTHONS[name])}, none is installed")
         chosen = {} if python is None else {'PYTHON': python}
@@ -88,6 +88,11 @@ def environment(name: str) -> Path:
         )
         ready.write_text(listed.read_text())
     return folder / 'bin/python'
+
+
+def runs(python: str) -> bool:
+    """Whether an interpreter can be started. A version manager may have a name on the PATH for one that it has not."""
+    return bool(shutil.which(python)) and not subprocess.run([python, '-c', ''], stderr=subprocess.DEVNULL).returncode
 
 
 PACKAGES = ('torch', 'mmcv', 'mmengine', 'mmdet', 'numpy')
