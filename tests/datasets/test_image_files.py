@@ -1,5 +1,6 @@
 """Images as files: turned by their EXIF data, no files at all, and too large to decode."""
 
+import itertools
 import os
 import struct
 import zlib
@@ -27,10 +28,10 @@ def photo(path, orientation=None):
 
 
 @pytest.mark.parametrize('orientation', [5, 6, 7, 8])
-def test_boxes_in_the_stored_frame(tmp_path, orientation, logged):
+def test_boxes_in_the_stored_frame(tmp_path, orientation, logged, monkeypatch):
     """The annotation's width and height say which frame its boxes mean."""
     path = photo(tmp_path / 'a.png', orientation)
-    loading._turns = iter(range(100))
+    monkeypatch.setattr(loading, '_turns', itertools.count())
     for _ in range(2):
         sample = LoadCheckedImage().transform(dict(img_path=path, height=20, width=60))
     assert sample['img'].shape[:2] == sample['img_shape'] == (20, 60)
