@@ -30,8 +30,7 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='print the training commands that are left, for a cluster; later, the same without it makes the table',
     )
-    args = parser.parse_args()
-    return args
+    return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> int:

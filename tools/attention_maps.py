@@ -21,8 +21,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--pictures', type=count, default=8, metavar='N', help='draw the first N images (default: 8)')
     parser.add_shared('--out-dir', default='outputs/attention')
     parser.add_shared('--device', '--trust-checkpoint', '--any-variant', '--cfg-options')
-    args = parser.parse_args()
-    return args
+    return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:

@@ -25,8 +25,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_shared('--num-images', default=12, help='pictures of detections (default: %(default)s)')
     parser.add_shared('--score-thr', default=0.5)
     parser.add_shared('--device', '--trust-checkpoint', '--any-variant')
-    args = parser.parse_args()
-    return args
+    return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:

@@ -61,10 +61,10 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
     checkpoint = find_checkpoint(checkpoint)
     check_plugins(cfg)
     device = choose_device(device)
-    with safe_loading(trust_checkpoint), warnings.catch_warnings():
+    with safe_loading(trust_checkpoint):
         weights = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
-        warnings.simplefilter('ignore')  # "checkpoint is None": it follows
-        model = init_detector(cfg, checkpoint=None, device=device)
+        with warnings.catch_warnings(record=True):  # "checkpoint is None", by a filter of its own: it follows
+            model = init_detector(cfg, checkpoint=None, device=device)
     compare_state_dicts(weights, model, strict=True, name=checkpoint)
     model.load_state_dict(weights_of(weights))
     meta = {key.lower(): value for key, value in (meta_of(weights).get('dataset_meta') or {}).items()}

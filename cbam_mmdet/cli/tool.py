@@ -31,7 +31,8 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a file's name may hold bytes that are no UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
-    _silence_false_alarms()
+    # MMDetection warns of it in every program that imports it.
+    warnings.filterwarnings('ignore', 'faster_coco_eval is not installed')
     if int(os.environ.get('RANK', 0)) > 0:  # the first of several processes prints the same
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
         warnings.simplefilter('ignore')
@@ -52,12 +53,6 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
             raise
         _leave(message, USER_ERROR)
     _end(code or 0)
-
-
-def _silence_false_alarms() -> None:
-    """What MMDetection warns of in every run, and no user can or need mend."""
-    for message in ('checkpoint is None, use COCO classes by default', 'faster_coco_eval is not installed'):
-        warnings.filterwarnings('ignore', message)
 
 
 def _leave(message: str, code: int) -> NoReturn:

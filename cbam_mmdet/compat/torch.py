@@ -98,7 +98,7 @@ def load_without_code(
     """torch.load(weights_only=True), with a list of its own of what a file may name.
 
     Args:
-        path: a local file.
+        path: a local file, or what one would hold.
         map_location: that of torch.load.
         allowed: what a file may name beside tensors and plain data, by full name ('numpy.ndarray').
 

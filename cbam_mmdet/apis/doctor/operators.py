@@ -37,7 +37,7 @@ def cases(devices: list[str]) -> Iterator[Case]:
 def _served(test: Callable[[str], str | None], device: str) -> str | None:
     try:
         return test(device)
-    except RuntimeError as error:  # NotImplementedError is one
+    except RuntimeError as error:
         # A compiled mmcv has some operators for CUDA only, or was compiled without it.
         said = str(error).lower()
         if any(part in said for part in ('not implemented on', 'is not compiled with', 'implementation for device')):

@@ -107,6 +107,7 @@ def read_image(
         UserError: if the file is missing, truncated, not an image, or has more than MAX_PIXELS. The message names it.
     """
     data = _read_bytes(path, backend_args)
+    _refuse_huge(path, data)
     image = _decode(path, data, color_type, backend) if _is_complete(path, data) else None
     if image is not None and size and size == image.shape[1::-1] != image.shape[:2] and color_type in AS_STORED:
         image = _decode(path, data, AS_STORED[color_type], backend)
@@ -141,7 +142,6 @@ def _read_bytes(path: str, backend_args: dict | None) -> bytes:
 
 
 def _decode(path: str, data: bytes, flag: str, backend: str) -> np.ndarray | None:
-    _refuse_huge(path, data)
     try:
         return mmcv.imfrombytes(data, flag=flag, backend=backend)
     except cv2.error as error:
