@@ -30,6 +30,7 @@ from cbam_mmdet.engine.hooks.keep_record import KeepRecordHook
 from cbam_mmdet.engine.hooks.resume_exactly import ResumeExactlyHook
 from cbam_mmdet.engine.hooks.safe_checkpoint import SafeCheckpointHook
 from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
+from cbam_mmdet.engine.hooks.validate_resumed import ValidateResumedHook
 from cbam_mmdet.errors import Stopped, UserError, is_dead_worker
 from cbam_mmdet.utils.files import AtomicLocalBackend, remove_unfinished
 from cbam_mmdet.utils.lock import locked
@@ -97,7 +98,8 @@ def train(
             follow_checkpoint(cfg, cfg.load_from, splits, trust_checkpoint)
         check_splits(cfg, splits)
         stop = StopSignalHook()
-        runner = build_runner(cfg, [*_hooks(cfg, resumes), stop])
+        late = [stop, *([ValidateResumedHook()] if resumes else [])]
+        runner = build_runner(cfg, [*_hooks(cfg, resumes), *late])
         patches.enter_context(hooks_of_class(runner.hooks, CheckpointHook, SafeCheckpointHook))
         _warn_of_unserved_operators(runner.model)
         if is_first_process():

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from cbam_mmdet.cli.messages import explain
+from cbam_mmdet.compat.mmengine import debug_messages_left_out
 from cbam_mmdet.engine.distributed import end_process
 from cbam_mmdet.errors import Stopped
 
@@ -37,7 +38,8 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
         warnings.simplefilter('ignore')
     try:
-        code = main()
+        with debug_messages_left_out():
+            code = main()
     except Stopped as stop:
         _say(str(stop), int(os.environ.get('RANK', 0)) == 0)
         _end(stop.code)

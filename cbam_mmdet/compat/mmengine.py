@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -36,6 +37,28 @@ def yaml_without_code() -> Iterator[None]:
 
     with replaced(yaml_handler, Loader=getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
         yield
+
+
+@patch('mmengine.logging.print_log')
+def debug_messages_left_out() -> Iterator[None]:
+    """Let print_log leave out messages of the level DEBUG for which no logger is named. MMEngine's own prints them.
+
+    MMDetection has two of them, `Could not import OneDL`, each time it is imported.
+    """
+    from mmengine import logging as mmengine_logging
+
+    original, entered = mmengine_logging.print_log, True
+
+    def print_log(msg: Any, logger: Any = None, level: int = logging.INFO) -> None:
+        # A module that was imported meanwhile keeps this function.
+        if logger is not None or level > logging.DEBUG or not entered:
+            original(msg, logger, level)
+
+    try:
+        with replaced(mmengine_logging, print_log=print_log):
+            yield
+    finally:
+        entered = False
 
 
 @patch('mmengine.runner.CheckpointLoader._schemes', 'mmengine.runner.checkpoint.load_url')

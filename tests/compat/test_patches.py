@@ -1,6 +1,7 @@
 """Every change of another package is listed, and undone."""
 
 import importlib
+import logging
 import sys
 from unittest import mock
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import DEMO, tiny
 from mmdet.models.dense_heads import SSDHead
+from mmengine import logging as mmengine_logging
 from mmengine import runner
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend, get_file_backend, io
@@ -48,6 +50,10 @@ CASES = {
     'mmengine.package_configs': (
         lambda: mmengine_patches.package_configs('theirs::', nothing),
         lambda: vars(Config)['_get_cfg_path'],
+    ),
+    'mmengine.debug_messages_left_out': (
+        mmengine_patches.debug_messages_left_out,
+        lambda: mmengine_logging.print_log,
     ),
     'mmengine.checkpoints_loaded_by': (
         lambda: mmengine_patches.checkpoints_loaded_by(nothing, nothing),
@@ -133,6 +139,17 @@ def test_the_first_process_writes_the_scores(rank, tmp_path, monkeypatch):
     with mmengine_patches.scores_written_once():
         hook.after_test_epoch(process)
     assert [path.read_text() for path in tmp_path.iterdir()] == ['{"mAP": 0.25}'] * (rank == 0)
+
+
+def test_messages_for_debugging_are_not_printed(capsys):
+    with mmengine_patches.debug_messages_left_out():
+        from mmengine.logging import print_log
+
+        print_log('Could not import OneDL', level=logging.DEBUG)
+        print_log('a figure')
+    assert capsys.readouterr().out == 'a figure\n'
+    print_log('afterwards', level=logging.DEBUG)
+    assert capsys.readouterr().out == 'afterwards\n'
 
 
 def test_what_others_set_meanwhile_is_kept():

@@ -11,6 +11,7 @@ from cbam_mmdet.engine.hooks.gate_statistics import GateStatisticsHook
 from cbam_mmdet.engine.hooks.resume_exactly import ResumeExactlyHook
 from cbam_mmdet.engine.hooks.safe_checkpoint import SafeCheckpointHook
 from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
+from cbam_mmdet.engine.hooks.validate_resumed import ValidateResumedHook
 
 __all__ = [
     'CheckImagesHook',
@@ -20,4 +21,5 @@ __all__ = [
     'ResumeExactlyHook',
     'SafeCheckpointHook',
     'StopSignalHook',
+    'ValidateResumedHook',
 ]

@@ -23,6 +23,7 @@ from cbam_mmdet.engine.hooks import resume_exactly as resume
 from cbam_mmdet.engine.hooks import stop_signal
 from cbam_mmdet.engine.hooks.resume_exactly import PlacedBatches, PlacedImages
 from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
+from cbam_mmdet.engine.scalars import is_validation, metrics_of, scalar_logs
 from cbam_mmdet.errors import Stopped
 
 EPOCHS, ITERATIONS = 3, 4  # of an epoch: 8 images in batches of 2
@@ -57,7 +58,7 @@ class SignalHook(Hook):
 """
 
 
-# A stop in the middle of a validation, in which the model has the weights of the EMA.
+# A signal in the middle of the validation of an epoch, in which the model has the weights of the EMA.
 IN_VALIDATION = """
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -65,8 +66,11 @@ import os, signal
 
 @HOOKS.register_module(force=True)
 class StopInValidationHook(Hook):
+    def __init__(self, number=signal.SIGTERM):
+        self.number = number
+
     def before_val_iter(self, runner, batch_idx, data_batch=None):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), self.number)
 """
 
 # A loop of iterations, as MMEngine recommends it: it is taken up again by telling the sampler to skip.
@@ -327,6 +331,57 @@ def test_stopped_in_a_validation(uninterrupted, shapes, tmp_path):
     assert max(losses(tmp_path / 'work')) == 2 * ITERATIONS
     assert start(tmp_path, shapes, resume=['--resume']).wait(timeout=300) == 0
     assert_same(tmp_path / 'work', uninterrupted)
+
+
+SAVE_BEST = """
+checkpoint = dict(by_epoch={by_epoch}, interval={interval}, save_best='coco/bbox_mAP', max_keep_ckpts=-1)
+default_hooks = dict(checkpoint=checkpoint, logger=dict(log_metric_by_epoch={by_epoch}))
+"""
+
+
+@pytest.mark.parametrize(
+    ('number', 'loop'),
+    [
+        (signal.SIGKILL, {}),
+        pytest.param(signal.SIGTERM, {}, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, dict(more=BY_ITERATION, epochs=False), marks=pytest.mark.slow),
+    ],
+)
+def test_a_validation_that_was_not_finished_is_made_up_for(shapes, tmp_path, number, loop):
+    """MMEngine goes on with the next epoch: without scores of this one, and without its claim to be the best."""
+    loop = loop | dict(
+        more=loop.get('more', '') + SAVE_BEST.format(by_epoch=not loop, interval=4 if loop else 1), fresh=False
+    )
+    for name in ('whole', 'stopped'):
+        (tmp_path / name).mkdir()
+    assert start(tmp_path / 'whole', shapes, **loop).wait(timeout=300) == 0, (tmp_path / 'whole/log').read_text()[
+        -2000:
+    ]
+    hook = f"[dict(type='StopInValidationHook', number={int(number)})]"
+    code = start(tmp_path / 'stopped', shapes, hook, **loop).wait(timeout=300)
+    assert code in (-number, 128 + number), (tmp_path / 'stopped/log').read_text()[-2000:]
+    assert not validations(tmp_path / 'stopped/work')
+    assert start(tmp_path / 'stopped', shapes, resume=['--resume'], **loop).wait(timeout=300) == 0
+    assert 'are in the logs: it is validated first' in (tmp_path / 'stopped/log').read_text()
+    scores, best = (
+        [read(tmp_path / name / 'work') for name in ('stopped', 'whole')] for read in (validations, best_checkpoints)
+    )
+    assert scores[0] == scores[1] and len(scores[1]) == 2
+    assert best[0] == best[1] and len(best[1]) == 1
+    # Nothing is missing now, so nothing is repeated.
+    assert start(tmp_path / 'stopped', shapes, resume=['--resume'], **loop).wait(timeout=300) == 0
+    assert (tmp_path / 'stopped/log').read_text().count('it is validated first') == 1
+
+
+def validations(work_dir):
+    """Step -> the scores of its validation."""
+    return {
+        row['step']: metrics_of(row) for _, rows in scalar_logs(work_dir) for row in rows if is_validation(row)
+    }  # fmt: skip
+
+
+def best_checkpoints(work_dir):
+    return sorted(path.name for path in Path(work_dir).glob('best_*'))
 
 
 @pytest.mark.slow
