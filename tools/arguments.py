@@ -59,8 +59,6 @@ CHECKPOINT = 'checkpoint file, or a work dir for its newest'
 SHARED: dict[str, dict[str, Any]] = {
     'config': dict(help=CONFIG),
     'checkpoint': dict(help=CHECKPOINT),
-    '--config': dict(required=True, help=CONFIG),
-    '--checkpoint': dict(required=True, help=CHECKPOINT),
     '--work-dir': dict(metavar='DIR'),
     '--out-dir': dict(metavar='DIR', help='where to write (default: %(default)s)'),
     '--data-root': dict(metavar='DIR', help="folder of the data set, in place of the config's"),
@@ -95,6 +93,18 @@ class Parser(argparse.ArgumentParser):
         if int(os.environ.get('LOCAL_RANK', 0)) > 0:
             sys.exit(USER_ERROR)
         super().error(message)
+
+    def parse_detector_args(self) -> argparse.Namespace:
+        """Parse CONFIG CHECKPOINT INPUT ..., or what was the order once, INPUT ... --config C --checkpoint P."""
+        once = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        once.error = self.error  # type: ignore[method-assign]
+        once.add_argument('--config')
+        once.add_argument('--checkpoint')
+        detector, others = once.parse_known_args()
+        given = [value for value in (detector.config, detector.checkpoint) if value is not None]
+        if len(given) == 1:
+            self.error('--config and --checkpoint are given together, or in place of both: CONFIG CHECKPOINT INPUT ...')
+        return self.parse_intermixed_args([*given, *others])
 
     def add_shared(self, *names: str, **changes: Any) -> None:
         """Add arguments of SHARED, each with these changes."""

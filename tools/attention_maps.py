@@ -1,6 +1,6 @@
 """Look at the gates of a detector's CBAMs:
 
-python tools/attention_maps.py [IMAGE_OR_FOLDER ...] --config C --checkpoint P
+python tools/attention_maps.py CONFIG CHECKPOINT [IMAGE_OR_FOLDER ...]
 
 For every CBAM: the spatial gate over images, the channel gate's distribution, and a table of both.
 """
@@ -13,15 +13,16 @@ from arguments import Parser, count, run
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
+    parser.add_shared('config', 'checkpoint')
     parser.add_argument(
         'inputs', nargs='*', help="image files or folders; without any, the images of the config's validation set"
     )
-    parser.add_shared('--config', '--checkpoint', '--data-root')
+    parser.add_shared('--data-root')
     parser.add_shared('--num-images', help='take the first N images only')
     parser.add_argument('--pictures', type=count, default=8, metavar='N', help='draw the first N images (default: 8)')
     parser.add_shared('--out-dir', default='outputs/attention')
     parser.add_shared('--device', '--trust-checkpoint', '--any-variant', '--cfg-options')
-    return parser.parse_args()
+    return parser.parse_detector_args()
 
 
 def main(args: argparse.Namespace) -> None:

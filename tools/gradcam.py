@@ -1,4 +1,4 @@
-"""Grad-CAM of a detector: python tools/gradcam.py IMAGE_OR_FOLDER ... --config C --checkpoint P [--compare C2 P2]
+"""Grad-CAM of a detector: python tools/gradcam.py CONFIG CHECKPOINT IMAGE_OR_FOLDER ... [--compare CONFIG2 CHECKPOINT2]
 
 Where in the image the score of a detection comes from; one detector, or two side by side.
 """
@@ -12,8 +12,8 @@ from arguments import USER_ERROR, Parser, run
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
+    parser.add_shared('config', 'checkpoint')
     parser.add_argument('inputs', nargs='+', help='image files or folders')
-    parser.add_shared('--config', '--checkpoint')
     parser.add_argument(
         '--compare', nargs=2, metavar=('CONFIG', 'CHECKPOINT'), help='another detector: its maps for the same boxes'
     )
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_shared('--out-dir', default='outputs/gradcam')
     parser.add_shared('--device', '--trust-checkpoint', '--any-variant', '--cfg-options')
-    args = parser.parse_args()
+    args = parser.parse_detector_args()
     if args.top < 0:
         parser.error('--top takes a positive number, or 0 for all')
     return args

@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     for source in args.inputs:
         expand_inputs(source)
     cfg = load_config(args.config, args.cfg_options)
-    from cbam_mmdet.apis.infer import infer, load_detector  # MMDetection takes seconds to import
+    from cbam_mmdet.apis.infer import advice_on_scores, infer, load_detector  # MMDetection takes seconds to import
 
     model = load_detector(cfg, checkpoint, args.device, args.trust_checkpoint)
     done = infer(
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     )
     print(f'{done.detections} detections in {done.images} images: {done.out_dir}/predictions.json')
     if not done.detections:
-        print(f'no score reaches {args.score_thr}: a lower --score-thr shows weaker detections')
+        print(f'no score reaches {args.score_thr:g}: {advice_on_scores(model, args.score_thr)}')
     if not args.no_draw:
         print(f'pictures: {done.out_dir}/vis')
     if done.broken:

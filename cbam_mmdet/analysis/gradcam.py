@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from mmdet.models.dense_heads import AnchorHead
 from mmdet.models.roi_heads import StandardRoIHead
+from mmdet.models.task_modules import DeltaXYWHBBoxCoder
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox2roi, bbox_overlaps
 from torch import Tensor, nn
@@ -303,14 +304,27 @@ class _Anchors:
         return torch.cat([level[0].permute(1, 2, 0).reshape(-1, channels) for level in levels])
 
 
+def require_explainable(model: nn.Module) -> None:
+    """Check that a detector is of a kind whose candidates are known.
+
+    Raises:
+        UserError: if it is not.
+    """
+    _candidates_of(model)
+
+
 def _candidates_of(model: nn.Module) -> _Proposals | _Anchors:
     if type(getattr(model, 'roi_head', None)) is StandardRoIHead and getattr(model, 'rpn_head', None) is not None:
         return _Proposals(model)
-    if isinstance(getattr(model, 'bbox_head', None), AnchorHead):
+    head = getattr(model, 'bbox_head', None)
+    # Those with a third output (ATSS and its kin) multiply the class score with it. Others code their boxes otherwise.
+    plain = isinstance(getattr(head, 'bbox_coder', None), DeltaXYWHBBoxCoder) and not hasattr(head, 'loss_centerness')
+    if isinstance(head, AnchorHead) and plain:
         return _Anchors(model)
+    kind = type(getattr(model, 'roi_head', None) or head).__name__
     raise UserError(
-        'Grad-CAM supports Faster R-CNN and detectors with anchors such as SSD, '
-        f'not {type(model).__name__} with this head'
+        'Grad-CAM supports Faster R-CNN, Mask R-CNN, and detectors with anchors such as SSD and RetinaNet, not '
+        f'{type(model).__name__} with a {kind}'
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import split_datasets
 from cbam_mmdet.utils.devices import choose_device
-from cbam_mmdet.utils.files import write_text
+from cbam_mmdet.utils.files import AtomicLocalBackend, write_text
 
 
 @dataclass
@@ -124,7 +125,7 @@ def infer(
                 sample = inference_detector(model, image, pipeline)
                 records += _records(model, sample, score_thr, image_id=images, file_name=str(file))
                 if painter:
-                    mmcv.imwrite(painter(image, sample), f'{target}.jpg')
+                    write_picture(painter(image, sample), f'{target}.jpg')
         except UserError as error:
             warn(str(error))
             broken.append(str(file))
@@ -132,8 +133,26 @@ def infer(
     return Summary(images, len(records), out_dir, broken)
 
 
+def write_picture(image: np.ndarray, path: str) -> None:
+    """Write an image, (H, W, 3) BGR, completely or not at all, in the format that the path's suffix names."""
+    AtomicLocalBackend().put(cv2.imencode(os.path.splitext(path)[1], image)[1].tobytes(), path)
+
+
+def advice_on_scores(model: nn.Module, score_thr: float) -> str:
+    """How to see weaker detections: by a lower --score-thr, unless the detector itself leaves them out."""
+    test_cfg = model.cfg.model.get('test_cfg') or {}
+    where = 'model.test_cfg.rcnn' if 'rcnn' in test_cfg else 'model.test_cfg'
+    own = (test_cfg.get('rcnn') or test_cfg).get('score_thr') or 0
+    if own < score_thr:
+        return 'a lower --score-thr shows weaker ones'
+    return f'the detector itself leaves out scores below {own:g} (--cfg-options {where}.score_thr=0 shows them)'
+
+
+LEGIBLE = 400  # pixels of the longer side of an image from which MMDetection's labels can be read
+
+
 class _Painter:
-    """MMDetection's own visualizer, on arrays."""
+    """MMDetection's own visualizer, on arrays. A small image is drawn larger, by a whole factor."""
 
     def __init__(self, model: nn.Module, score_thr: float) -> None:
         self.visualizer = VISUALIZERS.build(dict(type='DetLocalVisualizer', name='infer'))
@@ -141,10 +160,22 @@ class _Painter:
         self.score_thr = score_thr
 
     def __call__(self, image: np.ndarray, sample: DetDataSample) -> np.ndarray:
-        """(H, W, 3) BGR in and out."""
+        """(H, W, 3) BGR in, (factor * H, factor * W, 3) BGR out."""
         rgb = mmcv.bgr2rgb(image)
+        factor = -(-LEGIBLE // max(rgb.shape[:2]))
+        if factor > 1:
+            rgb = cv2.resize(rgb, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+            sample = _enlarged(sample, factor)
         self.visualizer.add_datasample('infer', rgb, sample, draw_gt=False, pred_score_thr=self.score_thr)
         return mmcv.rgb2bgr(self.visualizer.get_image())
+
+
+def _enlarged(sample: DetDataSample, factor: int) -> DetDataSample:
+    found = sample.pred_instances.clone()
+    found.bboxes = found.bboxes * factor
+    if 'masks' in found:
+        found.masks = found.masks.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    return DetDataSample(pred_instances=found)
 
 
 def _infer_video(model, pipeline, file, target, painter, records, before, score_thr) -> int:
@@ -159,10 +190,11 @@ def _infer_video(model, pipeline, file, target, painter, records, before, score_
         sample = inference_detector(model, frame, pipeline)
         records += _records(model, sample, score_thr, image_id=before + count, file_name=str(file), frame=count - 1)
         if painter:
+            picture = painter(frame, sample)
             if writer is None:
-                height, width = frame.shape[:2]
+                height, width = picture.shape[:2]
                 writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), video.fps or 25, (width, height))
-            writer.write(painter(frame, sample))
+            writer.write(picture)
     if writer is not None:
         writer.release()
     return count

@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 import cbam_mmdet.compat.ssd_head  # mends SSD
 import cbam_mmdet.engine.mixed_precision  # registers its optimizer wrapper
 import cbam_mmdet.evaluation  # noqa: F401  (registers its metrics)
-from cbam_mmdet.compat.mmengine import config_not_dumped
+from cbam_mmdet.compat.mmengine import config_not_dumped, config_not_printed
 from cbam_mmdet.datasets.checks import check_data
 from cbam_mmdet.datasets.class_order import follow_class_order
 from cbam_mmdet.datasets.image_folders import check_image_folders, is_classifier
@@ -77,8 +77,9 @@ def make_work_dir(cfg: Config) -> None:
 
 def build_runner(cfg: Config, hooks: list[Hook]) -> Runner:
     make_work_dir(cfg)
-    with config_not_dumped():
+    with config_not_dumped(), config_not_printed():
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    log(f'the config and the list of hooks are in the log of {runner.log_dir}')
     for hook in hooks:
         runner.register_hook(hook)
     return runner

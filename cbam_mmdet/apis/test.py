@@ -15,6 +15,7 @@ from cbam_mmdet.compat.mmengine import local_files_written_by, scores_written_on
 from cbam_mmdet.datasets.image_folders import is_classifier
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint
 from cbam_mmdet.engine.checkpoint.loading import safe_loading
+from cbam_mmdet.engine.hooks.annotated_frame import AnnotatedFrameHook
 from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
 from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.engine.record import write_record
@@ -81,7 +82,7 @@ def test(
     if model.get('backbone'):
         model.backbone.init_cfg = None
     with safe_loading(trust_checkpoint), scores_written_once(), local_files_written_by(AtomicLocalBackend):
-        runner = build_runner(cfg, [CheckpointFitHook(strict=True), CheckImagesHook()])
+        runner = build_runner(cfg, [CheckpointFitHook(strict=True), CheckImagesHook(), AnnotatedFrameHook()])
         if out:
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             dump = DumpResults if is_classifier(cfg) else DumpDetResults

@@ -22,6 +22,7 @@ from cbam_mmdet.engine.checkpoint.files import find_checkpoint, newest_checkpoin
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint, safe_loading
 from cbam_mmdet.engine.checkpoint.missing_cbam import summarize_missing_cbam
 from cbam_mmdet.engine.distributed import in_first_process
+from cbam_mmdet.engine.hooks.annotated_frame import AnnotatedFrameHook
 from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
 from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.engine.hooks.finite_loss import FiniteLossHook
@@ -165,6 +166,7 @@ def _hooks(cfg: Config, resumes: bool) -> list[Hook]:
         CheckImagesHook(cfg.get('broken_images', 'skip')),
         ResumeExactlyHook(),
         KeepRecordHook(),
+        AnnotatedFrameHook(),
     ]
     if cfg.get('gate_statistics', True):
         hooks.append(GateStatisticsHook())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from mmengine.config import Config
@@ -59,6 +60,30 @@ def debug_messages_left_out() -> Iterator[None]:
             yield
     finally:
         entered = False
+
+
+@patch('mmengine.runner.Runner._log_env', 'mmengine.runner.FlexibleRunner._log_env')
+def config_not_printed() -> Iterator[None]:
+    """Leave the config and the list of hooks out of the terminal, several hundred lines. The log file keeps them."""
+    from mmengine.runner import FlexibleRunner, Runner
+
+    def is_short(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(('Config:\n', 'Hooks will be executed'))
+
+    def quiet(original: Callable) -> Callable:
+        def log_env(self: Any, *args: Any) -> None:
+            for handler in self.logger.handlers:
+                if type(handler) is logging.StreamHandler:
+                    handler.addFilter(is_short)
+            original(self, *args)
+
+        return log_env
+
+    classes = Runner, FlexibleRunner
+    with ExitStack() as stack:
+        for each in classes:
+            stack.enter_context(replaced(each, _log_env=quiet(each._log_env)))
+        yield
 
 
 @patch('mmengine.runner.CheckpointLoader._schemes', 'mmengine.runner.checkpoint.load_url')

@@ -431,8 +431,9 @@ def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], orde
         f'the config expects [{abridge(classes, 8, quoted=True)}]'
     )
     fix = (
-        "Give --classes auto (or their names), or set metainfo=dict(classes=(...)) in each dataset to the file's "
-        "names, and num_classes in the model's heads to their number."
+        'The files of all splits need the same classes: those that the config names, or --classes. --classes auto '
+        'takes those of the training annotations. In a config, set metainfo=dict(classes=(...)) in each dataset to '
+        "the file's names, and num_classes in the model's heads to their number."
     )
     if not shared:
         hints = [did_you_mean(name, found, n=1) for name in classes[:20]]

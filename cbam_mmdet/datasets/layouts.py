@@ -21,7 +21,8 @@ COCO_LAYOUT = """\
 VOC_LAYOUT = """\
     {root}/VOC2007/  (and VOC2012/ where the config names it)
         JPEGImages/*.jpg   Annotations/*.xml
-        ImageSets/Main/trainval.txt   ImageSets/Main/test.txt"""
+        ImageSets/Main/trainval.txt   ImageSets/Main/test.txt
+    or these three folders in {root}/ itself; a line of a .txt is the name of an image without its suffix"""
 HELP = (
     'Point at another folder with --data-root DIR. docs/own_data.md shows how to bring other folders into this layout. '
     'To see everything work without a data set of your own: make demo'

@@ -70,7 +70,8 @@ def fit_image_suffix(cfg: Config) -> None:
 def fit_layout(cfg: Config) -> None:
     """Fit a config's VOC data sets to the content of the folder that --data-root gave, and log a line for each change.
 
-    - A flat folder (Annotations/, ImageSets/, JPEGImages/ directly in it) stands for any year.
+    - A flat folder (Annotations/, ImageSets/, JPEGImages/ directly in it) stands for any year. What it lacks of these
+      is missed there.
     - A training set whose year does not exist is left out, if another year exists.
     - A validation or test set whose year does not exist is taken from the year that exists.
     - Where ImageSets/Main has a val.txt but no test.txt, val.txt takes the place of test.txt, and train.txt that of
@@ -83,7 +84,7 @@ def fit_layout(cfg: Config) -> None:
         for dataset in _voc_datasets(cfg, split):
             if not osp.isdir(voc_folder(dataset)) and _is_flat(dataset.data_root):
                 _point_at_folder(dataset, '')
-                notes[f'{dataset.data_root} holds JPEGImages/ itself: read as one VOC data set'] = None
+                notes[f'{dataset.data_root} holds Annotations/ itself: read as one VOC data set'] = None
     if cfg.get('train_dataloader'):
         _prune(cfg.train_dataloader.dataset, notes)
     years = [d.data_prefix.sub_data_root for d in _voc_datasets(cfg, 'train') if osp.isdir(voc_folder(d))]
@@ -102,7 +103,7 @@ def _voc_datasets(cfg: Config, split: str) -> list[ConfigDict]:
 
 
 def _is_flat(root: str) -> bool:
-    return all(osp.isdir(osp.join(root, folder)) for folder in ('Annotations', 'ImageSets'))
+    return osp.isdir(osp.join(root, 'Annotations'))
 
 
 def _point_at_folder(dataset: ConfigDict, folder: str) -> None:

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from mmdet.apis import inference_detector
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +27,7 @@ from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.gates import SATURATED, RecordedGates, gate_figures, record_gates
 from cbam_mmdet.utils.files import write_text
 from cbam_mmdet.utils.tables import Column, Table, code
-from cbam_mmdet.visualization.sheets import image_grid, save_sheet, show_image
+from cbam_mmdet.visualization.sheets import draw_colour_bar, image_grid, save_sheet, scale_of, show_image
 
 # A gate whose values vary by less than this share of its range is dead: it does not depend on its input.
 DEAD = 0.01
@@ -228,8 +229,8 @@ def attend(
 def draw_gates(averages: Iterable[GateAverage], out: Path, image: np.ndarray | None = None, title: str = '') -> Path:
     """Draw a sheet with the spatial gate (over the image, if given) and the channel gate's distribution of each CBAM.
 
-    Each stage starts a new line. The colours of each map range from its least value to its greatest, which stand above
-    it.
+    Each stage starts a new line. All maps share one scale of colours, from their least value to their greatest.
+    Those of a map stand above it.
 
     Args:
         averages: an average for each CBAM, in order.
@@ -256,15 +257,18 @@ def draw_gates(averages: Iterable[GateAverage], out: Path, image: np.ndarray | N
     size = (2.0 * columns + 0.3, len(lines) * (height + 1.25) + 0.7)
     ratios = [max(height, 0.2), 0.6] * len(lines)
     figure, grid = image_grid(2 * len(lines), columns, size, height_ratios=ratios)
+    colours = scale_of(map_.numpy() for map_ in maps)
     for i, line in enumerate(lines):
         for above, below, average in zip(grid[2 * i], grid[2 * i + 1], line, strict=False):
             if average is None:
                 show_image(above, image)
                 above.set_title('image', fontsize=8)
             else:
-                _draw_map(above, average, image)
+                _draw_map(above, average, image, colours)
                 _draw_distribution(below, average)
-    note = 'spatial gate: dark least, yellow greatest · channel gate: distribution, identity dashed, saturated grey'
+    if maps:
+        draw_colour_bar(figure, grid, colours, 'spatial gate')
+    note = 'maps: spatial gate · below: distribution of the channel gate, identity dashed, saturated grey'
     figure.suptitle(f'{title}\n{note}', fontsize=9)
     return save_sheet(figure, out)
 
@@ -287,7 +291,7 @@ def markdown(rows: Sequence[GateRow]) -> str:
     return f'{Table.of(rows, columns, nothing="-").markdown()}\nOver {images}. {NOTES}\n'
 
 
-def _draw_map(axes: Axes, average: GateAverage, image: np.ndarray | None) -> None:
+def _draw_map(axes: Axes, average: GateAverage, image: np.ndarray | None, colours: ScalarMappable) -> None:
     label = f'{average.stage}.{average.block}'.removeprefix('backbone.')
     if average.map is None:
         axes.set_title(f'{label}\nno spatial gate', fontsize=8)
@@ -295,13 +299,12 @@ def _draw_map(axes: Axes, average: GateAverage, image: np.ndarray | None) -> Non
     map_ = average.map.numpy()
     axes.set_title(f'{label}\n{map_.min():.2f} to {map_.max():.2f}', fontsize=8)
     if image is None:
-        axes.imshow(map_, cmap='viridis')
+        axes.imshow(map_, cmap=colours.cmap, norm=colours.norm)
         return
     height, width = image.shape[:2]
     axes.imshow(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cmap='gray', vmin=0, vmax=255)
-    axes.imshow(
-        map_, cmap='viridis', alpha=0.7, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='bilinear'
-    )
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    axes.imshow(map_, cmap=colours.cmap, norm=colours.norm, alpha=0.7, extent=extent, interpolation='bilinear')
 
 
 def _draw_distribution(axes: Axes, average: GateAverage) -> None:

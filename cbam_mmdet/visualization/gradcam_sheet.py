@@ -13,6 +13,8 @@ from pathlib import Path
 import cv2
 import mmcv
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from torch import nn
 from tqdm import tqdm
 
@@ -25,12 +27,14 @@ from cbam_mmdet.analysis.gradcam import (
     label_at,
     method_class,
     prepare,
+    require_explainable,
 )
+from cbam_mmdet.apis.infer import advice_on_scores
 from cbam_mmdet.datasets.inputs import unique_names
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.utils.files import write_text
-from cbam_mmdet.visualization.sheets import draw_box, image_grid, save_sheet, show_image
+from cbam_mmdet.visualization.sheets import draw_box, draw_colour_bar, image_grid, save_sheet, show_image
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,8 @@ def explain_images(
 def _check(models: dict[str, nn.Module], files: Sequence[Path], choice: Choice, method: str) -> tuple[str, ...]:
     """Refuse arguments that do not fit together, and return the classes of the detectors."""
     method_class(method)
+    for model in models.values():
+        require_explainable(model)
     first, *others = models
     classes = tuple(models[first].dataset_meta['classes'])
     for name in others:
@@ -152,9 +158,8 @@ def _read(file: Path, model: nn.Module, choice: Choice) -> tuple[np.ndarray, lis
     targets = choose_targets(model, image, choice)
     if not targets:
         what = f'detection of class {choice.class_name}' if choice.class_name else 'detection'
-        raise UserError(
-            f'{file}: no {what} with a score of {choice.score_thr:g} or more: lower --score-thr, or give --box'
-        )
+        advice = advice_on_scores(model, choice.score_thr)
+        raise UserError(f'{file}: no {what} with a score of {choice.score_thr:g} or more: {advice}, or give --box')
     return image, targets
 
 
@@ -234,6 +239,8 @@ def draw_cams(
         for axes in line[: 1 + len(it.layers)]:
             for target in targets:
                 draw_box(axes, target.box, color='white', linewidth=1.2)
+    # The library's colours. Each map is scaled to its own greatest value.
+    draw_colour_bar(figure, grid, ScalarMappable(Normalize(0, 1), 'jet'), "share of the map's greatest value")
     figure.suptitle(title, fontsize=9)
     return save_sheet(figure, out)
 

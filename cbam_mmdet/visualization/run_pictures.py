@@ -93,4 +93,5 @@ def _draw_image(axes: Axes, info: dict, prediction: dict, score_thr: float) -> N
             x, y, *_ = corners = tuple(map(float, box))
             draw_box(axes, corners, color=colour, linewidth=1.8)
             background = dict(fc=colour, ec='none', pad=0.8)
-            axes.text(x, y, f'{float(score):.2f}', fontsize=7, color='white', va='bottom', bbox=background)
+            above = 'bottom' if y > 0.08 * info['height'] else 'top'  # inside the box where there is no place above
+            axes.text(x, y, f'{float(score):.2f}', fontsize=7, color='white', va=above, bbox=background)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import matplotlib
 import mmcv
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
@@ -35,6 +38,20 @@ def image_grid(rows: int, columns: int, size: tuple[float, float], **layout: Any
 def show_image(axes: Axes, image: np.ndarray) -> None:
     """Show an image, (H, W, 3) BGR."""
     axes.imshow(mmcv.bgr2rgb(image))
+
+
+def scale_of(maps: Iterable[np.ndarray]) -> ScalarMappable:
+    """One scale of colours for maps, from the least of their values to the greatest. Without a map it is 0 to 1."""
+    ends = [(float(values.min()), float(values.max())) for values in maps] or [(0.0, 1.0)]
+    return ScalarMappable(Normalize(min(low for low, _ in ends), max(high for _, high in ends)), 'viridis')
+
+
+def draw_colour_bar(figure: Figure, grid: np.ndarray, colours: ScalarMappable, label: str) -> None:
+    """Draw what the colours of the maps in these axes mean, to the right of them."""
+    shrink = min(1, 3 / figure.get_figheight())
+    bar = figure.colorbar(colours, ax=list(grid.flat), shrink=shrink, pad=0.01, fraction=0.03)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
 
 
 def draw_box(axes: Axes, box: tuple[float, float, float, float], **style: Any) -> None:

@@ -11,7 +11,10 @@ import pytest
 import torch
 from conftest import DEMO, ROOT
 from mmdet.apis import init_detector
+from mmdet.registry import MODELS
+from mmengine.config import Config
 from pycocotools.coco import COCO
+from torch import nn
 
 from cbam_mmdet.analysis.gradcam import (
     METHODS,
@@ -23,9 +26,10 @@ from cbam_mmdet.analysis.gradcam import (
     label_at,
     prepare,
 )
-from cbam_mmdet.apis.infer import load_detector
+from cbam_mmdet.apis.infer import advice_on_scores, load_detector
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import load_config
+from cbam_mmdet.visualization.gradcam_sheet import Choice, explain_images
 
 pytest.importorskip('pytorch_grad_cam', reason="needs pip install '.[explain]'")
 
@@ -202,9 +206,9 @@ def test_tool_compares_two_detectors(run_tool, trained, shapes, tmp_path):
     pytest.importorskip('pytorch_grad_cam')
     config = next(trained.glob('*.py'))
     image = sorted((shapes / 'val2017').iterdir())[0]
-    models = ['--config', config, '--checkpoint', trained, '--compare', config, trained, '--device', 'cpu']
+    models = ['--compare', config, trained, '--device', 'cpu']
     which = ['--score-thr', 0, '--top', 2, '--cfg-options', 'model.test_cfg.rcnn.score_thr=0.0']
-    result = run_tool('gradcam.py', shapes / 'val2017', *models, '--out-dir', tmp_path, *which)
+    result = run_tool('gradcam.py', config, trained, shapes / 'val2017', *models, '--out-dir', tmp_path, *which)
     assert result.code == 0, result.err
     assert '4 sheets' in result.out
     assert cv2.imread(str(tmp_path / f'{image.stem}.png')).std() > 10
@@ -219,7 +223,7 @@ def test_tool_compares_two_detectors(run_tool, trained, shapes, tmp_path):
 def test_tool_on_a_given_box(run_tool, trained, shapes, tmp_path):
     config = next(trained.glob('*.py'))
     image = sorted((shapes / 'val2017').iterdir())[0]
-    model = ['--config', config, '--checkpoint', trained, '--device', 'cpu']
+    model = ['--config', config, '--checkpoint', trained, '--device', 'cpu']  # the order that was
     which = ['--box', 8, 8, 40, 40, '--class', 'star', '--layers', 'backbone.layer2.3', '--method', 'layercam']
     result = run_tool('gradcam.py', image, *model, '--out-dir', tmp_path, *which)
     assert result.code == 0, result.err
@@ -231,7 +235,7 @@ def test_tool_on_a_given_box(run_tool, trained, shapes, tmp_path):
 def test_bad_input_is_one_line(run_tool, trained, shapes, tmp_path):
     config = next(trained.glob('*.py'))
     image, other = sorted((shapes / 'val2017').iterdir())[:2]
-    where = ['--config', config, '--checkpoint', trained, '--device', 'cpu', '--out-dir', tmp_path]
+    where = ['--device', 'cpu', '--out-dir', tmp_path]
     for arguments, message in (
         ([image, *where, '--layers', 'backbone.layer5.0'], "no such layer; did you mean 'backbone.layer"),
         ([image, *where, '--score-thr', 1.0], 'no detection with a score of 1 or more'),
@@ -245,10 +249,37 @@ def test_bad_input_is_one_line(run_tool, trained, shapes, tmp_path):
         ([image, *where, '--cfg-options', 'model.backbone.base_channels=8'], 'epoch_1.pth'),
         ([image, *where, '--compare', config, tmp_path / 'none.pth'], 'none.pth'),
     ):
-        result = run_tool('gradcam.py', *arguments)
+        result = run_tool('gradcam.py', config, trained, *arguments)
         assert result.code == 2 and 'Traceback' not in result.err, result.err
         messages = [line for line in result.err.splitlines() if line.startswith(('error: ', 'warning: '))]
         assert len(messages) == 1 and message in messages[0], result.err
+
+
+@pytest.mark.parametrize('kind', ['ATSSHead', 'FCOSHead', 'GFLHead'])
+def test_other_heads_are_refused_before_anything_is_detected(kind, image):
+    """ATSS multiplies a third output with the class score, GFL codes boxes as distributions, FCOS has no anchors."""
+    anchors = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=[8])
+    more = {} if kind == 'FCOSHead' else dict(anchor_generator=anchors)
+    if kind == 'ATSSHead':
+        more['loss_centerness'] = dict(type='mmdet.CrossEntropyLoss', use_sigmoid=True)
+    model = nn.Module()
+    model.bbox_head = MODELS.build(dict(type=f'mmdet.{kind}', num_classes=2, in_channels=32, feat_channels=32, **more))
+    with pytest.raises(UserError, match=f'SSD and RetinaNet, not Module with a {kind}'):
+        explain_images({'one': model}, [], 'nowhere', Choice())
+
+
+def test_what_shows_weaker_detections(trained):
+    model = load_detector(load_config(str(next(trained.glob('*.py')))), str(trained), 'cpu')
+    assert advice_on_scores(model, 0.3) == 'a lower --score-thr shows weaker ones'
+    own = 'leaves out scores below 0.05 (--cfg-options model.test_cfg.rcnn.score_thr=0 shows them)'
+    assert own in advice_on_scores(model, 0.05)
+    assert 'model.test_cfg.score_thr=0' in advice_on_scores(with_own_threshold(0.02), 0.01)
+
+
+def with_own_threshold(score_thr):
+    model = nn.Module()
+    model.cfg = Config(dict(model=dict(test_cfg=dict(score_thr=score_thr))))
+    return model
 
 
 def test_class_in_a_box(trained, image):

@@ -75,6 +75,10 @@ CASES = {
         mmengine_patches.scores_written_once,
         lambda: vars(LoggerHook)['after_test_epoch'],
     ),
+    'mmengine.config_not_printed': (
+        mmengine_patches.config_not_printed,
+        lambda: (vars(runner.Runner)['_log_env'], vars(runner.FlexibleRunner)['_log_env']),
+    ),
     'mmengine.config_not_dumped': (
         mmengine_patches.config_not_dumped,
         lambda: (vars(runner.Runner)['dump_config'], vars(runner.FlexibleRunner)['dump_config']),
@@ -124,6 +128,9 @@ def test_tools_leave_mmengine_as_it_was(run_tool, shapes, tmp_path):
     before = {name: state() for name, state in states.items()}
     result = run_tool('train.py', DEMO, *tiny(tmp_path, shapes))
     assert result.code == 0, result.err
+    (log,) = tmp_path.glob('*/*.log')
+    for long in ('Config:\n', 'Hooks will be executed'):
+        assert long in log.read_text() and long not in result.out + result.err
     assert run_tool('test.py', DEMO, tmp_path, *tiny(tmp_path, shapes)).code == 0
     assert {name: state() for name, state in states.items()} == before
 

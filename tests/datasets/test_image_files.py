@@ -4,14 +4,19 @@ import itertools
 import os
 import struct
 import zlib
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+from mmdet.engine.hooks import DetVisualizationHook
+from mmdet.structures import DetDataSample
+from mmdet.visualization import DetLocalVisualizer
 from PIL import Image
 
 from cbam_mmdet.datasets.transforms import loading
 from cbam_mmdet.datasets.transforms.loading import LoadCheckedImage, read_image
+from cbam_mmdet.engine.hooks.annotated_frame import AnnotatedFrameHook
 from cbam_mmdet.errors import UserError
 
 WHITE = slice(2, 12), slice(30, 50)  # rows and columns of a box in the frame that is stored, 20 x 60
@@ -37,6 +42,25 @@ def test_boxes_in_the_stored_frame(tmp_path, orientation, logged, monkeypatch):
     assert sample['img'].shape[:2] == sample['img_shape'] == (20, 60)
     assert sample['img'][WHITE].min() == 255 and sample['img'].sum() == 255 * 3 * 200
     assert sum('is not turned by its EXIF orientation' in message for message in logged.messages) == 1
+
+
+@pytest.mark.parametrize('frame', ['stored', 'turned'])
+def test_detections_are_drawn_in_the_frame_of_the_annotation(tmp_path, frame, monkeypatch):
+    """MMDetection's hook for --show-dir reads the image once more, and turns it."""
+    path = photo(tmp_path / 'a.png', 6)
+    stored = np.asarray(Image.open(path))
+    image = stored if frame == 'stored' else np.rot90(stored, -1)
+    visualizer = DetLocalVisualizer.get_instance(f'{frame} frame')
+    drawn = []
+    monkeypatch.setattr(visualizer, 'add_datasample', lambda name, image, sample, **how: drawn.append(image))
+    runner = SimpleNamespace(visualizer=visualizer, timestamp='now', work_dir=str(tmp_path), iter=0)
+    sample = DetDataSample(metainfo=dict(img_path=str(path), ori_shape=image.shape[:2]))
+    ours, theirs = AnnotatedFrameHook(), DetVisualizationHook(draw=True)
+    ours.before_run(runner)
+    theirs.after_test_iter(runner, 0, {}, [sample])
+    ours.after_run(runner)
+    assert np.array_equal(drawn[0], image)
+    assert 'draw_in_frame' not in visualizer.add_datasample.__qualname__
 
 
 @pytest.mark.parametrize('orientation', [6, 8])

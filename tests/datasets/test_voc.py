@@ -103,12 +103,20 @@ def test_train_txt_in_place_of_trainval_txt(made, root, tmp_path):
 
 def test_flat_folder(made, tmp_path, logged):
     cfg = config(made / 'VOC2007', tmp_path)
-    assert logged.messages == [f'--data-root: {made}/VOC2007/ holds JPEGImages/ itself: read as one VOC data set']
+    assert logged.messages == [f'--data-root: {made}/VOC2007/ holds Annotations/ itself: read as one VOC data set']
     assert files(cfg, 'train') == [('ImageSets/Main/trainval.txt', '')]
     assert files(cfg, 'val') == files(cfg, 'test') == [('ImageSets/Main/test.txt', '')]
     dataset = load(cfg, 'train')
     assert len(dataset) == 8
     assert all(os.path.isfile(item['img_path']) for item in dataset)
+
+
+def test_flat_folder_without_lists(made, tmp_path):
+    """What it lacks is missed where it is, not below a year that nobody has."""
+    folder = shutil.copytree(made / 'VOC2007', tmp_path / 'mine')
+    shutil.rmtree(folder / 'ImageSets')
+    with pytest.raises(UserError, match=rf'no annotation file {folder}/ImageSets/Main/trainval.txt'):
+        check_data(config(folder, tmp_path), ['train'])
 
 
 def test_without_data_root_every_year_is_needed(made, tmp_path, run_tool, monkeypatch):

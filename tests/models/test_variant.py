@@ -112,9 +112,8 @@ def test_the_tools_refuse_it(run_tool, trained, shapes, tmp_path, tool):
         'test.py': [DEMO, work, *tiny(tmp_path / 'out', shapes, unit)],
         'train.py': [DEMO, '--resume', *tiny(work, shapes, unit, 'train_cfg.max_epochs=2')],
         'infer.py': [DEMO, work, image, '--out-dir', tmp_path / 'out', *cfg_options(SMALL, unit)],
-        'gradcam.py': [image, '--config', DEMO, '--checkpoint', work, '--out-dir', tmp_path / 'out',
-                       *cfg_options(SMALL, unit)],
-    }[tool]  # fmt: skip
+        'gradcam.py': [DEMO, work, image, '--out-dir', tmp_path / 'out', *cfg_options(SMALL, unit)],
+    }[tool]
     result = run_tool(tool, *arguments)
     assert result.code == 2 and "trained with gate='sigmoid'" in result.err, result.err[-2000:]
     if tool in ('test.py', 'train.py'):

@@ -55,12 +55,7 @@ def test_a_pair_without_equals_sign_is_found_before_torch_is_imported():
         ('train.py', ['configs/faster_rcnn_r50_cbam_voc0712.py'], 'no folder data/VOCdevkit/'),
         # A config whose custom_imports import MMDetection.
         ('infer.py', [SSD, 'nothing.pth', 'photo.jpg'], 'checkpoint nothing.pth does not exist'),
-        pytest.param(
-            'gradcam.py',
-            ['--config', SSD, '--checkpoint', DEMO, 'photo.jpg'],
-            'is not a checkpoint of PyTorch',
-            marks=pytest.mark.slow,
-        ),
+        pytest.param('gradcam.py', [SSD, DEMO, 'photo.jpg'], 'is not a checkpoint of PyTorch', marks=pytest.mark.slow),
         pytest.param('ablate.py', ['nothing.py'], "config 'nothing.py' does not exist", marks=pytest.mark.slow),
         ('report.py', ['nothing'], 'nothing is not a folder'),
         pytest.param('draw_run.py', ['nothing'], 'nothing is not a folder', marks=pytest.mark.slow),

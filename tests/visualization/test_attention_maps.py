@@ -4,6 +4,7 @@ import csv
 import shutil
 
 import cv2
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.gates import RecordedGates
-from cbam_mmdet.visualization.attention import GateAverage, gates_over, stage_and_block
+from cbam_mmdet.visualization.attention import GateAverage, draw_gates, gates_over, stage_and_block
 
 
 @pytest.fixture(scope='module')
@@ -52,6 +53,20 @@ def test_one_image_cannot_tell_a_dead_channel_and_sizes_may_differ():
     torch.testing.assert_close(average.map, torch.ones(4, 6))
 
 
+def test_maps_of_a_sheet_share_their_colours(tmp_path):
+    """A flat gate looks like one that is flat at another value only where each map has a range of its own."""
+    averages = []
+    for value in (0.25, 0.75):
+        average = GateAverage(f'backbone.layer1.{value}.cbam', upper=1)
+        average.add(RecordedGates(1, [torch.rand(4)], [torch.full((8, 8), value)]))
+        averages.append(average)
+    drawn = cv2.imread(str(draw_gates(averages, tmp_path / 'sheet.png'))).reshape(-1, 3)
+    viridis = matplotlib.colormaps['viridis']
+    for end in (0.0, 1.0):
+        colour = (np.array(viridis(end)[2::-1]) * 255).round()
+        assert (np.abs(drawn - colour).max(1) <= 2).sum() > 1000, 'a whole panel'
+
+
 def test_names():
     assert stage_and_block('backbone.layer1.0.cbam') == ('backbone.layer1', '0')
     assert stage_and_block('backbone.layer1.0.bn2.cbam') == ('backbone.layer1', '0.bn2')
@@ -71,7 +86,7 @@ def test_padding_is_cut_off(detector):
 
 def test_tool_on_a_folder_and_on_the_validation_set(run_tool, trained, shapes, tmp_path):
     config = next(trained.glob('*.py'))
-    result = run_tool('attention_maps.py', '--config', config, '--checkpoint', trained, '--out-dir', tmp_path,
+    result = run_tool('attention_maps.py', config, trained, '--out-dir', tmp_path,
                       '--pictures', 1, '--device', 'cpu')  # fmt: skip
     assert result.code == 0, result.err
     written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*.*')}
@@ -86,8 +101,9 @@ def test_tool_on_a_folder_and_on_the_validation_set(run_tool, trained, shapes, t
     ours = [float(row['mean']) for row in single if row['name'] == rows[0]['name'] and row['gate'] == 'channel']
     assert np.mean(ours) == pytest.approx(float(rows[0]['mean']))
     assert (tmp_path / 'gates.md').read_text().split('\n\npictures')[0].strip() in result.out
-    again = run_tool('attention_maps.py', shapes / 'val2017', '--config', config, '--checkpoint', trained,
-                     '--out-dir', tmp_path / 'again', '--device', 'cpu')  # fmt: skip
+    # The order that was, and options among the words.
+    chosen = ['--config', config, '--out-dir', tmp_path / 'again', '--checkpoint', trained]
+    again = run_tool('attention_maps.py', *chosen, shapes / 'val2017', '--device', 'cpu')
     assert again.code == 0, again.err
     assert (tmp_path / 'again/gates.md').read_text() == (tmp_path / 'gates.md').read_text()
 
@@ -98,14 +114,14 @@ def test_bad_input(run_tool, trained, shapes, tmp_path):
     broken = tmp_path / 'broken.jpg'
     broken.write_bytes(b'no image')
     shutil.copy(image, tmp_path / 'film.avi')
-    where = ['--config', config, '--checkpoint', trained, '--device', 'cpu', '--out-dir', tmp_path / 'out']
+    where = ['--device', 'cpu', '--out-dir', tmp_path / 'out']
     for arguments, message in (
         ([broken, *where], 'none of the 1 images can be read'),
         ([tmp_path / 'nowhere.jpg', *where], 'nowhere.jpg does not exist'),
         ([tmp_path / 'film.avi', *where], 'no image among them'),
         ([image, *where, '--cfg-options', 'model.backbone.plugins=None'], 'cbam'),
     ):
-        result = run_tool('attention_maps.py', *arguments)
+        result = run_tool('attention_maps.py', config, trained, *arguments)
         assert result.code == 2 and 'Traceback' not in result.err, result.err
         assert message in result.err.splitlines()[-1]
 

@@ -4,6 +4,7 @@ The tools register them on the Runner and not in the config, so the config in a 
 hooks.
 """
 
+from cbam_mmdet.engine.hooks.annotated_frame import AnnotatedFrameHook
 from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
 from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.engine.hooks.finite_loss import FiniteLossHook
@@ -14,6 +15,7 @@ from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
 from cbam_mmdet.engine.hooks.validate_resumed import ValidateResumedHook
 
 __all__ = [
+    'AnnotatedFrameHook',
     'CheckImagesHook',
     'CheckpointFitHook',
     'FiniteLossHook',

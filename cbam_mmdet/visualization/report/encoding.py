@@ -18,12 +18,11 @@ def jpeg_uri(image: np.ndarray, widest: int = WIDEST) -> str:
     return _uri('jpeg', cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 82])[1])
 
 
-def map_uri(values: np.ndarray) -> tuple[str, float, float]:
-    """The data URI of a map, (H, W), with colours from its lowest value to its highest, and these two values."""
-    low, high = float(values.min()), float(values.max())
+def map_uri(values: np.ndarray, low: float, high: float) -> str:
+    """The data URI of a map, (H, W), with colours from the value `low` to `high`."""
     scaled = (values - low) / max(high - low, 1e-6)
     rgb = (matplotlib.colormaps['viridis'](scaled)[..., :3] * 255).round().astype(np.uint8)
-    return _uri('png', cv2.imencode('.png', rgb[..., ::-1])[1]), low, high
+    return _uri('png', cv2.imencode('.png', rgb[..., ::-1])[1])
 
 
 def _uri(kind: str, data: np.ndarray) -> str:

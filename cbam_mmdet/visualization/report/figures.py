@@ -9,7 +9,15 @@ from matplotlib.patches import Patch
 
 from cbam_mmdet.visualization.charts import Chart, save
 from cbam_mmdet.visualization.report.evaluation import EvaluatedRun, image_of
-from cbam_mmdet.visualization.sheets import box_corners, draw_box, image_grid, show_image
+from cbam_mmdet.visualization.report.pictures import spatial_gates
+from cbam_mmdet.visualization.sheets import (
+    box_corners,
+    draw_box,
+    draw_colour_bar,
+    image_grid,
+    scale_of,
+    show_image,
+)
 
 BOXES = {
     'found': dict(edgecolor='#0a58c2', linewidth=0.9),
@@ -45,18 +53,17 @@ def _draw_detections(runs: Sequence[EvaluatedRun], paths: Sequence[str], folder:
 
 
 def _draw_attention(run: EvaluatedRun, folder: Path, name: str) -> None:
-    maps = {
-        path: {cbam: map_.cpu().numpy() for cbam, each in gates.items() for map_ in each.spatial}
-        for path, gates in run.gates.items()
-    }
+    maps = {path: dict(spatial_gates(run, path)) for path in run.gates}
     cbams = list(next(iter(maps.values()), {}))
     if not cbams:
         return
+    colours = scale_of(map_ for gates in maps.values() for map_ in gates.values())
     figure, grid = image_grid(len(maps), len(cbams) + 1, (0.9 * (len(cbams) + 1), 1.1 * len(maps)))
     for (path, gates), row in zip(maps.items(), grid, strict=True):
         show_image(row[0], image_of(path, [run]))
         for cbam, axes in zip(cbams, row[1:], strict=True):
-            axes.imshow(gates[cbam], cmap='viridis')
+            axes.imshow(gates[cbam], cmap=colours.cmap, norm=colours.norm)
     for cbam, axes in zip(cbams, grid[0][1:], strict=True):
         axes.set_title(cbam.removeprefix('backbone.').removesuffix('.cbam'), fontsize=6)
+    draw_colour_bar(figure, grid, colours, 'spatial gate')
     save(figure, folder, name)

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from cbam_mmdet.evaluation.scores import Box, Outcome
 from cbam_mmdet.visualization.report.encoding import jpeg_uri, map_uri
 from cbam_mmdet.visualization.report.evaluation import EvaluatedRun, image_of
+from cbam_mmdet.visualization.sheets import scale_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,22 @@ class Heat:
     high: float
 
 
+@dataclass(frozen=True)
+class Attention:
+    """The spatial gates of a run.
+
+    Args:
+        name: the name of the run.
+        low, high: the values at the ends of the scale of colours, which all its maps share.
+        images: (name, data URI, gates) of each image.
+    """
+
+    name: str
+    low: float
+    high: float
+    images: list[tuple[str, str, list[Heat]]]
+
+
 def make_picture(path: str, runs: Sequence[EvaluatedRun]) -> Picture:
     """A test image with the outcome of each run that was tested on it."""
     image = image_of(path, runs)
@@ -48,24 +67,32 @@ def make_picture(path: str, runs: Sequence[EvaluatedRun]) -> Picture:
     return Picture(Path(path).name, width, height, jpeg_uri(image), parts)
 
 
-def make_heats(
-    runs: Sequence[EvaluatedRun], paths: Sequence[str]
-) -> list[tuple[str, list[tuple[str, str, list[Heat]]]]]:
-    """For each run with CBAMs its name, and (name, data URI, spatial gates) for each image."""
+def make_heats(runs: Sequence[EvaluatedRun], paths: Sequence[str]) -> list[Attention]:
+    """The spatial gates of each run with CBAMs over these images."""
     shown = []
     for run in runs:
-        rows = []
-        for path in paths:
-            heats = [
-                Heat(name, *map_uri(map_.cpu().numpy()))
-                for name, gates in run.gates.get(path, {}).items()
-                for map_ in gates.spatial
-            ]
-            if heats:
-                rows.append((Path(path).name, jpeg_uri(image_of(path, runs), 240), heats))
-        if rows:
-            shown.append((run.name, rows))
+        maps = {path: spatial_gates(run, path) for path in paths}
+        values = [map_ for each in maps.values() for _, map_ in each]
+        if not values:
+            continue
+        low, high = scale_of(values).get_clim()
+        rows = [
+            (
+                Path(path).name,
+                jpeg_uri(image_of(path, runs), 240),
+                [Heat(name, map_uri(map_, low, high), float(map_.min()), float(map_.max())) for name, map_ in each],
+            )
+            for path, each in maps.items()
+            if each
+        ]
+        shown.append(Attention(run.name, low, high, rows))
     return shown
+
+
+def spatial_gates(run: EvaluatedRun, path: str) -> list[tuple[str, np.ndarray]]:
+    """(CBAM's name, (H, W)) for each spatial gate over an image."""
+    gates = run.gates.get(path, {}).items()
+    return [(name, map_.cpu().numpy()) for name, each in gates for map_ in each.spatial]
 
 
 def _in_words(outcome: Outcome) -> str:

@@ -130,8 +130,8 @@ def test_insert_cbam_refuses_code(run_tool, evil, tmp_path):
 @pytest.mark.parametrize('tool', ['gradcam.py', 'attention_maps.py'])
 def test_pictures_refuse_code(run_tool, evil, shapes, tmp_path, tool):
     image = next((shapes / 'val2017').iterdir())
-    chosen = ['--config', DEMO, '--checkpoint', evil, '--out-dir', tmp_path / 'out', *cfg_options(SMALL)]
-    assert_refused(run_tool(tool, image, *chosen), evil)
+    chosen = ['--out-dir', tmp_path / 'out', *cfg_options(SMALL)]
+    assert_refused(run_tool(tool, DEMO, evil, image, *chosen), evil)
 
 
 def test_report_refuses_code(run_tool, evil, trained, tmp_path):
