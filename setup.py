@@ -77,7 +77,7 @@ setup(
         'explain': ['grad-cam'],
         # make docs: the site of docs/, with the reference from the docstrings.
         'docs': ['zensical', 'mkdocstrings-python'],
-        'dev': ['mypy', 'pytest', 'pytest-xdist', 'ruff'],
+        'dev': ['hypothesis', 'mypy', 'pytest', 'pytest-xdist', 'ruff'],
     },
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

@@ -41,7 +41,8 @@ from cbam_mmdet.engine.scalars import is_training, is_validation, metrics_of, sc
 ROOT = Path(__file__).resolve().parent.parent
 INTERVAL = 5
 EPOCH = 4  # iterations: 8 images in batches of 2
-ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1'), PYTHON=sys.executable)
+# The same order of sets in each process, so that files can be compared.
+ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS='1', PYTHONHASHSEED='0', PYTHON=sys.executable)
 MARK = 'FAULTS_TRAINING'  # a variable in the environment of every process of a training
 # Moments at which a life of a training ends -> how often.
 MOMENTS = {'starting': 0.15, 'training': 0.3, 'validating': 0.2, 'writing a checkpoint': 0.35}

@@ -63,7 +63,7 @@ fi
 
 if [ "${2:-}" = --stack ]; then
     "$uv" pip install --python "$venv/bin/python" --override overrides.txt --requirement "${3:?a requirements file}" \
-        pytest pytest-xdist --editable . || die "the installation failed; the lines above say why."
+        pytest pytest-xdist hypothesis --editable . || die "the installation failed; the lines above say why."
     exit
 fi
 

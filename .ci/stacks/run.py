@@ -4,7 +4,7 @@
     python .ci/stacks/run.py users --core    one stack, the core of the tests
 
 Each file NAME.txt beside this one lists what makes a stack. Its environment is build/stacks/NAME: made where it is
-missing, and anew where the list has changed since. The exit code is that of the worst stack.
+missing, and anew where the list, or how it is installed, has changed since. The exit code is that of the worst stack.
 """
 
 import argparse
@@ -72,8 +72,8 @@ def parse_args() -> argparse.Namespace:
 def environment(name: str) -> Path:
     """The Python of the stack's environment."""
     folder, listed = ROOT / 'build/stacks' / name, HERE / f'{name}.txt'
-    ready = folder / '.ready'
-    if not ready.is_file() or ready.read_text() != listed.read_text():
+    ready, recipe = folder / '.ready', listed.read_text() + (ROOT / 'tools/setup_env.sh').read_text()
+    if not ready.is_file() or ready.read_text() != recipe:
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         python = next(filter(runs, PYTHONS.get(name, ())), None)
@@ -86,7 +86,7 @@ def environment(name: str) -> Path:
             env={**os.environ, **chosen},
             check=True,
         )
-        ready.write_text(listed.read_text())
+        ready.write_text(recipe)
     return folder / 'bin/python'
 
 

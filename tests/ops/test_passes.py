@@ -158,7 +158,7 @@ def test_compiles_without_graph_break_to_the_same(layout, impl):
     expected = run(twin, twin, x, grad)
     compiled = torch.compile(module, fullgraph=True, backend='aot_eager')  # fullgraph raises at a graph break
     for actual, wanted in zip(run(compiled, module, x, grad), expected, strict=True):
-        torch.testing.assert_close(actual, wanted)
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)  # sums in another order, as against float64
 
 
 @pytest.mark.parametrize('impl', IMPLS)
