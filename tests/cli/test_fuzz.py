@@ -1,7 +1,7 @@
 """Damaged inputs, at random: each is read, or refused by a UserError; nothing else, and nothing is written.
 
-Hypothesis draws the damages, the same ones each time, and makes one that fails as small as it can. By default it tries a
-hundred of each kind, with CBAM_FUZZ=5000 so many.
+Hypothesis draws the damages, the same ones each time, and makes one that fails as small as it can. By default it tries
+a hundred of each kind, with CBAM_FUZZ=5000 so many.
 """
 
 import copy
