@@ -6,22 +6,28 @@ a hundred of each kind, with CBAM_FUZZ=5000 so many.
 
 import copy
 import datetime
+import io
 import json
 import os
 import pickle
+import re
+import runpy
+import sys
 import zipfile
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import randoms
 
 from cbam_mmdet.apis.runner import prepare
+from cbam_mmdet.datasets import ensure_shapes
 from cbam_mmdet.datasets.checks import check_data
 from cbam_mmdet.datasets.classes import set_classes
+from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
@@ -31,6 +37,7 @@ from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import load_config
 from cbam_mmdet.utils.numbers import LEAST
 
+VOC = str(ROOT / 'configs/faster_rcnn_r18_cbam_voc0712.py')
 COUNT = int(os.environ.get('CBAM_FUZZ', 100))
 HANG = datetime.timedelta(seconds=60)
 ODD = (
@@ -38,6 +45,10 @@ ODD = (
     '../../x', '/', '$x^2', '{{ fileDirname }}', '<script>', '\ud800', [], [[]], {}, [1, 2], [None] * 4, {'id': 1},
     [-1e308, 1e308, 1, 1],
 )  # fmt: skip
+
+
+def has_arguments(tool):
+    return 'def parse_args' in tool.read_text()
 
 
 def places(node):
@@ -130,6 +141,59 @@ def test_coco_annotations(demo, own_shapes, checked):
         return lambda: check_data(cfg, ['train']) if checked else set_classes(cfg, 'auto')
 
     fuzz(run, 0.2 if checked else 0.02)
+
+
+@pytest.mark.parametrize('checked', [True, False])
+def test_voc_annotations(tmp_path, checked):
+    root = ensure_shapes(tmp_path / 'voc', num_train=3, num_val=1, image_size=32, style='voc', progress=False)
+    cfg = load_config(VOC)
+    point_at_data(cfg, str(root), 'auto')
+    files = [next(root.glob('*/Annotations/*.xml')), next(root.glob('*/ImageSets/Main/trainval.txt'))]
+    whole = {path: path.read_bytes() for path in files}
+
+    def run(rng):
+        for path, data in whole.items():
+            path.write_bytes(data)
+        path = rng.choice(files)
+        words = re.split(rb'(?<=>)|(?=<)|\n', whole[path])
+        if rng.random() < 0.5:  # tags and texts as a whole
+            at = rng.randrange(len(words))
+            other = str(rng.choice(ODD)).encode(errors='surrogatepass')
+            words[at] = rng.choice([b'', rng.choice(words), other])
+            path.write_bytes(b'\n'.join(words))
+        else:
+            path.write_bytes(damage_bytes(rng, whole[path]))
+        return lambda: check_data(copy.deepcopy(cfg), ['train']) if checked else set_classes(copy.deepcopy(cfg), 'auto')
+
+    fuzz(run, 0.1)
+
+
+@pytest.mark.parametrize('tool', sorted(path.name for path in (ROOT / 'tools').glob('*.py') if has_arguments(path)))
+def test_command_lines(tool, monkeypatch, capsys):
+    """Words in any order: they are taken, or argparse's message ends the tool."""
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    parse = runpy.run_path(str(ROOT / 'tools' / tool))['parse_args']
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, 'argv', [tool, '--help'])
+        parse()
+    monkeypatch.setattr(sys, 'stderr', io.StringIO())  # takes what is no UTF-8, as the true one does
+    words = [*re.findall(r'--[a-z-]+', capsys.readouterr().out), 'a.py', 'b.pth', 'c=1', 'c=[', 'c={', '=', '-', '--']
+    # What a shell can hand over: no NUL, and what is no UTF-8 as Python decodes it.
+    words += [os.fsdecode(str(value).encode(errors='replace').replace(b'\0', b'\xff')) for value in ODD]
+
+    def run(rng):
+        monkeypatch.setattr(sys, 'argv', [tool, *(rng.choice(words) for _ in range(rng.randint(0, 6)))])
+
+        def as_an_error():
+            try:
+                parse()
+            except SystemExit as end:
+                assert end.code in (0, 2), end.code
+                raise UserError('argparse said why') from end
+
+        return as_an_error
+
+    fuzz(run)
 
 
 @pytest.mark.parametrize('kind', range(10))
