@@ -36,13 +36,14 @@ from record import machine
 from cbam_mmdet.datasets import ensure_shapes
 from cbam_mmdet.engine.checkpoint.files import newest_checkpoint
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
+from cbam_mmdet.engine.run_reader import read_results
 from cbam_mmdet.engine.scalars import is_training, is_validation, metrics_of, scalar_logs
+from cbam_mmdet.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVAL = 5
 EPOCH = 4  # iterations: 8 images in batches of 2
-# The same order of sets in each process, so that files can be compared.
-ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS='1', PYTHONHASHSEED='0', PYTHON=sys.executable)
+ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS='1', PYTHON=sys.executable)
 MARK = 'FAULTS_TRAINING'  # a variable in the environment of every process of a training
 # Moments at which a life of a training ends -> how often.
 MOMENTS = {'starting': 0.15, 'training': 0.3, 'validating': 0.2, 'writing a checkpoint': 0.35}
@@ -297,11 +298,22 @@ class Call:
 
     def written(self) -> dict[str, str]:
         """File -> the hash of its content."""
-        paths = [path for pattern in self.files for path in sorted(self.out.glob(pattern))]
-        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+        return {str(path): content_hash(path) for pattern in self.files for path in sorted(self.out.glob(pattern))}
 
     def _words(self) -> list[str]:
         return [sys.executable, *map(str, self.command)]
+
+
+def content_hash(path: Path) -> str:
+    """The hash of what a file says, without the time of its writing."""
+    content = path.read_bytes()
+    if path.suffix == '.html':
+        content = re.sub(rb'Written [0-9 :-]+ by', b'', content)
+    elif path.suffix == '.pkl':  # its tensors are stored with their addresses
+        with contextlib.suppress(UserError):
+            found = [(sample['img_id'], sample['pred_instances']) for sample in read_results(path)]
+            content = repr([(i, {key: it[key].tolist() for key in sorted(it)}) for i, it in found]).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def kill_tools(folder: Path, kills: int, rng: random.Random) -> Figures:
@@ -332,6 +344,8 @@ def kill_tools(folder: Path, kills: int, rng: random.Random) -> Figures:
         shutil.rmtree(out)
     for number in range(kills):
         name = list(calls)[number % len(calls)]
+        if rng.random() < 0.5:
+            shutil.rmtree(out, ignore_errors=True)  # or else it writes over what is there
         calls[name].kill(rng)
         figures.kills[name] += 1
         left = calls[name].written()
