@@ -119,6 +119,17 @@ def fuzz(run, least_refused=0.2):
     assert len(refused) * least_refused < sum(refused), 'the damages are no damages'
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_written_elsewhere(tmp_path_factory, monkeypatch):
+    """Not in the current folder, nor above it by a name such as ../../x."""
+    top = tmp_path_factory.mktemp('elsewhere')
+    current = top / 'a/b/c'
+    current.mkdir(parents=True)
+    monkeypatch.chdir(current)
+    yield
+    assert [path.name for path in sorted(top.rglob('*'))] == ['a', 'b', 'c']
+
+
 @pytest.fixture
 def demo(own_shapes):
     cfg = load_config(DEMO)
