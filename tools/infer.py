@@ -11,7 +11,10 @@ from arguments import USER_ERROR, Parser, run
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_shared('config', 'checkpoint')
+    parser.add_shared('config')
+    parser.add_shared(
+        'checkpoint', help='checkpoint file, a work dir for its newest, or an ONNX file of tools/export.py'
+    )
     parser.add_argument('inputs', nargs='+', help='image files, folders or videos')
     parser.add_shared('--out-dir', default='outputs')
     parser.add_shared('--score-thr', default=0.3)
@@ -25,7 +28,7 @@ def main(args: argparse.Namespace) -> int:
     from cbam_mmdet.engine.checkpoint.files import find_checkpoint
     from cbam_mmdet.utils.config import load_config
 
-    checkpoint = find_checkpoint(args.checkpoint)
+    checkpoint = find_checkpoint(args.checkpoint, onnx=True)
     for source in args.inputs:
         expand_inputs(source)
     cfg = load_config(args.config, args.cfg_options)

@@ -7,7 +7,10 @@ from arguments import Parser, run
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_shared('config', 'checkpoint')
+    parser.add_shared('config')
+    parser.add_shared(
+        'checkpoint', help='checkpoint file, a work dir for its newest, or an ONNX file of tools/export.py'
+    )
     parser.add_shared('--work-dir', help='folder for the log (default: work_dirs/CONFIG)')
     parser.add_shared('--data-root', '--classes')
     parser.add_argument('--out', metavar='FILE.pkl', help='write the detections of all images')
@@ -26,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
     from cbam_mmdet.engine.checkpoint.files import find_checkpoint
     from cbam_mmdet.utils.config import load_config
 
-    checkpoint = find_checkpoint(args.checkpoint)
+    checkpoint = find_checkpoint(args.checkpoint, onnx=True)
     cfg = load_config(args.config, args.cfg_options, None if args.data_root else require_data_roots('test'))
     from cbam_mmdet.apis.test import test  # MMDetection takes seconds to import
 

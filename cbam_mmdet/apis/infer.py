@@ -27,7 +27,7 @@ from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
 from cbam_mmdet.engine.checkpoint.content import meta_of, weights_of
-from cbam_mmdet.engine.checkpoint.files import find_checkpoint
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint, is_onnx
 from cbam_mmdet.engine.checkpoint.loading import safe_loading
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.plugins.checks import check_plugins
@@ -51,7 +51,8 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
 
     Args:
         cfg: the config.
-        checkpoint: the weights, a file or a work dir; every key must fit.
+        checkpoint: the weights, a file or a work dir; every key must fit. Or an ONNX file of tools/export.py, which runs
+            on the CPU.
         device: 'cpu', 'cuda:0', ...; by default the GPU if there is one.
         trust_checkpoint: load it by full unpickling, which runs code from the file (see
             engine.checkpoint.loading.load_checkpoint).
@@ -59,7 +60,9 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
     Raises:
         UserError: if the checkpoint is missing, cut off, or of another architecture.
     """
-    checkpoint = find_checkpoint(checkpoint)
+    checkpoint = find_checkpoint(checkpoint, onnx=True)
+    if is_onnx(checkpoint):
+        return _load_onnx(cfg, checkpoint)
     check_plugins(cfg)
     device = choose_device(device)
     with safe_loading(trust_checkpoint):
@@ -71,6 +74,14 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
     meta = {key.lower(): value for key, value in (meta_of(weights).get('dataset_meta') or {}).items()}
     model.dataset_meta.update(classes=_config_classes(cfg) or model.dataset_meta['classes'])
     model.dataset_meta.update(meta)
+    return model
+
+
+def _load_onnx(cfg: Config, file: str) -> nn.Module:
+    from cbam_mmdet.deploy.onnx_detector import OnnxDetector
+
+    model = OnnxDetector(file)
+    model.cfg = cfg
     return model
 
 

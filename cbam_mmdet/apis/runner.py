@@ -21,6 +21,7 @@ from cbam_mmdet.datasets.class_order import follow_class_order
 from cbam_mmdet.datasets.image_folders import check_image_folders, is_classifier
 from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.engine.checkpoint.content import classes_of
+from cbam_mmdet.engine.checkpoint.files import is_onnx
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.engine.distributed import in_first_process, join_processes
 from cbam_mmdet.errors import UserError
@@ -54,7 +55,7 @@ def follow_checkpoint(cfg: Config, path: str, splits: Sequence[str], trust_check
         return
 
     def follow() -> dict:
-        classes = classes_of(load_checkpoint(path, 'cpu', trust_checkpoint))
+        classes = _classes_in(path, trust_checkpoint)
         if classes is None:
             log(f'checkpoint {path} does not say its classes: they are taken for those of the config, in its order')
         else:
@@ -66,6 +67,14 @@ def follow_checkpoint(cfg: Config, path: str, splits: Sequence[str], trust_check
 
     for key, value in in_first_process(follow).items():
         cfg[key] = value
+
+
+def _classes_in(path: str, trust_checkpoint: bool) -> tuple[str, ...] | None:
+    if is_onnx(path):
+        from cbam_mmdet.deploy.onnx_file import facts_of, open_session
+
+        return tuple(facts_of(open_session(path), path)['classes'])
+    return classes_of(load_checkpoint(path, 'cpu', trust_checkpoint))
 
 
 def make_work_dir(cfg: Config) -> None:

@@ -10,10 +10,11 @@ from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
+import cbam_mmdet.deploy.onnx_detector  # noqa: F401  (registers OnnxDetector)
 from cbam_mmdet.apis.runner import build_runner, check_splits, follow_checkpoint, prepare
 from cbam_mmdet.compat.mmengine import local_files_written_by, scores_written_once
 from cbam_mmdet.datasets.image_folders import is_classifier
-from cbam_mmdet.engine.checkpoint.files import find_checkpoint
+from cbam_mmdet.engine.checkpoint.files import find_checkpoint, is_onnx
 from cbam_mmdet.engine.checkpoint.loading import safe_loading
 from cbam_mmdet.engine.hooks.annotated_frame import AnnotatedFrameHook
 from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
@@ -43,7 +44,8 @@ def test(
 
     Args:
         cfg: the config.
-        checkpoint: the weights: a file, or a work dir for its newest.
+        checkpoint: the weights: a file, or a work dir for its newest. Or an ONNX file of tools/export.py, which runs on
+            the CPU.
         data_root: re-points every dataloader and evaluator (see utils.config.set_data_root and
             datasets.voc.fit_layout).
         classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
@@ -65,7 +67,11 @@ def test(
     """
     if out and not out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out {out}: the detections are written as a pickle, the name must end with .pkl')
-    cfg.load_from, cfg.resume = find_checkpoint(checkpoint), False
+    checkpoint = find_checkpoint(checkpoint, onnx=True)
+    onnx = is_onnx(checkpoint)
+    if onnx and tta:
+        raise UserError('--tta: an ONNX file is one detector as it is; test-time augmentation needs a checkpoint')
+    cfg.load_from, cfg.resume = None if onnx else checkpoint, False
     prepare(cfg, data_root, classes, work_dir, launcher)
     if any(cfg.get(key) is None for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
         raise UserError('the config has no test split: it needs test_dataloader, test_cfg and test_evaluator')
@@ -75,8 +81,10 @@ def test(
         _draw(cfg, show, show_dir, wait_time)
     if tta:
         _use_tta(cfg)
-    follow_checkpoint(cfg, cfg.load_from, ['test'], trust_checkpoint)
+    follow_checkpoint(cfg, checkpoint, ['test'], trust_checkpoint)
     check_splits(cfg, ['test'])
+    if onnx:
+        cfg.model = ConfigDict(type='OnnxDetector', file=checkpoint)
     # The checkpoint holds every weight: a pretrained backbone would be fetched for nothing.
     model = cfg.model.module if tta else cfg.model
     if model.get('backbone'):

@@ -20,12 +20,13 @@ from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.utils.files import AtomicLocalBackend
 
 
-def find_checkpoint(path: str) -> str:
+def find_checkpoint(path: str, onnx: bool = False) -> str:
     """Find a checkpoint, and check the first and last bytes of its file before data and models are loaded.
 
     Args:
         path: a file, or a work dir, which stands for the newest checkpoint in it. MMEngine handles URLs and
             'torchvision://' names.
+        onnx: an ONNX file will do, too. It is told by its name.
 
     Returns:
         The file's path, or the URL or name as it was given.
@@ -54,6 +55,10 @@ def find_checkpoint(path: str) -> str:
         siblings = [str(p) for p in folder.glob('*.pth')] if folder.is_dir() else []
         have = f' {folder} holds {", ".join(sorted(siblings)[:5])}.' if siblings else ''
         raise UserError(f'checkpoint {path} does not exist{did_you_mean(path, siblings)}.{have}')
+    if is_onnx(path):
+        if onnx:
+            return path
+        raise UserError(f'{path} is an ONNX file: give a checkpoint. tools/test.py and tools/infer.py run ONNX files.')
     with open(path, 'rb') as file:
         head = file.read(2)
     if head == b'PK' and not _is_whole_zip(path):
@@ -61,6 +66,11 @@ def find_checkpoint(path: str) -> str:
     if head != b'PK' and not head.startswith(b'\x80'):  # zip, and the pickle of torch before 1.6
         raise UserError(f'{path} is not a checkpoint of PyTorch.')
     return path
+
+
+def is_onnx(path: str) -> bool:
+    """Whether a file is an ONNX file by its name."""
+    return path.endswith('.onnx')
 
 
 def _is_whole_zip(path: str) -> bool:

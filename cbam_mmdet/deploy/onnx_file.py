@@ -1,0 +1,148 @@
+"""Write a detector as an ONNX file, and read what such a file says of itself."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cbam_mmdet.deploy.graph import DetectorGraph
+from cbam_mmdet.deploy.packages import require_packages
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.files import AtomicLocalBackend
+from cbam_mmdet.version import __version__
+
+OPSET = 17
+INPUT = 'images'
+TRACED = (2, 192, 256)  # images, height and width that are traced where they may differ in use
+
+
+def write_onnx(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    fixed_size: tuple[int, int] | None = None,
+    fixed_batch: int | None = None,
+    float_input: bool = False,
+    half: bool = False,
+) -> None:
+    """Write a detector as one graph of standard ONNX operators, of opset 17.
+
+    Its input `images` is (B, H, W, 3), BGR, 0 to 255, and its outputs are those of deploy.graph.DetectorGraph: `boxes`,
+    `scores`, `labels`, and `masks` of a detector that has them. Its metadata say the class names, mean, std, and more.
+
+    Args:
+        model: a detector from apis.infer.load_detector, on the CPU.
+        out: the file to write.
+        fixed_size: the one height and width of the images, for runtimes that need it. By default any.
+        fixed_batch: the one number of images. By default any.
+        float_input: images are float32, not uint8.
+        half: weights and most of the computation in float16.
+
+    Raises:
+        UserError: for a detector that cannot be exported, or a missing package.
+    """
+    require_packages('onnx', *(['onnxruntime'] if half else []))
+    import onnx
+
+    graph = DetectorGraph(model).eval()
+    batch, height, width = (fixed_batch or TRACED[0], *(fixed_size or TRACED[1:]))
+    dtype = torch.float32 if float_input else torch.uint8
+    images = torch.randint(0, 256, (batch, height, width, 3), generator=torch.Generator().manual_seed(0)).to(dtype)
+    free = {} if fixed_batch else {0: 'batch'}
+    axes = {INPUT: free | ({} if fixed_size else {1: 'height', 2: 'width'}), **dict.fromkeys(graph.outputs, free)}
+    content = io.BytesIO()
+    with torch.no_grad(), warnings.catch_warnings():
+        # The older exporter, which knows the operators of torchvision in every version of torch from 2.1 on.
+        warnings.simplefilter('ignore')
+        torch.onnx.export(
+            graph,
+            (images,),
+            content,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=list(graph.outputs),
+            dynamic_axes=axes,
+            **_older_exporter(),
+        )
+    made = onnx.load_from_string(content.getvalue())
+    made = _in_half_precision(made) if half else made
+    onnx.helper.set_model_props(made, {key: json.dumps(value) for key, value in _facts(model, graph, half).items()})
+    onnx.checker.check_model(made)
+    AtomicLocalBackend().put(made.SerializeToString(), out)
+
+
+def _older_exporter() -> dict[str, Any]:
+    return dict(dynamo=False) if 'dynamo' in inspect.signature(torch.onnx.export).parameters else {}
+
+
+def _in_half_precision(model: Any) -> Any:
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    # Pixels, coordinates and scores stay in float32.
+    blocked = [*DEFAULT_OP_BLOCK_LIST, 'RoiAlign', 'NonMaxSuppression', 'TopK', 'Range', 'Cast', 'Where', 'ScatterND']
+    return convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked)
+
+
+def _facts(model: nn.Module, graph: DetectorGraph, half: bool) -> dict[str, Any]:
+    return dict(
+        classes=list(model.dataset_meta['classes']),
+        mean=graph.mean.flatten().tolist(),
+        std=graph.std.flatten().tolist(),
+        channels='RGB' if graph.swaps_channels else 'BGR',
+        config=Path(model.cfg.filename or 'config').name,
+        mask_threshold=_mask_threshold(model),
+        half=half,
+        cbam_mmdet=__version__,
+    )
+
+
+def _mask_threshold(model: nn.Module) -> float | None:
+    test_cfg = getattr(getattr(model, 'roi_head', None), 'test_cfg', None) or {}
+    return test_cfg.get('mask_thr_binary')
+
+
+def open_session(path: str | Path) -> Any:
+    """An onnxruntime.InferenceSession on the CPU for a file.
+
+    Raises:
+        UserError: if it is no ONNX file, or the package is not installed.
+    """
+    require_packages('onnxruntime')
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    except Exception as error:  # onnxruntime has an exception for each kind of failure, of no common class
+        raise UserError(
+            f'{path} is not an ONNX file that onnxruntime can run ({str(error).splitlines()[0]})'
+        ) from error
+
+
+def facts_of(session: Any, path: str | Path) -> dict[str, Any]:
+    """What a file says of itself: `classes`, `mean`, `std`, `channels`, `config`, `mask_threshold`, ...
+
+    Raises:
+        UserError: if this package did not write it.
+    """
+    try:
+        facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+        names = facts['classes']
+    except (KeyError, json.JSONDecodeError) as error:
+        raise UserError(f'{path} does not say its classes: tools/export.py has not written it') from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{path} does not say its classes as a list of names')
+    return facts
+
+
+def run_session(session: Any, images: np.ndarray) -> list[np.ndarray]:
+    """The outputs for (B, H, W, 3) images, as the file's input wants them."""
+    wanted = np.float32 if 'float' in session.get_inputs()[0].type else np.uint8
+    return session.run(None, {INPUT: images.astype(wanted)})

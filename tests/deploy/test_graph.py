@@ -1,0 +1,84 @@
+"""Detectors exported to ONNX: onnxruntime detects what MMDetection does, for batches and sizes that were not traced."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from cbam_mmdet.deploy import onnx_file
+from cbam_mmdet.deploy.export import compare
+
+onnx = pytest.importorskip('onnx', reason="needs pip install '.[deploy]'")
+pytest.importorskip('onnxruntime', reason="needs pip install '.[deploy]'")
+
+DETECTORS = {
+    'Faster R-CNN': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    'Cascade R-CNN': 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
+    'Mask R-CNN': 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    'RetinaNet': 'retinanet/retinanet_r50_fpn_1x_coco.py',
+    'SSD': 'ssd/ssd300_coco.py',
+    'FCOS': 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
+    'ATSS': 'atss/atss_r50_fpn_1x_coco.py',
+    'RTMDet': 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
+}
+FAST = ('Mask R-CNN', 'RetinaNet')
+SIZES = (160, 224), (96, 128), (75, 133), (224, 100)
+
+
+def tiny(path):
+    """A detector with CBAM, random weights and few channels, of which every score counts."""
+    cfg = Config.fromfile(path)
+    init_default_scope('mmdet')
+    model = cfg.model
+    if model.backbone.type == 'ResNet':
+        model.backbone = dict(
+            type='ResNet', depth=18, base_channels=8, num_stages=4, out_indices=(0, 1, 2, 3), norm_cfg=dict(type='BN')
+        )
+        model.neck.in_channels = [8, 16, 32, 64]
+    model.backbone.init_cfg = None
+    plugin = dict(cfg=dict(type='CBAM', reduction=4), after=None)
+    model.backbone = dict(type='PluginBackbone', backbone=model.backbone, plugins=[plugin])
+    for test_cfg in (model.test_cfg, model.test_cfg.get('rcnn', {})):
+        if 'score_thr' in test_cfg:
+            test_cfg.score_thr = 0.001
+    torch.manual_seed(0)
+    made = MODELS.build(copy.deepcopy(model))
+    made.init_weights()
+    for module in made.modules():  # statistics as after a training, not those of nothing
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    made.cfg = cfg
+    made.dataset_meta = dict(classes=tuple(f'class {i}' for i in range(80)))
+    return made.eval()
+
+
+def write(name, folder):
+    path = folder / 'config.py'
+    path.write_text(f"_base_ = 'mmdet::{DETECTORS[name]}'\n")
+    return path
+
+
+@pytest.fixture(params=[name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in DETECTORS])
+def detector(request, tmp_path):
+    return tiny(write(request.param, tmp_path))
+
+
+def draw(height, width, seed):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def test_onnxruntime_detects_what_mmdetection_does(detector, tmp_path):
+    file = tmp_path / 'detector.onnx'
+    onnx_file.write_onnx(detector, file)
+    made = onnx.load(file)
+    assert {node.domain for node in made.graph.node} == {''} and [it.version for it in made.opset_import] == [17]
+    alone = compare(detector, file, [draw(*size, seed) for seed, size in enumerate(SIZES)])
+    together = compare(detector, file, [draw(96, 160, seed) for seed in range(6)], batch=3)
+    for seen in (alone, together):
+        assert seen.detections > 10 * seen.images
+        assert seen.within(boxes=0.1, scores=1e-4, masks=0.01), seen
