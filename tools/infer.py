@@ -12,9 +12,7 @@ from arguments import USER_ERROR, Parser, run
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_shared('config')
-    parser.add_shared(
-        'checkpoint', help='checkpoint file, a work dir for its newest, or an ONNX file of tools/export.py'
-    )
+    parser.add_shared('checkpoint', help='checkpoint file, work dir for its newest, or ONNX file of tools/export.py')
     parser.add_argument('inputs', nargs='+', help='image files, folders or videos')
     parser.add_shared('--out-dir', default='outputs')
     parser.add_shared('--score-thr', default=0.3)

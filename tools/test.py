@@ -8,9 +8,7 @@ from arguments import Parser, run
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_shared('config')
-    parser.add_shared(
-        'checkpoint', help='checkpoint file, a work dir for its newest, or an ONNX file of tools/export.py'
-    )
+    parser.add_shared('checkpoint', help='checkpoint file, work dir for its newest, or ONNX file of tools/export.py')
     parser.add_shared('--work-dir', help='folder for the log (default: work_dirs/CONFIG)')
     parser.add_shared('--data-root', '--classes')
     parser.add_argument('--out', metavar='FILE.pkl', help='write the detections of all images')

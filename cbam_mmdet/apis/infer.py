@@ -51,8 +51,8 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
 
     Args:
         cfg: the config.
-        checkpoint: the weights, a file or a work dir; every key must fit. Or an ONNX file of tools/export.py, which runs
-            on the CPU.
+        checkpoint: the weights, a file or a work dir; every key must fit. Or an ONNX file of tools/export.py,
+            which runs on the CPU.
         device: 'cpu', 'cuda:0', ...; by default the GPU if there is one.
         trust_checkpoint: load it by full unpickling, which runs code from the file (see
             engine.checkpoint.loading.load_checkpoint).
