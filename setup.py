@@ -75,6 +75,8 @@ setup(
         'fast-eval': ['hotcoco>=1.3'],
         # tools/gradcam.py.
         'explain': ['grad-cam'],
+        # tools/export.py, and ONNX files in tools/test.py and tools/infer.py.
+        'deploy': ['onnx', 'onnxruntime'],
         # make docs: the site of docs/, with the reference from the docstrings.
         'docs': ['zensical', 'mkdocstrings-python'],
         'dev': ['hypothesis', 'mypy', 'pytest', 'pytest-xdist', 'ruff'],

@@ -71,7 +71,7 @@ size="about 3 GB to fetch, most of it PyTorch's CUDA libraries"
 if [ "${UV_TORCH_BACKEND:-}" = cpu ]; then size='PyTorch without CUDA'; fi
 echo "Installing the pinned stack into $venv ($size; no compiler is needed) ..."
 "$uv" pip install --python "$venv/bin/python" --constraint constraints.txt --override overrides.txt \
-    --editable '.[mmdet,backbones,fast-eval,explain,docs,dev]' || {
+    --editable '.[mmdet,backbones,fast-eval,explain,deploy,docs,dev]' || {
     if ! tried "$venv/bin/python"; then
         die "the installation failed; the lines above say why." \
             "$("$venv/bin/python" --version) has not been tried: remove $venv, and say make PYTHON=python3.13 ..."

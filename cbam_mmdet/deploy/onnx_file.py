@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmdet.utils import get_test_pipeline_cfg
 from torch import nn
 
 from cbam_mmdet.deploy.graph import DetectorGraph
@@ -98,10 +99,18 @@ def _facts(model: nn.Module, graph: DetectorGraph, half: bool) -> dict[str, Any]
         std=graph.std.flatten().tolist(),
         channels='RGB' if graph.swaps_channels else 'BGR',
         config=Path(model.cfg.filename or 'config').name,
+        **_resize_of(model),
         mask_threshold=_mask_threshold(model),
         half=half,
         cbam_mmdet=__version__,
     )
+
+
+def _resize_of(model: nn.Module) -> dict[str, Any]:
+    """How the test pipeline resizes an image: `scale`, (width, height) or None, and `keep_ratio`."""
+    steps = [step for step in get_test_pipeline_cfg(model.cfg) if step['type'] in ('Resize', 'mmdet.Resize')]
+    scale = steps[0].get('scale') if len(steps) == 1 else None
+    return dict(scale=scale and list(scale), keep_ratio=bool(steps and steps[0].get('keep_ratio')))
 
 
 def _mask_threshold(model: nn.Module) -> float | None:

@@ -9,6 +9,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from cbam_mmdet.datasets.classes import _set_num_classes
 from cbam_mmdet.deploy import onnx_file
 from cbam_mmdet.deploy.export import compare
 
@@ -26,6 +27,7 @@ DETECTORS = {
     'RTMDet': 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
 }
 FAST = ('Mask R-CNN', 'RetinaNet')
+CLASSES = 4
 SIZES = (160, 224), (96, 128), (75, 133), (224, 100)
 
 
@@ -34,6 +36,7 @@ def tiny(path):
     cfg = Config.fromfile(path)
     init_default_scope('mmdet')
     model = cfg.model
+    _set_num_classes(model, CLASSES, 'model')
     if model.backbone.type == 'ResNet':
         model.backbone = dict(
             type='ResNet', depth=18, base_channels=8, num_stages=4, out_indices=(0, 1, 2, 3), norm_cfg=dict(type='BN')
@@ -53,7 +56,7 @@ def tiny(path):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     made.cfg = cfg
-    made.dataset_meta = dict(classes=tuple(f'class {i}' for i in range(80)))
+    made.dataset_meta = dict(classes=tuple(f'class {i}' for i in range(CLASSES)))
     return made.eval()
 
 
