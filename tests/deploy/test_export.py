@@ -1,0 +1,111 @@
+"""tools/export.py, and its file in tools/test.py, in tools/infer.py and in a program without PyTorch."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import DEMO, ROOT, SMALL, cfg_options, tiny
+from mmdet.registry import MODELS
+from torch import nn
+
+from cbam_mmdet.deploy import packages
+from cbam_mmdet.deploy.graph import require_exportable
+from cbam_mmdet.errors import UserError
+
+pytest.importorskip('onnx', reason="needs pip install '.[deploy]'")
+pytest.importorskip('onnxruntime', reason="needs pip install '.[deploy]'")
+
+ANY_SCORE = 'model.test_cfg.rcnn.score_thr=0.0'
+
+
+@pytest.fixture
+def exported(run_tool, trained, shapes, tmp_path):
+    file = tmp_path / 'demo.onnx'
+    where = ['--data-root', shapes, '--out', file, *cfg_options(SMALL, ANY_SCORE)]
+    result = run_tool('export.py', DEMO, trained, *where)
+    assert result.code == 0, result.err
+    boxes, scores, unmatched = map(float, re.findall(r'([\d.e-]+) pixels.*by (.+), (\d+) detections', result.out)[0])
+    assert boxes < 0.1 and scores < 1e-4 and unmatched == 0
+    return file
+
+
+def test_it_is_tested_and_detects_as_the_checkpoint(run_tool, trained, exported, shapes, tmp_path):
+    found = {}
+    for name, weights in (('torch', trained), ('onnx', exported)):
+        tested = run_tool('test.py', DEMO, weights, *tiny(tmp_path / name, shapes, ANY_SCORE))
+        assert tested.code == 0, tested.err
+        scores = re.findall(r'coco/bbox_mAP: (\S+)', tested.out + tested.err)
+        out = tmp_path / f'{name}_out'
+        done = run_tool('infer.py', DEMO, weights, shapes / 'val2017', '--out-dir', out, '--score-thr', 0.0,
+                        '--device', 'cpu', *cfg_options(SMALL, ANY_SCORE))  # fmt: skip
+        assert done.code == 0, done.err
+        found[name] = scores, json.loads((out / 'predictions.json').read_text())
+    assert found['torch'][0] == found['onnx'][0] != []
+    theirs, ours = found['torch'][1], found['onnx'][1]
+    assert len(theirs) == len(ours) > 100
+    assert all(a['category'] == b['category'] for a, b in zip(theirs, ours, strict=True))
+    for key, tolerance in (('bbox', 0.1), ('score', 1e-4)):
+        assert np.allclose([a[key] for a in theirs], [b[key] for b in ours], atol=tolerance)
+
+
+def test_a_program_without_pytorch(exported, shapes, tmp_path):
+    """A folder of packages that holds what the program names, and neither torch nor mmdet."""
+    folder = tmp_path / 'packages'
+    folder.mkdir()
+    for name in ('numpy', 'opencv-python-headless', 'onnxruntime', 'flatbuffers', 'protobuf'):
+        for top in {path.parts[0] for path in distribution(name).files if path.parts[0] not in ('..', '__pycache__')}:
+            source = Path(distribution(name).locate_file(top))
+            if not (folder / top).exists():
+                (folder / top).symlink_to(source)
+    image = next((shapes / 'val2017').iterdir())
+    program = re.sub(r'score < 0\.3', 'score < 0', (ROOT / 'docs/run_onnx.py').read_text())
+    assert len(program.splitlines()) <= 40
+    (tmp_path / 'run.py').write_text(program + '\nassert not {"torch", "mmdet"} & sys.modules.keys()\n')
+    alone = [sys.executable, '-S', '-c', f'import sys; sys.path.insert(0, {str(folder)!r}); import runpy; '
+             'sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")']  # fmt: skip
+    done = subprocess.run([*alone, tmp_path / 'run.py', exported, image], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r'(circle|square|triangle|star|ring|cross) 0\.\d+ ', done.stdout)
+    assert subprocess.run([*alone[:3], 'import torch'], capture_output=True).returncode != 0
+
+
+@pytest.mark.parametrize(
+    ('head', 'message'),
+    [
+        (dict(type='YOLOXHead', num_classes=2, in_channels=8, feat_channels=8), 'its predict_by_feat is not that of'),
+        (dict(type='GFLHead', num_classes=2, in_channels=32, feat_channels=32, anchor_generator=dict(
+            type='AnchorGenerator', ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=[8])),
+         'its _predict_by_feat_single is not that of'),
+    ],
+)  # fmt: skip
+def test_other_heads_are_refused(head, message):
+    model = nn.Module()
+    model.bbox_head = MODELS.build(dict(head, type=f'mmdet.{head["type"]}'))
+    with pytest.raises(UserError, match=f'{head["type"]} cannot be exported: {message}'):
+        require_exportable(model)
+
+
+def test_bad_input(run_tool, trained, shapes, tmp_path, monkeypatch):
+    options = cfg_options(SMALL)
+    for tool, arguments, message in (
+        ('export.py', [DEMO, trained, '--out', tmp_path / 'a.pth'], 'the name must end with .onnx'),
+        ('test.py', [DEMO, tmp_path / 'no.onnx', *tiny(tmp_path / 'w', shapes)], 'no.onnx does not exist'),
+        ('train.py', [DEMO, '--resume', text(tmp_path), *tiny(tmp_path / 'w', shapes)], 'is an ONNX file: give a'),
+        ('infer.py', [DEMO, text(tmp_path), shapes / 'val2017', *options], 'is not an ONNX file that onnxruntime can'),
+    ):
+        result = run_tool(tool, *arguments)
+        assert result.code == 2 and 'Traceback' not in result.err and message in result.err, result.err[-1000:]
+    monkeypatch.setattr(packages.importlib.util, 'find_spec', lambda name: None)
+    result = run_tool('export.py', DEMO, trained, '--out', tmp_path / 'a.onnx', *options)
+    assert result.code == 2 and 'needs the package onnx, which is not installed here (pip install' in result.err
+
+
+def text(folder):
+    path = folder / 'text.onnx'
+    path.write_text('no graph')
+    return path
