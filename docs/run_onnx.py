@@ -26,7 +26,7 @@ resized = cv2.resize(image, size)
 
 boxes, scores, labels, *_ = (output[0] for output in session.run(None, {'images': resized[None]}))
 boxes = boxes / np.tile([size[0] / width, size[1] / height], 2)
-for box, score, label in zip(boxes, scores, labels):
+for box, score, label in zip(boxes, scores, labels, strict=True):
     if score < 0.3:  # the best come first, and -1 is no detection
         break
     print(facts['classes'][label], round(float(score), 3), *box.round(1))

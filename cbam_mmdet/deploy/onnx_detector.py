@@ -9,6 +9,7 @@ import torch
 from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmengine.model import BaseDataPreprocessor
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ class OnnxDetector(nn.Module):
         self.session = open_session(file)
         self.facts = facts_of(self.session, file)
         self.dataset_meta = dict(classes=tuple(self.facts['classes']))
-        # inference_detector looks for the device of a parameter, and for RoIPool.
+        self.data_preprocessor = BaseDataPreprocessor()  # of which inference_detector asks the device
         self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)
 
     def test_step(self, data: dict[str, Any]) -> list[DetDataSample]:

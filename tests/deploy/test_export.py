@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import distribution
@@ -60,7 +61,9 @@ def test_a_program_without_pytorch(exported, shapes, tmp_path):
     for name in ('numpy', 'opencv-python-headless', 'onnxruntime', 'flatbuffers', 'protobuf'):
         for top in {path.parts[0] for path in distribution(name).files if path.parts[0] not in ('..', '__pycache__')}:
             source = Path(distribution(name).locate_file(top))
-            if not (folder / top).exists():
+            if top == 'cv2':  # it looks for its real place
+                shutil.copytree(source, folder / top, dirs_exist_ok=True)
+            elif not (folder / top).exists():
                 (folder / top).symlink_to(source)
     image = next((shapes / 'val2017').iterdir())
     program = re.sub(r'score < 0\.3', 'score < 0', (ROOT / 'docs/run_onnx.py').read_text())
