@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INTERVAL = 5
 EPOCH = 4  # iterations: 8 images in batches of 2
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS='1', PYTHON=sys.executable)
+VICTIMS = ['one_process', 'two_processes', 'tools']
 MARK = 'FAULTS_TRAINING'  # a variable in the environment of every process of a training
 # Moments at which a life of a training ends -> how often.
 MOMENTS = {'starting': 0.15, 'training': 0.3, 'validating': 0.2, 'writing a checkpoint': 0.35}
@@ -146,7 +147,7 @@ class Training:
             time.sleep(rng.uniform(0, 0.03))
         victims = self.members()
         if self.processes > 1 and rng.random() < 0.5:  # one of the processes, whom torchrun's end of the others follows
-            victims = [rng.choice([pid for pid in victims if b'tools/train.py' in _command(pid)] or victims)]
+            victims = [rng.choice([pid for pid in victims if 'RANK' in _environment(pid)] or victims)]
         if self.running():
             for pid in victims:
                 with contextlib.suppress(ProcessLookupError):
@@ -157,7 +158,7 @@ class Training:
         while self.members() and time.monotonic() < deadline:
             time.sleep(0.1)
         if self.members():
-            raise RuntimeError(f'these processes outlived a kill: {list(map(_command, self.members()))}')
+            raise RuntimeError(f'these processes outlived a kill: {self.members()}')
 
     def _wait(self, for_: Callable[[], bool], pause: float) -> None:
         while self.running() and not for_():
@@ -169,22 +170,20 @@ class Training:
     def members(self) -> list[int]:
         """The processes of this training that are alive, by a variable of their environment: torchrun's have sessions
         of their own."""
-        found = []
-        for environment in Path('/proc').glob('[0-9]*/environ'):
-            with contextlib.suppress(OSError):
-                if f'\0{MARK}={self.folder}\0'.encode() in b'\0' + environment.read_bytes():
-                    found.append(int(environment.parent.name))
-        return found
+        everyone = [int(path.name) for path in Path('/proc').glob('[0-9]*')]
+        return [pid for pid in everyone if _environment(pid).get(MARK) == str(self.folder)]
 
 
 def _losses(row: dict) -> dict[str, float]:
     return {key: value for key, value in row.items() if 'loss' in key or key == 'lr'}
 
 
-def _command(pid: int) -> bytes:
+def _environment(pid: int) -> dict[str, str]:
+    """The variables of a process. Empty if it is dead."""
     with contextlib.suppress(OSError):
-        return Path(f'/proc/{pid}/cmdline').read_bytes()
-    return b''
+        words = Path(f'/proc/{pid}/environ').read_bytes().decode(errors='replace').split('\0')
+        return dict(word.split('=', 1) for word in words if '=' in word)
+    return {}
 
 
 @dataclass
@@ -241,13 +240,19 @@ def kill_trainings(folder: Path, name: str, kills: int, processes: int, epochs: 
     whole.start()
     if whole.process.wait():
         raise RuntimeError(whole.log[-3000:])
+    figures.facts = dict(left_a_checkpoint_half_written=half_written, resumptions_that_were_checked=resumed)
+    compare(run, whole, figures)
+    return figures
+
+
+def compare(run: Training, whole: Training, figures: Figures) -> None:
+    """Compare a training that was killed with one that was not."""
     weights = [load_checkpoint(newest_checkpoint(str(it.work_dir))[0]) for it in (run, whole)]
-    figures.facts = dict(
-        processes=processes,
+    epochs = whole.epochs
+    figures.facts |= dict(
+        processes=whole.processes,
         checkpoint_interval=INTERVAL,
         iterations=len(whole.curve()),
-        left_a_checkpoint_half_written=half_written,
-        resumptions_that_were_checked=resumed,
         losses_equal=run.curve() == whole.curve() and len(whole.curve()) == epochs * EPOCH,
         validations_equal=run.validations() == whole.validations() and len(whole.validations()) == -(-epochs // 2),
         best_checkpoint_equal=run.best() == whole.best() and len(whole.best()) == 1,
@@ -260,7 +265,6 @@ def kill_trainings(folder: Path, name: str, kills: int, processes: int, epochs: 
     figures.problems += [f'not {key}' for key, value in figures.facts.items() if value is False]
     if max(figures.lost, default=0) > INTERVAL:
         figures.problems.append('more than one interval was lost')
-    return figures
 
 
 @dataclass
@@ -363,36 +367,41 @@ def kill_tools(folder: Path, kills: int, rng: random.Random) -> Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--kills', type=int, default=200)
+    parser.add_argument('--kills', type=int, default=200, help='of all victims together')
+    parser.add_argument('--only', nargs='+', choices=VICTIMS, default=VICTIMS, help='kill these only')
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     parser.add_argument('--epochs', type=int, default=400, help=f'of {EPOCH} iterations; enough for 130 kills')
-    parser.add_argument('--out', type=Path, help='write the figures as JSON')
+    parser.add_argument('--out', type=Path, help='write the figures as JSON; those of other victims there are kept')
     args = parser.parse_args()
-    two, tools = round(0.15 * args.kills), round(0.2 * args.kills)
-    one = args.kills - two - tools
-    seeds = [random.Random(f'{args.seed} {kind}') for kind in range(3)]
+    kills = {'two_processes': round(0.15 * args.kills), 'tools': round(0.2 * args.kills)}
+    kills['one_process'] = args.kills - sum(kills.values())
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = Path(name)
         ensure_shapes(folder / 'shapes', num_train=8, num_val=4, image_size=64, progress=False)
-        long = pool.submit(kill_trainings, folder, 'one_process', one, 1, args.epochs, seeds[0])
-        others = pool.submit(
-            lambda: [
-                kill_tools(folder, tools, seeds[1]),
-                kill_trainings(folder, 'two_processes', two, 2, args.epochs // 4, seeds[2]),
-            ]
-        )
-        figures = [long.result(), *others.result()]
-    problems = [problem for it in figures for problem in it.problems]
-    record = dict(
-        **machine('benchmarks/faults.py', 'onedl-mmdetection'),
-        kills=sum(it.kills.total() for it in figures),
-        problems=len(problems),
-        **{it.name: it.record() for it in figures},
-    )
-    print(json.dumps(record, indent=2))
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=2) + '\n')
-    sys.exit(1 if problems else 0)
+
+        def kill(victim: str) -> Figures:
+            rng = random.Random(f'{args.seed} {victim}')
+            if victim == 'tools':
+                return kill_tools(folder, kills[victim], rng)
+            processes, share = (2, 6) if victim == 'two_processes' else (1, 1)
+            return kill_trainings(folder, victim, kills[victim], processes, args.epochs // share, rng)
+
+        figures = list(pool.map(kill, args.only))
+    write(figures, args.out)
+    sys.exit(1 if any(it.problems for it in figures) else 0)
+
+
+def write(figures: list[Figures], out: Path | None) -> None:
+    """Print the record of these victims, and write it beside those of others."""
+    how = machine('benchmarks/faults.py', 'onedl-mmdetection')
+    record = json.loads(out.read_text()) if out and out.exists() else {}
+    record |= {it.name: it.record() | dict(measured=how) for it in figures}
+    parts = [record[name] for name in VICTIMS if name in record]
+    record |= dict(kills=sum(it['kills'] for it in parts), problems=sum(len(it['problems']) for it in parts))
+    text = json.dumps(record, indent=2)
+    print(text)
+    if out:
+        out.write_text(text + '\n')
 
 
 if __name__ == '__main__':

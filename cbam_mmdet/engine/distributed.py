@@ -7,8 +7,10 @@ group without a GPU, where MMEngine only supports CUDA's, and work that one proc
 from __future__ import annotations
 
 import atexit
+import ctypes
 import datetime
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -44,6 +46,8 @@ def join_processes(cfg: Config, launcher: str) -> None:
     lacking = [name for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
     if launcher == 'pytorch' and lacking:
         raise UserError(f'--launcher pytorch: torchrun has not started this ({", ".join(lacking)} not set); {HOW}')
+    if launcher == 'pytorch':
+        _stop_when_launcher_dies()
     dist_cfg = dict(cfg.get('env_cfg', {}).get('dist_cfg', {}))
     if get_device() == 'cpu':
         if launcher != 'pytorch':
@@ -58,6 +62,14 @@ def join_processes(cfg: Config, launcher: str) -> None:
             raise UserError(f'{processes} processes were started here, but torch sees {gpus} GPU(s): one process a GPU')
         if not is_distributed():
             init_dist(launcher, **dist_cfg)
+
+
+def _stop_when_launcher_dies() -> None:
+    """Have the kernel send SIGTERM when torchrun dies. Without it the processes of a run would go on, and hold its lock."""
+    prctl = getattr(ctypes.CDLL(None), 'prctl', None) if sys.platform == 'linux' else None
+    pr_set_pdeathsig = 1  # of linux/prctl.h
+    if prctl is not None:
+        prctl(pr_set_pdeathsig, int(signal.SIGTERM))
 
 
 def _name_no_devices(cfg: Config) -> None:

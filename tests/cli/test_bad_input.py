@@ -779,8 +779,10 @@ def test_a_full_disk_leaves_no_empty_file(run_tool, trained, shapes, tmp_path, m
     image = next((shapes / 'val2017').iterdir())
     options = ['--out-dir', tmp_path / 'out', *cfg_options(SMALL)]
     result = run_tool('infer.py', DEMO, trained, image, *options)
+    assert_refused(result, r'vis/\S+\.jpg cannot be written: No space left')
+    result = run_tool('infer.py', DEMO, trained, image, '--no-draw', *options)
     assert_refused(result, 'predictions.json cannot be written: No space left')
-    assert not (tmp_path / 'out/predictions.json').exists()
+    assert [path for path in (tmp_path / 'out').rglob('*') if path.is_file()] == []
     result = run_tool('test.py', DEMO, trained, '--out', tmp_path / 'a.pkl', *tiny(tmp_path / 'test', shapes))
     assert_refused(result, 'a.pkl cannot be written: No space left')
     assert not (tmp_path / 'a.pkl').exists()

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
 from coco_records import coco_records
 from conftest import DEMO, ROOT, needs_served_operators, tiny
@@ -102,7 +101,9 @@ def test_infer_on_images_a_folder_and_a_video(run_tool, trained, shapes, tmp_pat
     assert {r['category'] for r in records} <= {'circle', 'square', 'triangle', 'star', 'ring', 'cross'}
     same = [[r['bbox'] for r in records if r['image_id'] == i] for i in (1, 2)]
     assert same[0] == same[1], 'the same image gives the same boxes'
-    assert np.array(cv2.imread(str(out / 'vis' / pictures[-1]))).shape == (64, 64, 3)
+    assert cv2.imread(str(out / 'vis' / pictures[-1])).shape == (448, 448, 3), 'large enough for labels'
+    film = cv2.VideoCapture(str(out / 'vis/film.mp4'))
+    assert film.read()[1].shape == (448, 448, 3)
 
 
 def test_pictures_get_names_of_their_own():
