@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import gradients
 import numpy as np
@@ -223,6 +224,39 @@ def test_one_mistake_one_message(option, message, shapes, tmp_path):
     assert 'Traceback' not in result.err
     # torch 2.1 warns of an argument that later versions want.
     assert 'torch.distributed' not in re.sub('.*master_addr is only used for static.*', '', result.err)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason="the kernel's notice of a dead parent is Linux's")
+def test_the_death_of_the_launcher_ends_all(shapes, tmp_path):
+    """They would go on, and the next start would find the work dir in use."""
+    options = tiny(tmp_path / 'work', shapes, 'default_hooks.logger.interval=1', schedule={'train_cfg.max_epochs': 500})
+    command = ['bash', ROOT / 'tools/dist_train.sh', DEMO, 2, *options]
+    with (tmp_path / 'log').open('w') as log:
+        launcher = subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stdout=log, stderr=log)
+
+    def wait_for(condition, seconds):
+        deadline = time.monotonic() + seconds
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert condition(), (tmp_path / 'log').read_text()[-2000:]
+
+    def ranks():
+        commands = (Path(f'/proc/{pid}/cmdline') for pid in os.listdir('/proc') if pid.isdigit())
+        return [path for path in commands if str(tmp_path).encode() in read(path) and b'launch.py' not in read(path)]
+
+    def read(path):
+        try:
+            return path.read_bytes()
+        except OSError:  # it has ended
+            return b''
+
+    wait_for(lambda: 'Epoch(train)' in (tmp_path / 'log').read_text(), 200)
+    assert len(ranks()) >= 2
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not ranks(), 60)
+    assert (tmp_path / 'work/last_checkpoint').exists(), 'saved before it ended'
 
 
 @pytest.mark.slow
