@@ -65,7 +65,7 @@ def join_processes(cfg: Config, launcher: str) -> None:
 
 
 def _stop_when_launcher_dies() -> None:
-    """Have the kernel send SIGTERM when torchrun dies. Or else the processes of a run would go on, and hold its lock."""
+    """Have the kernel send SIGTERM when torchrun dies. Or else this process would go on with the run alone."""
     prctl = getattr(ctypes.CDLL(None), 'prctl', None) if sys.platform == 'linux' else None
     pr_set_pdeathsig = 1  # of linux/prctl.h
     if prctl is not None:

@@ -24,7 +24,7 @@ def write_all(root, shapes, trained):
         shapes: the tiny data set in COCO's layout.
         trained: a work dir of the demo's detector, trained for one epoch.
     """
-    for name in ('configs', 'tools', 'benchmarks', 'tests', 'pyproject.toml'):
+    for name in ('configs', 'tools', 'benchmarks', 'docs', 'tests', 'pyproject.toml'):
         (root / name).symlink_to(ROOT / name)
     (root / '.venv').symlink_to(sys.prefix)
     write_pictures(root, shapes)

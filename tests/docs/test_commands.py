@@ -81,6 +81,7 @@ TRAINS = {'train.py', 'test.py', 'ablate.py', 'dist_train.sh'}
 ARGUMENTS = {
     'gradcam.py': ['--score-thr', '0', '--device', 'cpu'],
     'infer.py': ['--score-thr', '0', '--device', 'cpu'],
+    'export.py': ['--num-images', '2'],
     'attention_maps.py': ['--device', 'cpu'],
     'report.py': ['--num-images', '1', '--device', 'cpu'],
     'ablate.py': ['--rounds', '1'],
@@ -92,7 +93,7 @@ ARGUMENTS = {
 OWN_KEYS = {'auto_scale_lr', 'sync_bn', 'runner_type', 'strategy'}
 
 # Pages whose commands take longer than a few seconds.
-SLOW = ('CONTRIBUTING', 'ablations', 'index', 'own_data', 'scaling', 'see', 'speed', 'weights')
+SLOW = ('CONTRIBUTING', 'ablations', 'deploy', 'index', 'own_data', 'scaling', 'see', 'speed', 'weights')
 
 
 def by_speed(pages):
