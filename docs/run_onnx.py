@@ -19,10 +19,15 @@ if image is None:
     sys.exit(f'error: {path} is not an image that OpenCV can read')
 height, width = image.shape[:2]
 size = facts['scale']  # width and height of the network's input, or the most of both
+if size is None:
+    sys.exit(f'error: {file} was exported with a test pipeline that does more than resize and pad an image')
 if facts['keep_ratio']:
     factor = min(max(size) / max(height, width), min(size) / min(height, width))
     size = [int(width * factor + 0.5), int(height * factor + 0.5)]
 resized = cv2.resize(image, size)
+if facts['pad_to']:
+    beside, below = (most - given for most, given in zip(facts['pad_to'], size, strict=True))
+    resized = cv2.copyMakeBorder(resized, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=facts['pad_value'])
 
 boxes, scores, labels, *_ = (output[0] for output in session.run(None, {'images': resized[None]}))
 boxes = boxes / np.tile([size[0] / width, size[1] / height], 2)

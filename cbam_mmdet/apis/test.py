@@ -22,7 +22,7 @@ from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.engine.record import write_record
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.files import AtomicLocalBackend
-from cbam_mmdet.utils.logging import is_first_process
+from cbam_mmdet.utils.logging import is_first_process, log
 
 
 def test(
@@ -84,6 +84,7 @@ def test(
     follow_checkpoint(cfg, checkpoint, ['test'], trust_checkpoint)
     check_splits(cfg, ['test'])
     if onnx:
+        log(f'{checkpoint} is tested as it was exported: the settings of the model in the config have no effect')
         cfg.model = ConfigDict(type='OnnxDetector', file=checkpoint)
     # The checkpoint holds every weight: a pretrained backbone would be fetched for nothing.
     model = cfg.model.module if tta else cfg.model

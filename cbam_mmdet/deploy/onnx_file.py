@@ -107,10 +107,22 @@ def _facts(model: nn.Module, graph: DetectorGraph, half: bool) -> dict[str, Any]
 
 
 def _resize_of(model: nn.Module) -> dict[str, Any]:
-    """How the test pipeline resizes an image: `scale`, (width, height) or None, and `keep_ratio`."""
-    steps = [step for step in get_test_pipeline_cfg(model.cfg) if step['type'] in ('Resize', 'mmdet.Resize')]
-    scale = steps[0].get('scale') if len(steps) == 1 else None
-    return dict(scale=scale and list(scale), keep_ratio=bool(steps and steps[0].get('keep_ratio')))
+    """How the test pipeline makes the network's input of an image.
+
+    `scale`, (width, height), and `keep_ratio`; then `pad_to`, (width, height) or None, and `pad_value`. `scale` is None
+    for a pipeline that does something else besides.
+    """
+    steps = {step['type'].removeprefix('mmdet.'): step for step in get_test_pipeline_cfg(model.cfg)}
+    resize, pad = steps.get('Resize', {}), steps.get('Pad', {})
+    known = {'LoadImageFromFile', 'LoadCheckedImage', 'Resize', 'Pad', 'LoadAnnotations', 'PackDetInputs'}
+    value = (pad.get('pad_val') or {}).get('img', 0) if isinstance(pad.get('pad_val', {}), dict) else pad['pad_val']
+    simple = set(steps) <= known and resize.get('scale') and (not pad or pad.get('size'))
+    return dict(
+        scale=list(resize['scale']) if simple else None,
+        keep_ratio=bool(resize.get('keep_ratio')),
+        pad_to=list(pad['size']) if simple and pad else None,
+        pad_value=value,
+    )
 
 
 def _mask_threshold(model: nn.Module) -> float | None:

@@ -54,7 +54,7 @@ def test_it_is_tested_and_detects_as_the_checkpoint(run_tool, trained, exported,
         assert np.allclose([a[key] for a in theirs], [b[key] for b in ours], atol=tolerance)
 
 
-def test_a_program_without_pytorch(exported, shapes, tmp_path):
+def test_a_program_without_pytorch(run_tool, exported, shapes, tmp_path):
     """A folder of packages that holds what the program names, and neither torch nor mmdet."""
     folder = tmp_path / 'packages'
     folder.mkdir()
@@ -73,7 +73,15 @@ def test_a_program_without_pytorch(exported, shapes, tmp_path):
              'sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")']  # fmt: skip
     done = subprocess.run([*alone, tmp_path / 'run.py', exported, image], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.match(r'(circle|square|triangle|star|ring|cross) 0\.\d+ ', done.stdout)
+    where = [image, '--out-dir', tmp_path / 'out', '--score-thr', 0.0, *cfg_options(SMALL)]
+    assert run_tool('infer.py', DEMO, exported, *where).code == 0
+    expected = json.loads((tmp_path / 'out/predictions.json').read_text())
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == len(expected) > 10
+    for (name, score, *box), theirs in zip(lines, expected, strict=True):
+        x, y, width, height = theirs['bbox']
+        assert name == theirs['category'] and abs(float(score) - theirs['score']) < 1e-3
+        assert np.allclose(np.array(box, float), [x, y, x + width, y + height], atol=0.1)
     assert subprocess.run([*alone[:3], 'import torch'], capture_output=True).returncode != 0
 
 
