@@ -28,6 +28,7 @@ from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.engine.hooks.finite_loss import FiniteLossHook
 from cbam_mmdet.engine.hooks.gate_statistics import GateStatisticsHook
 from cbam_mmdet.engine.hooks.keep_record import KeepRecordHook
+from cbam_mmdet.engine.hooks.one_model import ValidateOneModelHook
 from cbam_mmdet.engine.hooks.resume_exactly import ResumeExactlyHook
 from cbam_mmdet.engine.hooks.safe_checkpoint import SafeCheckpointHook
 from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
@@ -167,6 +168,7 @@ def _hooks(cfg: Config, resumes: bool) -> list[Hook]:
         ResumeExactlyHook(),
         KeepRecordHook(),
         AnnotatedFrameHook(),
+        ValidateOneModelHook(),
     ]
     if cfg.get('gate_statistics', True):
         hooks.append(GateStatisticsHook())

@@ -10,15 +10,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradients
 import numpy as np
 import pytest
 import torch
 from conftest import DEMO, ROOT, SERVED, Result, run_forks, tiny
+from torch import distributed, nn
 
 from cbam_mmdet.compat.torch import HAS_CUSTOM_OPERATORS
 from cbam_mmdet.datasets import ensure_shapes
+from cbam_mmdet.engine.hooks.one_model import ValidateOneModelHook
 
 ENVIRONMENT = {
     **os.environ, 'PYTHON': sys.executable, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
@@ -118,6 +121,22 @@ def test_gradients_are_those_of_one_process(gradients_of_two, place):
         for name in one:
             error, size = (one[name] - two[name]).abs().max(), one[name].abs().max()
             assert error <= 1e-5 * size, f'{name}: {error:.1e} of {size:.1e}'
+
+
+def validate_in_a_group(rank, folder):
+    """A model whose statistics differ from process to process, which an EMA has replaced for the validation."""
+    distributed.init_process_group('gloo', init_method=f'file://{folder}/group', rank=rank, world_size=2)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1))
+    weights = [p.clone() for p in model.parameters()]
+    for buffer in model.buffers():
+        buffer.fill_(rank + 1)
+    ValidateOneModelHook().before_val_epoch(SimpleNamespace(model=model))
+    assert all((buffer == 1).all() for buffer in model.buffers())
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+
+
+def test_processes_validate_the_model_that_is_saved(tmp_path):
+    run_forks(validate_in_a_group, *[(rank, tmp_path) for rank in range(2)])
 
 
 def test_same_seed_same_curve(run_tool, shapes, tmp_path):

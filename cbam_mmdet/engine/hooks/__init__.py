@@ -9,6 +9,7 @@ from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
 from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.engine.hooks.finite_loss import FiniteLossHook
 from cbam_mmdet.engine.hooks.gate_statistics import GateStatisticsHook
+from cbam_mmdet.engine.hooks.one_model import ValidateOneModelHook
 from cbam_mmdet.engine.hooks.resume_exactly import ResumeExactlyHook
 from cbam_mmdet.engine.hooks.safe_checkpoint import SafeCheckpointHook
 from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
@@ -23,5 +24,6 @@ __all__ = [
     'ResumeExactlyHook',
     'SafeCheckpointHook',
     'StopSignalHook',
+    'ValidateOneModelHook',
     'ValidateResumedHook',
 ]
