@@ -1,6 +1,7 @@
 """The installation, with a C compiler and without, and which library is loaded."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def interpreter(path, *version):
     run = f"import sys; sys.version_info = ({', '.join(map(str, version))}, 0, 'final', 0); exec(sys.argv[1])"
     path.write_text(
         f'#!/bin/sh\ncase $1 in\n--version) echo Python {".".join(map(str, version))}.0 ;;\n'
-        f'-c) exec {sys.executable} -c "{run}" "$2" ;;\n*) echo no venv in $0; exit 1 ;;\nesac\n'
+        f'-c) exec {shlex.quote(sys.executable)} -c "{run}" "$2" ;;\n*) echo no venv in $0; exit 1 ;;\nesac\n'
     )
     path.chmod(0o755)
 

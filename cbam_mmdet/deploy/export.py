@@ -18,7 +18,8 @@ from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.deploy.onnx_detector import paste
 from cbam_mmdet.deploy.onnx_file import open_session, run_session, write_onnx
 
-NEAR = 1e-2  # scores that differ by more are not those of one detection
+NEAR = 1e-3  # scores that differ by more are not those of one detection
+EQUAL = 1e-5  # of scores that differ by less either may be the last one of a full list
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,16 @@ def detect(model: nn.Module, images: Sequence[np.ndarray]) -> list[InstanceData]
 def differences(theirs: InstanceData, ours: InstanceData) -> tuple[float, float, float, int]:
     """The largest differences of boxes, scores and masks, and the number of detections without a counterpart.
 
-    A counterpart has the same label and nearly the same score. Of several it is the one with the nearest box.
+    A counterpart has the same label and nearly the same score. Of several it is the one with the nearest box. Where
+    both lists are as long, the last of either may lack one: equal scores compete for its place.
     """
-    left = list(range(len(ours)))
+    left, alone = list(range(len(ours))), []
     boxes, scores, masks = [0.0], [0.0], [0.0]
     for i in range(len(theirs)):
         gaps = (ours.scores - theirs.scores[i]).abs()
         near = [j for j in left if ours.labels[j] == theirs.labels[i] and gaps[j] < NEAR]
         if not near:
+            alone.append(i)
             continue
         distances = (ours.bboxes - theirs.bboxes[i]).abs().amax(1)
         j = min(near, key=lambda j: float(distances[j]))
@@ -135,5 +138,7 @@ def differences(theirs: InstanceData, ours: InstanceData) -> tuple[float, float,
         if 'masks' in theirs:
             both, either = ours.masks[j] & theirs.masks[i], ours.masks[j] | theirs.masks[i]
             masks.append(1 - float(both.sum()) / max(int(either.sum()), 1) if either.any() else 0.0)
-    unmatched = len(theirs) - (len(boxes) - 1) + len(left)
-    return max(boxes), max(scores), max(masks), unmatched
+    last = min((float(it.scores.min()) for it in (theirs, ours) if len(it)), default=0.0) + EQUAL
+    both_full = len(theirs) == len(ours)
+    lost = [float(score) for score in [*theirs.scores[alone], *ours.scores[left]] if not (both_full and score <= last)]
+    return max(boxes), max(scores), max(masks), len(lost)
