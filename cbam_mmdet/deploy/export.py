@@ -43,8 +43,11 @@ class Difference:
     masks: float
 
     def within(self, boxes: float, scores: float, masks: float) -> bool:
-        """Whether every detection has its counterpart within these tolerances."""
-        return not self.unmatched and self.boxes <= boxes and self.scores <= scores and self.masks <= masks
+        """Whether the detections are the same within these tolerances, but for one in a hundred.
+
+        Two boxes may overlap by the threshold of the suppression but for rounding, and then one of them is in one list.
+        """
+        return self.unmatched <= 0.01 * self.detections and self.boxes <= boxes and self.scores <= scores and self.masks <= masks
 
 
 def export_detector(
