@@ -47,7 +47,8 @@ class Difference:
 
         Two boxes may overlap by the threshold of the suppression but for rounding, and then one of them is in one list.
         """
-        return self.unmatched <= 0.01 * self.detections and self.boxes <= boxes and self.scores <= scores and self.masks <= masks
+        close = self.boxes <= boxes and self.scores <= scores and self.masks <= masks
+        return close and self.unmatched <= 0.01 * self.detections
 
 
 def export_detector(
