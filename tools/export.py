@@ -9,7 +9,7 @@ import sys
 from arguments import Parser, count, run
 
 BOXES, SCORES, MASKS = 0.1, 1e-4, 0.02  # the tolerances in float32
-HALF_BOXES, HALF_SCORES, HALF_MASKS = 4.0, 0.02, 0.2
+HALF_BOXES, HALF_SCORES, HALF_MASKS = 1.0, 1e-3, 0.2
 FAILED = 1
 
 

@@ -13,12 +13,13 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import nn
 
+import cbam_mmdet.compat.ssd_head  # noqa: F401  (SSD is mended)
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.deploy.onnx_detector import paste
 from cbam_mmdet.deploy.onnx_file import open_session, run_session, write_onnx
 
-NEAR = 1e-3  # scores that differ by more are not those of one detection
+NEAR = 1e-3, 1.0  # scores, and pixels of boxes, that differ by more are not those of one detection
 EQUAL = 1e-5  # of scores that differ by less either may be the last one of a full list
 
 
@@ -130,11 +131,12 @@ def differences(theirs: InstanceData, ours: InstanceData) -> tuple[float, float,
     boxes, scores, masks = [0.0], [0.0], [0.0]
     for i in range(len(theirs)):
         gaps = (ours.scores - theirs.scores[i]).abs()
-        near = [j for j in left if ours.labels[j] == theirs.labels[i] and gaps[j] < NEAR]
+        distances = (ours.bboxes - theirs.bboxes[i]).abs().amax(1)
+        close = (ours.labels == theirs.labels[i]) & (gaps < NEAR[0]) & (distances < NEAR[1])
+        near = [j for j in left if close[j]]
         if not near:
             alone.append(i)
             continue
-        distances = (ours.bboxes - theirs.bboxes[i]).abs().amax(1)
         j = min(near, key=lambda j: float(distances[j]))
         left.remove(j)
         boxes.append(float(distances[j]))

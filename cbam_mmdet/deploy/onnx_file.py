@@ -54,7 +54,9 @@ def write_onnx(
     import onnx
 
     graph = DetectorGraph(model).eval()
-    batch, height, width = (fixed_batch or TRACED[0], *(fixed_size or TRACED[1:]))
+    resize = _resize_of(model)
+    usual = TRACED[1:] if resize['keep_ratio'] or not resize['scale'] else resize['scale'][::-1]
+    batch, height, width = (fixed_batch or TRACED[0], *(fixed_size or usual))
     dtype = torch.float32 if float_input else torch.uint8
     images = torch.randint(0, 256, (batch, height, width, 3), generator=torch.Generator().manual_seed(0)).to(dtype)
     free = {} if fixed_batch else {0: 'batch'}
