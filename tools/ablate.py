@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
         metavar='CONFIG',
         help='the detector with CBAM that configs/ablation/ varies (default: configs/demo/faster_rcnn_cbam.py)',
     )
-    parser.add_shared('--data-root', '--classes')
+    parser.add_shared('--data-root', '--classes', '--train-ann', '--val-ann')
     parser.add_shared('--cfg-options', help='settings to override in every config, e.g. train_cfg.max_epochs=3')
     parser.add_argument('--rounds', type=count, default=20, metavar='N', help='measurements of speed (%(default)s)')
     parser.add_argument(
@@ -49,6 +49,8 @@ def main(args: argparse.Namespace) -> int:
         base=args.base,
         data_root=args.data_root,
         classes=args.classes,
+        train_ann=args.train_ann,
+        val_ann=args.val_ann,
         cfg_options=args.cfg_options,
         rounds=args.rounds,
         print_commands=args.print_commands,

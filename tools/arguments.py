@@ -65,6 +65,8 @@ SHARED: dict[str, dict[str, Any]] = {
     '--classes': dict(
         metavar='A,B,C', help="the data set's own classes; 'auto' reads them from the training annotations"
     ),
+    '--train-ann': dict(metavar='FILE', help='COCO annotation file to train on, in a data set with several'),
+    '--val-ann': dict(metavar='FILE', help='COCO annotation file to validate and test on, in a data set with several'),
     '--cfg-options': dict(nargs='+', action=KeyValues, metavar='KEY=VALUE', help='settings of the config to override'),
     '--device': dict(help="'cpu', 'cuda:0', ... (default: the GPU if there is one)"),
     '--num-images': dict(type=count, metavar='N'),
@@ -146,9 +148,8 @@ def _require_data_root(folder: str | None) -> None:
         return
     print(
         f'\nerror: --data-root {folder}: there is no folder {os.path.abspath(folder)}. Give the folder of a data set '
-        "in COCO's layout (train2017/, val2017/, annotations/instances_train2017.json, ...) or in Pascal VOC's "
-        '(VOC2007/ with JPEGImages/, Annotations/, ImageSets/Main/). To see everything work without a data set of '
-        'your own: make demo',
+        'in the format of COCO, Pascal VOC, YOLO, CVAT or LabelMe (see docs/own_data.md). To see everything work '
+        'without a data set of your own: make demo',
         file=sys.stderr,
     )
     sys.exit(USER_ERROR)

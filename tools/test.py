@@ -10,7 +10,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_shared('config')
     parser.add_shared('checkpoint', help='checkpoint file, work dir for its newest, or ONNX file of tools/export.py')
     parser.add_shared('--work-dir', help='folder for the log (default: work_dirs/CONFIG)')
-    parser.add_shared('--data-root', '--classes')
+    parser.add_shared('--data-root', '--classes', '--val-ann')
     parser.add_argument('--out', metavar='FILE.pkl', help='write the detections of all images')
     parser.add_argument('--show', action='store_true', help='show the detections in a window')
     parser.add_argument('--show-dir', metavar='DIR', help='write pictures with the detections below the work dir')
@@ -36,6 +36,7 @@ def main(args: argparse.Namespace) -> None:
         checkpoint,
         data_root=args.data_root,
         classes=args.classes,
+        val_ann=args.val_ann,
         work_dir=args.work_dir,
         out=args.out,
         show=args.show,

@@ -9,7 +9,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_shared('config')
     parser.add_shared('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
-    parser.add_shared('--data-root', '--classes')
+    parser.add_shared('--data-root', '--classes', '--train-ann', '--val-ann')
     parser.add_argument(
         '--amp',
         nargs='?',
@@ -49,6 +49,8 @@ def main(args: argparse.Namespace) -> None:
         cfg,
         data_root=args.data_root,
         classes=args.classes,
+        train_ann=args.train_ann,
+        val_ann=args.val_ann,
         work_dir=args.work_dir,
         amp=args.amp,
         auto_scale_lr=args.auto_scale_lr,

@@ -122,6 +122,8 @@ def ablate(
     base: str | None = None,
     data_root: str | None = None,
     classes: str | Sequence[str] | None = None,
+    train_ann: str | None = None,
+    val_ann: str | None = None,
     cfg_options: dict | None = None,
     rounds: int = 20,
     print_commands: bool = False,
@@ -133,8 +135,10 @@ def ablate(
         work_dir: the folder for everything.
         tools: the folder of train.py and test.py.
         base: the detector that configs/ablation/ builds on, in place of the demo's.
-        data_root: re-points every dataloader and evaluator (see utils.config.set_data_root).
+        data_root: re-points every dataloader and evaluator (see datasets.pointing.point_at_data).
         classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
+        train_ann: the COCO annotation file to train on, in a data root that holds several.
+        val_ann: that to validate on.
         cfg_options: settings to override in every config.
         rounds: how often each detector's speed is measured.
         print_commands: print the commands that are left to run, and end.
@@ -145,7 +149,7 @@ def ablate(
     Raises:
         UserError: for a config that cannot be used, or a folder that holds runs of other settings.
     """
-    runs = load_runs(configs, Path(work_dir), base, data_root, classes, cfg_options)
+    runs = load_runs(configs, Path(work_dir), base, data_root, classes, cfg_options, train_ann, val_ann)
     with _locked(Path(work_dir)) as lock:
         for run in runs:
             record_settings(run)
@@ -183,6 +187,8 @@ def load_runs(
     data_root: str | None = None,
     classes: str | Sequence[str] | None = None,
     cfg_options: dict | None = None,
+    train_ann: str | None = None,
+    val_ann: str | None = None,
 ) -> list[AblationRun]:
     """Read every config with its bases, and merge options and data root into it.
 
@@ -205,7 +211,7 @@ def load_runs(
             raise UserError(f'{path} has no training with a validation (train_cfg, val_dataloader): nothing to compare')
         set_default_scope(cfg)
         with contextlib.redirect_stdout(sys.stderr):
-            point_at_data(cfg, data_root, classes)
+            point_at_data(cfg, data_root, classes, train_ann, val_ann, folder=str(work_dir))
         check_plugins(cfg)
         run = AblationRun(name, cfg, work_dir)
         # So that a row of metrics names its validation; MMEngine counts no epochs in a loop of iterations.

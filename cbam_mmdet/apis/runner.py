@@ -32,7 +32,13 @@ from cbam_mmdet.utils.numbers import check_numbers
 
 
 def prepare(
-    cfg: Config, data_root: str | None, classes: str | Sequence[str] | None, work_dir: str | None, launcher: str
+    cfg: Config,
+    data_root: str | None,
+    classes: str | Sequence[str] | None,
+    work_dir: str | None,
+    launcher: str,
+    train_ann: str | None = None,
+    val_ann: str | None = None,
 ) -> None:
     setup_cache_size_limit_of_dynamo()
     set_default_scope(cfg)
@@ -42,7 +48,7 @@ def prepare(
         cfg.work_dir = work_dir
     elif not cfg.get('work_dir'):
         cfg.work_dir = osp.join('work_dirs', Path(cfg.filename).stem)
-    point_at_data(cfg, data_root, classes)
+    point_at_data(cfg, data_root, classes, train_ann, val_ann, once=in_first_process)
     check_plugins(cfg)
     check_numbers(cfg)
     check_optimizer(cfg)
@@ -97,8 +103,8 @@ def build_runner(cfg: Config, hooks: list[Hook]) -> Runner:
 def check_splits(cfg: Config, splits: list[str]) -> None:
     if is_classifier(cfg):
         return in_first_process(lambda: check_image_folders(cfg, splits))
-    keys = [f'{split}_dataloader' for split in splits]
-    # The check may set a filter: every process must use the same data set.
+    keys = [key for split in splits for key in (f'{split}_dataloader', f'{split}_evaluator') if key in cfg]
+    # The check may set a filter, or complete an annotation file: every process must use the same data set.
     checked = in_first_process(lambda: (check_data(cfg, splits), {key: cfg[key] for key in keys})[1])
-    for key, loader in checked.items():
-        cfg[key] = loader
+    for key, value in checked.items():
+        cfg[key] = value

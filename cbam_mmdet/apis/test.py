@@ -31,6 +31,7 @@ def test(
     *,
     data_root: str | None = None,
     classes: str | Sequence[str] | None = None,
+    val_ann: str | None = None,
     work_dir: str | None = None,
     out: str | None = None,
     show: bool = False,
@@ -46,9 +47,9 @@ def test(
         cfg: the config.
         checkpoint: the weights: a file, or a work dir for its newest. Or an ONNX file of tools/export.py, which runs on
             the CPU.
-        data_root: re-points every dataloader and evaluator (see utils.config.set_data_root and
-            datasets.voc.fit_layout).
+        data_root: re-points every dataloader and evaluator (see datasets.pointing.point_at_data).
         classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
+        val_ann: the COCO annotation file to test on, in a data root that holds several.
         work_dir: for the log; by default the config's, else work_dirs/NAME.
         out: a .pkl file for the detections of all images.
         show: show each picture in a window.
@@ -72,7 +73,7 @@ def test(
     if onnx and tta:
         raise UserError('--tta: an ONNX file is one detector as it is; test-time augmentation needs a checkpoint')
     cfg.load_from, cfg.resume = None if onnx else checkpoint, False
-    prepare(cfg, data_root, classes, work_dir, launcher)
+    prepare(cfg, data_root, classes, work_dir, launcher, val_ann=val_ann)
     if any(cfg.get(key) is None for key in ('test_dataloader', 'test_cfg', 'test_evaluator')):
         raise UserError('the config has no test split: it needs test_dataloader, test_cfg and test_evaluator')
     if is_classifier(cfg) and (show or show_dir or tta):

@@ -48,6 +48,8 @@ def train(
     *,
     data_root: str | None = None,
     classes: str | Sequence[str] | None = None,
+    train_ann: str | None = None,
+    val_ann: str | None = None,
     work_dir: str | None = None,
     amp: str | bool = False,
     auto_scale_lr: bool = False,
@@ -60,9 +62,10 @@ def train(
 
     Args:
         cfg: the config.
-        data_root: re-points every dataloader and evaluator (see utils.config.set_data_root and
-            datasets.voc.fit_layout).
+        data_root: re-points every dataloader and evaluator (see datasets.pointing.point_at_data).
         classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
+        train_ann: the COCO annotation file to train on, in a data root that holds several.
+        val_ann: that to validate and test on.
         work_dir: for logs and checkpoints; by default the config's, else work_dirs/NAME.
         amp: mixed precision: 'fp16' (or True; needs a GPU) or 'bf16'.
         auto_scale_lr: scale the learning rate to the batch size of all processes together.
@@ -82,7 +85,7 @@ def train(
     lacking = [key for key in ('train_dataloader', 'train_cfg', 'optim_wrapper') if not cfg.get(key)]
     if lacking:
         raise UserError(f'the config has no {lacking[0]}: it cannot be trained')
-    prepare(cfg, data_root, classes, work_dir, launcher)
+    prepare(cfg, data_root, classes, work_dir, launcher, train_ann, val_ann)
     if smoke:
         make_small(cfg)
     if amp:

@@ -5,6 +5,7 @@ With the same faults MMDetection raises a KeyError, silently drops boxes, or tra
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmdet.datasets import CocoDataset, VOCDataset, XMLDataset
@@ -25,6 +27,7 @@ from cbam_mmdet.datasets.layouts import HELP, expected_layout, require_data_root
 from cbam_mmdet.datasets.voc import AnySuffixVOCDataset, image_names_by_stem, voc_folder, voc_image_folder
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.utils.config import class_of, evaluators_of, split_datasets
+from cbam_mmdet.utils.files import AtomicLocalBackend
 from cbam_mmdet.utils.text import abridge
 
 
@@ -36,6 +39,8 @@ class Report:
     split: str
     images: int = 0
     boxes: int = 0
+    images_with_boxes: set = field(default_factory=set)
+    sizes: Counter = field(default_factory=Counter)
     degenerate: list = field(default_factory=list)
     outside: list = field(default_factory=list)
     classes: Counter = field(default_factory=Counter)
@@ -55,11 +60,12 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
             usable box, or class names that do not fit the config's.
     """
     reports: dict[tuple, Report] = {}
+    completed: dict[str, str] = {}
     for split in splits:
         for dataset in split_datasets(cfg, split):
             if split == 'test' and all(metric.get('format_only') for metric in evaluators_of(cfg, split)):
                 continue  # it needs no annotations
-            _check_dataset(dataset, split, reports)
+            _check_dataset(dataset, split, cfg, reports, completed)
             _check_num_classes(cfg.model, dataset, where='model')
         for metric in evaluators_of(cfg, split):
             _check_evaluator(metric.get('ann_file'), split_datasets(cfg, split), split)
@@ -133,12 +139,45 @@ def require_annotation_file(dataset: ConfigDict, split: str) -> str:
     return path
 
 
-def _check_dataset(dataset: ConfigDict, split: str, done: dict[tuple, Report]) -> None:
+def _completed(path: str, cfg: Config) -> str:
+    """The annotation file, or a copy that is then used, if some annotations lack `area` or `iscrowd`."""
+    content, count = complete(read_coco(path))
+    if not count:
+        return path
+    text = json.dumps(content).encode()
+    target = Path(cfg.get('work_dir') or 'work_dirs', 'data', hashlib.sha256(text).hexdigest()[:12], Path(path).name)
+    target = target.absolute()
+    AtomicLocalBackend().put(text, target)
+    print_log(
+        f'{path}: {count} annotations lack area or iscrowd. They are completed by the area of the box and iscrowd=0 in '
+        f'{target}, which is used',
+        logger='current',
+    )
+    return str(target)
+
+
+def _use(target: str, path: str, dataset: ConfigDict, evaluators: Sequence[ConfigDict]) -> None:
+    """Let a data set, and the evaluators that read the same file, read another one."""
+    dataset.ann_file = target
+    for metric in evaluators:
+        if metric.get('ann_file') and osp.isfile(metric.ann_file) and osp.samefile(metric.ann_file, path):
+            metric.ann_file = target
+
+
+def _check_dataset(
+    dataset: ConfigDict, split: str, cfg: Config, done: dict[tuple, Report], completed: dict[str, str]
+) -> None:
     style = annotation_format(dataset)
     if style is None:
         return
     path = require_annotation_file(dataset, split)
     classes = dataset_classes(dataset)
+    if style == 'coco':
+        if path not in completed:
+            completed[path] = _completed(path, cfg)
+        if completed[path] != path:
+            _use(completed[path], path, dataset, evaluators_of(cfg, split))
+            path = completed[path]
     key = (path, split == 'train', classes, str(dataset.get('data_prefix')))
     if key in done:
         return
@@ -195,10 +234,34 @@ def read_coco(path: str) -> dict:
     return content
 
 
+def complete(content: dict[str, list]) -> tuple[dict[str, list], int]:
+    """A content whose annotations all have `area` (else width x height of the box) and `iscrowd` (else 0).
+
+    Returns:
+        The content, and how many annotations were completed. Malformed annotations stay as they are.
+    """
+    annotations, count = [], 0
+    for annotation in content['annotations']:
+        if isinstance(annotation, dict) and not {'area', 'iscrowd'} <= annotation.keys():
+            annotation = {'area': _area(annotation.get('bbox')), 'iscrowd': 0} | annotation
+            count += 1
+        annotations.append(annotation)
+    return dict(content, annotations=annotations), count
+
+
+def _area(box: object) -> float:
+    try:
+        _, _, width, height = box  # type: ignore[misc]
+        return max(width, 0) * max(height, 0)
+    except (TypeError, ValueError):
+        return 0  # the check of the data names the box
+
+
 class COCOObject(NamedTuple):
     """An object of a COCO data set. Its box is x1, y1, x2, y2 in pixels."""
 
     id: object
+    image_id: object
     name: str
     box: tuple[float, float, float, float]
     area: float
@@ -216,7 +279,7 @@ def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split:
     report = Report(path, split, images=len(images))
     for item in _coco_objects(path, content['annotations'], images, names, needs_iscrowd=split != 'train'):
         if item.name in classes:
-            _count(report, item.id, item.name, item.box, item.image_size, item.area > 0)
+            _count(report, item.id, item.image_id, item.name, item.box, item.image_size, item.area > 0)
     folder = osp.join(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img', ''))
     _check_image_files(path, split, folder, [image['file_name'] for image in images.values()])
     _check_masks(path, dataset, content['annotations'])
@@ -294,7 +357,7 @@ def _coco_object(annotation: dict, images: dict[Any, dict], names: dict[Any, str
     name, image = names[annotation['category_id']], images[annotation['image_id']]
     x, y, width, height = (_number(value) for value in annotation['bbox'])
     box, area = (x, y, x + width, y + height), _number(annotation['area'])
-    return COCOObject(annotation['id'], name, box, area, (image['width'], image['height']))
+    return COCOObject(annotation['id'], annotation['image_id'], name, box, area, (image['width'], image['height']))
 
 
 def _text(value: object) -> str:
@@ -351,12 +414,21 @@ def read_voc(dataset: ConfigDict, path: str, image_id: str) -> tuple[tuple[float
     try:
         tree = ET.parse(xml).getroot()
         width, height = (float(tree.findtext(f'size/{key}', 'inf')) for key in ('width', 'height'))
-        objects = [_voc_object(item) for item in tree.findall('object')]
+        objects = voc_objects(tree)
     except FileNotFoundError as error:
         raise UserError(f'{path} lists {image_id}, but its annotation {xml} does not exist.') from error
     except (ET.ParseError, TypeError, ValueError) as error:
         raise UserError(f"annotation file {xml} is not in Pascal VOC's format: {error}.") from error
     return (width, height), objects
+
+
+def voc_objects(annotation: ET.Element) -> list[VOCObject]:
+    """The objects of an XML file in VOC's format.
+
+    Raises:
+        TypeError, ValueError: for an object without a name or a box.
+    """
+    return [_voc_object(item) for item in annotation.findall('object')]
 
 
 def _voc_object(item: ET.Element) -> VOCObject:
@@ -390,7 +462,7 @@ def _count_voc_objects(report: Report, dataset: ConfigDict, ids: list[str], clas
         for name, (x1, y1, x2, y2), _ in objects:
             found[name] = None
             if name in classes:
-                _count(report, image_id, name, (x1 - 1, y1 - 1, x2 - 1, y2 - 1), size, True)
+                _count(report, image_id, image_id, name, (x1 - 1, y1 - 1, x2 - 1, y2 - 1), size, True)
     return list(found)
 
 
@@ -407,6 +479,7 @@ def _require_jpg(path: str, files: list[str]) -> None:
 def _count(
     report: Report,
     name_of_box: object,
+    image: object,
     label: str,
     box: tuple[float, float, float, float],
     image_size: tuple[float, float],
@@ -421,6 +494,9 @@ def _count(
     else:
         report.boxes += 1
         report.classes[label] += 1
+        report.images_with_boxes.add(image)
+        area = (x2 - x1) * (y2 - y1)
+        report.sizes['small' if area < 32**2 else 'medium' if area < 96**2 else 'large'] += 1
 
 
 def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], ordered: bool = True) -> None:
@@ -471,6 +547,14 @@ def _check_image_files(path: str, split: str, folder: str, names: list[str]) -> 
 def _log(report: Report) -> None:
     boxes, classes = report.boxes, len(report.classes)
     print_log(f'{report.ann_file}: {report.images} images, {boxes} boxes, {classes} classes', logger='current')
+    sizes = ', '.join(f'{report.sizes[size]} {size}' for size in ('small', 'medium', 'large'))
+    without = report.images - len(report.images_with_boxes)
+    most = [f'{name} {count}' for name, count in report.classes.most_common()]
+    print_log(
+        f'    boxes by size: {sizes} (COCO: below 32 x 32, below 96 x 96 pixels); images without boxes: {without}; '
+        f'boxes by class: {abridge(most, 12)}',
+        logger='current',
+    )
     fate = 'and left out' if report.split == 'train' else '; the metric still counts them, so take them out of the file'
     for kind, where in (
         ('degenerate (narrower than 1 pixel)', report.degenerate),

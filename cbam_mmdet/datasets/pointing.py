@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 
 from cbam_mmdet.datasets.checks import check_data
 from cbam_mmdet.datasets.classes import set_classes
+from cbam_mmdet.datasets.formats.as_coco import coco_files, use_coco_files
 from cbam_mmdet.datasets.image_folders import is_classifier, point_at_folders
 from cbam_mmdet.datasets.voc import fit_image_suffix, fit_layout
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import set_data_root, set_default_scope, split_datasets
 
 
-def point_at_data(cfg: Config, data_root: str | None, classes: str | Sequence[str] | None) -> None:
-    """Apply --data-root and --classes to a config, in place. None keeps the config's own.
+def point_at_data(
+    cfg: Config,
+    data_root: str | None,
+    classes: str | Sequence[str] | None,
+    train_ann: str | None = None,
+    val_ann: str | None = None,
+    folder: str | None = None,
+    once: Callable[[Callable[[], Any]], Any] = lambda function: function(),
+) -> None:
+    """Apply --data-root, --classes, --train-ann and --val-ann to a config, in place. None keeps the config's own.
+
+    A folder in another format or layout than the config's is read by datasets.formats, and the config reads what that
+    writes to its work dir.
+
+    Args:
+        cfg: the config, with its work dir, if it has one.
+        data_root: the folder of the data set.
+        classes: as datasets.classes.set_classes takes them.
+        train_ann: the COCO annotation file to train on.
+        val_ann: that to validate and test on.
+        folder: for what is written, in place of the config's work dir.
+        once: calls a function in one of several processes, and gives all of them its result.
 
     Raises:
-        UserError: as utils.config.set_data_root and datasets.classes.set_classes, or for a classifier as
-            datasets.image_folders.point_at_folders.
+        UserError: as utils.config.set_data_root, datasets.formats.recognize.read_folder and
+            datasets.classes.set_classes, or for a classifier as datasets.image_folders.point_at_folders.
     """
     if is_classifier(cfg):
         return point_at_folders(cfg, data_root, classes)
-    if data_root:
+    if (train_ann or val_ann) and not data_root:
+        raise UserError('--train-ann and --val-ann choose among the files of a folder: give it by --data-root DIR')
+    files = once(lambda: coco_files(cfg, data_root, train_ann, val_ann, folder)) if data_root else None
+    if data_root and files:
+        use_coco_files(cfg, data_root, files)
+    elif data_root:
         set_data_root(cfg, data_root)
         fit_layout(cfg)
     fit_image_suffix(cfg)

@@ -67,8 +67,10 @@ def fit_image_suffix(cfg: Config) -> None:
         log(f'{folder} holds {suffixes}: read by AnySuffixVOCDataset')
 
 
-def fit_layout(cfg: Config) -> None:
-    """Fit a config's VOC data sets to the content of the folder that --data-root gave, and log a line for each change.
+def fit_layout(cfg: Config, quiet: bool = False) -> None:
+    """Fit a config's VOC data sets to the content of the folder that --data-root gave.
+
+    Unless it is to be quiet, it logs a line for each change.
 
     - A flat folder (Annotations/, ImageSets/, JPEGImages/ directly in it) stands for any year. What it lacks of these
       is missed there.
@@ -94,7 +96,7 @@ def fit_layout(cfg: Config) -> None:
                 notes[f'no {voc_folder(dataset)}: validation and test use {years[0]}'] = None
                 _point_at_folder(dataset, years[0])
     _fit_image_sets(cfg, notes)
-    for note in notes:
+    for note in () if quiet else notes:
         log(f'--data-root: {note}')
 
 

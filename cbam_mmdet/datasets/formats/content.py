@@ -1,0 +1,201 @@
+"""The content of COCO annotation files, as it is gathered from other formats."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cbam_mmdet.errors import UserError
+
+LARGEST = 1e9  # pixels: no coordinate is larger
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and the values that swap width and height
+HELD_OUT = 0.2
+
+
+@dataclass
+class Found:
+    """What a folder holds.
+
+    Attributes:
+        style: the name of the format, for people.
+        splits: 'train', 'val' and 'test', as far as there are any, each with the content of a COCO annotation file. The
+            names of the images are relative to the folder.
+        sources: the annotation files that were read.
+        notes: what a user should know of the reading, a line each.
+    """
+
+    style: str
+    splits: dict[str, dict[str, list]]
+    sources: list[Path]
+    notes: list[str] = field(default_factory=list)
+
+
+class Content:
+    """The content of one COCO annotation file, built image by image."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.numbers = {name: i for i, name in enumerate(classes, start=1)}
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+
+    def add_image(self, name: str, size: tuple[int, int]) -> None:
+        """Begin an image of (width, height) pixels, to which the boxes that follow belong."""
+        self.images.append(dict(id=len(self.images) + 1, file_name=name, width=size[0], height=size[1]))
+
+    def add_box(self, label: str, corners: Iterable[float], crowd: bool = False) -> None:
+        """Add a box x1, y1, x2, y2 in pixels, counted from 0 at the image's edge.
+
+        Raises:
+            ValueError: for a coordinate that is no number, and for a label that is not among the classes.
+        """
+        x1, y1, x2, y2 = (_coordinate(value) for value in corners)
+        if label not in self.numbers:
+            raise ValueError(f'its class {label!r} is not among the classes')
+        width, height = x2 - x1, y2 - y1
+        self.annotations.append(
+            dict(
+                id=len(self.annotations) + 1,
+                image_id=len(self.images),
+                category_id=self.numbers[label],
+                bbox=[x1, y1, width, height],
+                area=max(width, 0) * max(height, 0),
+                iscrowd=int(crowd),
+            )
+        )
+
+    def as_coco(self) -> dict[str, list]:
+        categories = [dict(id=number, name=name) for name, number in self.numbers.items()]
+        return dict(images=self.images, annotations=self.annotations, categories=categories)
+
+
+@dataclass
+class LabelledImage:
+    """An image and its objects, as a format of one file an image has them.
+
+    Attributes:
+        name: the path of the image, relative to the folder.
+        size: (width, height) in pixels.
+        objects: each with its class, its box x1, y1, x2, y2 in pixels counted from 0, and whether it is a crowd.
+        source: the file that says so, for messages.
+        split: the split that the format names for it, if it does.
+    """
+
+    name: str
+    size: tuple[int, int]
+    objects: list[tuple[str, Sequence[float], bool]]
+    source: Path
+    split: str | None = None
+
+
+def by_split(
+    images: list[LabelledImage], classes: Sequence[str], split_of: Callable[[str], str | None]
+) -> dict[str, dict[str, list]]:
+    """The contents of images by their splits; all in 'train' if no split is named for any of them.
+
+    Raises:
+        UserError: for two annotations of one image, a malformed box, and if splits are named for some images only.
+    """
+    sources: dict[str, Path] = {}
+    for image in images:
+        if image.name in sources:
+            raise UserError(f'{image.source}: {sources[image.name]} annotates {image.name}, too: remove one')
+        sources[image.name] = image.source
+    splits = {image.name: image.split or split_of(image.name) for image in images}
+    without = [name for name, split in splits.items() if split is None]
+    if without and len(without) < len(images):
+        named = sorted({split for split in splits.values() if split})
+        raise UserError(
+            f'{len(without)} of {len(images)} images are in none of the splits that the others are in '
+            f'({", ".join(named)}; the first: {without[0]}): move them into one, or all images into one folder'
+        )
+    contents: dict[str, Content] = {}
+    for image in sorted(images, key=lambda image: image.name):
+        content = contents.setdefault(splits[image.name] or 'train', Content(classes))
+        content.add_image(image.name, image.size)
+        for label, corners, crowd in image.objects:
+            try:
+                content.add_box(label, corners, crowd)
+            except ValueError as error:
+                raise UserError(
+                    f'annotation file {image.source}: an object of {image.name} is malformed: {error}'
+                ) from error
+    return {split: content.as_coco() for split, content in contents.items()}
+
+
+def hold_out(content: dict[str, list]) -> tuple[dict[str, list], dict[str, list]]:
+    """Divide a content into 80 % and 20 % of its images, by a hash of each file's name.
+
+    Which part an image is in depends on its name alone, so it stays there as images are added. Of a handful of images
+    the part that would be empty gets one.
+    """
+    images = sorted(content['images'], key=lambda image: _share_of(image['file_name']))
+    count = sum(_share_of(image['file_name']) < HELD_OUT for image in images)
+    count = min(max(count, 1), len(images) - 1)
+    held = {image['id'] for image in images[:count]}
+    return _part(content, lambda image_id: image_id not in held), _part(content, lambda image_id: image_id in held)
+
+
+def _share_of(name: str) -> float:
+    """A number from 0 to 1 that depends on a file's name, without its folder, alone."""
+    digest = hashlib.sha256(Path(name).name.encode('utf-8', 'surrogateescape')).digest()
+    return int.from_bytes(digest[:8], 'big') / 2**64
+
+
+def _part(content: dict[str, list], belongs: Callable[[Any], bool]) -> dict[str, list]:
+    return dict(
+        content,
+        images=[image for image in content['images'] if belongs(image['id'])],
+        annotations=[annotation for annotation in content['annotations'] if belongs(annotation['image_id'])],
+    )
+
+
+def displayed_size(path: Path) -> tuple[int, int]:
+    """The (width, height) of an image as it is displayed, after the turn that its EXIF data ask for, from its header.
+
+    Raises:
+        UserError: if the file is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION) in TURNED
+            return image.size[::-1] if turned else image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f'image {path} cannot be read: {error}') from error
+
+
+def size_from(width: object, height: object) -> tuple[int, int]:
+    """A (width, height) that a file gives.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    size = _coordinate(width), _coordinate(height)
+    if min(size) < 1 or size != (int(size[0]), int(size[1])):
+        raise ValueError(f'{width} x {height} is not the size of an image')
+    return int(size[0]), int(size[1])
+
+
+def _coordinate(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f'{value!r} is not a number')
+    number = float(value)
+    if not math.isfinite(number) or abs(number) > LARGEST:
+        raise ValueError(f'{value!r} is not a coordinate')
+    return number
+
+
+def class_name(value: object) -> str:
+    """A class's name that a file gives.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(value, str) or not value.strip() or '\0' in value:
+        raise ValueError(f'{value!r} is not the name of a class')
+    return value.strip()

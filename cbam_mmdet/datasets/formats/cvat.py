@@ -1,0 +1,84 @@
+"""CVAT's own format for images (https://docs.cvat.ai/docs/manual/advanced/formats/format-cvat/)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, class_name, size_from
+from cbam_mmdet.datasets.formats.folder import SPLIT_NAMES, Folder, split_of
+from cbam_mmdet.errors import UserError
+
+STYLE = 'CVAT'
+
+
+def read_cvat(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
+    """Read CVAT's XML files: boxes, turned ones by the box around them, and polygons likewise.
+
+    Args:
+        folder: the folder.
+        roots: its XML files in this format, each with its root.
+
+    Raises:
+        UserError: for a malformed file, for a video's tracks, or if no image is there.
+    """
+    images, labels, lost, others = [], {}, 0, 0
+    for path, root in roots.items():
+        if root.find('track') is not None:
+            raise UserError(
+                f"{path} holds the tracks of a video: export the task from CVAT as 'CVAT for images', with its images"
+            )
+        try:
+            labels |= dict.fromkeys(class_name(item.text) for item in root.iterfind('meta//labels/label/name'))
+            for node in root.iterfind('image'):
+                named, subset = node.get('name') or '', (node.get('subset') or '').lower()
+                split = SPLIT_NAMES.get(subset)
+                name = folder.find_image(named, path, split)
+                if name is None:
+                    lost += 1
+                    continue
+                size = size_from(node.get('width'), node.get('height'))
+                shapes = [(_corners(shape), shape) for shape in node if shape.tag != 'tag']
+                objects = [(class_name(s.get('label')), corners, False) for corners, s in shapes if corners]
+                others += len(shapes) - len(objects)
+                images.append(LabelledImage(name, size, objects, path, split))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"annotation file {path} is not in CVAT's format: {error}.") from error
+    if not images:
+        raise UserError(f"{folder.root}: no image that CVAT's file names is there ({folder.counts()})")
+    used = {label: None for image in images for label, _, _ in image.objects}
+    classes = [*labels, *sorted(used.keys() - labels.keys())]
+    found = Found(STYLE, by_split(images, classes, split_of), [*roots])
+    if lost:
+        found.notes.append(f'{lost} annotated images are not there: left out')
+    if others:
+        found.notes.append(f'{others} points, lines and other shapes that are neither boxes nor polygons are left out')
+    return found
+
+
+def _corners(shape: ET.Element) -> Sequence[float] | None:
+    """The box x1, y1, x2, y2 around a shape, or None for a shape without area."""
+    if shape.tag == 'box':
+        x1, y1, x2, y2 = (float(shape.get(key, '')) for key in ('xtl', 'ytl', 'xbr', 'ybr'))
+        return _around_turned((x1, y1, x2, y2), float(shape.get('rotation', 0)))
+    if shape.tag == 'polygon':
+        points = [tuple(map(float, point.split(','))) for point in (shape.get('points') or '').split(';')]
+        if any(len(point) != 2 for point in points):
+            raise ValueError('a point of a polygon is not x,y')
+        xs, ys = zip(*points, strict=True)
+        return min(xs), min(ys), max(xs), max(ys)
+    return None
+
+
+def _around_turned(box: tuple[float, float, float, float], degrees: float) -> tuple[float, float, float, float]:
+    """The upright box around one that is turned about its centre."""
+    if not degrees:
+        return box
+    x1, y1, x2, y2 = box
+    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    half_width = ((x2 - x1) * cos + (y2 - y1) * sin) / 2
+    half_height = ((x2 - x1) * sin + (y2 - y1) * cos) / 2
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    return x - half_width, y - half_height, x + half_width, y + half_height

@@ -1,0 +1,184 @@
+"""The files of a folder, gathered once, and the rules by which folders name splits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections import Counter, defaultdict
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from xml.etree import ElementTree as ET
+
+from cbam_mmdet.datasets.inputs import IMAGES
+from cbam_mmdet.errors import UserError
+
+SPLIT_NAMES = {
+    **dict.fromkeys(('train', 'training', 'trainval'), 'train'),
+    **dict.fromkeys(('val', 'valid', 'validation', 'dev'), 'val'),
+    **dict.fromkeys(('test', 'testing'), 'test'),
+}
+
+
+class Folder:
+    """A folder's images and the files that may be annotations. Hidden files and folders are left out.
+
+    Args:
+        root: the folder.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.images: list[str] = []
+        self.files: dict[str, list[Path]] = defaultdict(list)  # by suffix: .json, .xml, .txt, ...
+        for path in _files_below(self.root):
+            suffix = path.suffix.lower()
+            if suffix in IMAGES:
+                self.images.append(path.relative_to(self.root).as_posix())
+            else:
+                self.files[suffix].append(path)
+        self._known = set(self.images)
+        self._by_name: dict[str, list[str]] = defaultdict(list)
+        self._by_stem: dict[str, list[str]] = defaultdict(list)
+        for image in self.images:
+            self._by_name[PurePosixPath(image).name].append(image)
+            self._by_stem[PurePosixPath(image).stem].append(image)
+
+    def find_image(self, named: str, source: Path, split: str | None = None) -> str | None:
+        """The image that an annotation file means, relative to the folder, or None if it is not there.
+
+        Args:
+            named: the path that the file gives, from this or another system. Its last part decides, if that is the name
+                of one image only; without suffix it is compared with the names without suffix.
+            source: the annotation file.
+            split: prefer an image of this split, if several have the name.
+
+        Raises:
+            UserError: if several images may be meant.
+        """
+        parts = PureWindowsPath(named).parts if '\\' in named else PurePosixPath(named).parts
+        if not parts:
+            return None
+        relative = '/'.join(part for part in parts if part not in ('.', '..') and not part.endswith((':', ':\\')))
+        here = source.parent.relative_to(self.root).as_posix() if source.parent != self.root else ''
+        for direct in (f'{here}/{relative}' if here else relative, relative):
+            if direct in self._known:
+                return direct
+        name = parts[-1]
+        candidates = self._by_name.get(name) or self._by_stem.get(name) or []
+        deeper = [image for image in candidates if f'/{image}'.endswith(f'/{relative}')]
+        candidates = deeper or candidates
+        if len(candidates) > 1 and split:
+            candidates = [image for image in candidates if split_of(image) == split] or candidates
+        if len(candidates) > 1:
+            beside = [image for image in candidates if str(PurePosixPath(image).parent) == (here or '.')]
+            candidates = beside or candidates
+        if len(candidates) > 1:
+            raise UserError(
+                f'{source} names the image {named}, and the folder has {len(candidates)} of that name '
+                f'({", ".join(candidates[:3])}): give them different names, or a split of its own to each folder'
+            )
+        return candidates[0] if candidates else None
+
+    def __contains__(self, relative: str) -> bool:
+        return relative in self._known
+
+    def counts(self) -> str:
+        """How many files of each kind there are, in words."""
+        kinds = Counter({suffix: len(self.files.get(suffix, [])) for suffix in ('.xml', '.txt', '.json', '.yaml')})
+        kinds['.yaml'] += len(self.files.get('.yml', []))
+        others = sum(map(len, self.files.values())) - sum(kinds.values())
+        words = [f'{len(self.images)} images', *(f'{count} {suffix}' for suffix, count in kinds.items())]
+        return f'{", ".join(words)} and {others} other files'
+
+
+def _files_below(root: Path) -> list[Path]:
+    """The regular files below a folder, sorted. Links to folders are followed, each folder is read once."""
+    found, seen = [], set()
+    try:
+        for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse):
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith('.'))
+            found += [Path(folder, name) for name in names if not name.startswith('.') and _is_file(Path(folder, name))]
+    except OSError as error:
+        raise UserError(f'{error.filename}: cannot be read ({error.strerror})') from error
+    return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:  # a link that leads nowhere
+        return False
+
+
+def split_of(relative: str) -> str | None:
+    """The split that a path names by one of its folders: 'train', 'val' or 'test'. The last one decides."""
+    for part in reversed(PurePosixPath(relative).parts[:-1]):
+        split = SPLIT_NAMES.get(part.lower().rstrip('0123456789'))
+        if split:
+            return split
+    return None
+
+
+def split_of_file(relative: str) -> str | None:
+    """The split that an annotation file names: by a word of its own name, else by one of its folders."""
+    words = re.split('[^a-z]+', PurePosixPath(relative).stem.lower())
+    named = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+    return named.pop() if len(named) == 1 else split_of(relative)
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8.
+
+    Raises:
+        UserError: if it is none, or cannot be read.
+    """
+    try:
+        return path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise UserError(f'annotation file {path} is not a text file in UTF-8: {error.reason}.') from error
+    except OSError as error:
+        raise UserError(f'annotation file {path} cannot be read: {error.strerror}.') from error
+
+
+def read_json(path: Path) -> object:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        return json.loads(read_text(path))
+    except RecursionError as error:
+        raise UserError(f'annotation file {path} is nested too deeply to be one.') from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f'annotation file {path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}). '
+            'It may be cut off: compare its size with the original.'
+        ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f'annotation file {path} cannot be read: {error}.') from error
+
+
+def read_xml(path: Path) -> ET.Element:
+    """The root of an XML file.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        return ET.parse(path).getroot()
+    except (ET.ParseError, ValueError, LookupError, OSError) as error:
+        raise UserError(f'annotation file {path} is not valid XML: {error}.') from error

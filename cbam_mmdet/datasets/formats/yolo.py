@@ -1,0 +1,237 @@
+"""YOLO's text files, as Ultralytics (data.yaml) and Darknet (obj.names) lay them out.
+
+A line is `class x_center y_center width height`, or `class x1 y1 x2 y2 ...` for the corners of a polygon, whose hull is
+taken. The coordinates are shares of the image's width and height (https://docs.ultralytics.com/datasets/detect/).
+"""
+
+from __future__ import annotations
+
+import os.path as osp
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+import yaml
+
+from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, class_name, displayed_size
+from cbam_mmdet.datasets.formats.folder import Folder, read_text, split_of
+from cbam_mmdet.errors import UserError
+
+SLACK = 0.01  # how far a coordinate may lie beyond the image, as Ultralytics has it
+NAMES = ('classes.txt', 'obj.names', 'labels.txt', 'names.txt')
+
+
+def data_yaml(folder: Folder) -> tuple[Path, dict] | None:
+    """The file that describes a data set of Ultralytics', and its content. None if there is none.
+
+    Raises:
+        UserError: if there are several of them.
+    """
+    found = []
+    for path in (*folder.files['.yaml'], *folder.files['.yml']):
+        if path.parent != folder.root:
+            continue
+        try:
+            content = yaml.safe_load(read_text(path))
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise UserError(
+                f'{path} is not valid YAML, or more than data: {" ".join(str(error).split())[:200]}'
+            ) from error
+        if isinstance(content, dict) and 'names' in content and ('train' in content or 'val' in content):
+            found.append((path, content))
+    if len(found) > 1:
+        raise UserError(
+            f'{folder.root} holds several data sets of YOLO: {", ".join(path.name for path, _ in found)}. Leave one in '
+            'the folder'
+        )
+    return found[0] if found else None
+
+
+def read_ultralytics(folder: Folder, path: Path, content: dict) -> Found:
+    """Read a data set of Ultralytics' layout.
+
+    An image's labels are in the file of its name under `labels/` in place of `images/`, or beside it. An image without
+    such a file has no objects.
+
+    Args:
+        folder: the folder.
+        path: the .yaml.
+        content: what it holds.
+
+    Raises:
+        UserError: for a malformed file, and for a split whose images are not there.
+    """
+    classes = _names(content['names'], path)
+    count = content.get('nc')
+    if count is not None and count != len(classes):
+        raise UserError(f'{path}: nc is {count!r}, and names has {len(classes)} classes')
+    names = {
+        split: _images_of(folder, content[split], content.get('path'), path, split)
+        for split in ('train', 'val', 'test')
+        if content.get(split)
+    }
+    twice = [name for name in names.get('train', ()) if name in set(names.get('val', ()))]
+    same = bool(twice) and names['train'] == names.get('val')
+    if same:
+        del names['val']  # Ultralytics' small examples validate on what they train on
+    elif twice:
+        raise UserError(f'{path}: {len(twice)} images are trained on and validated on: the first is {twice[0]}')
+    if names.get('test') and set(names['test']) & set(names.get('val') or names.get('train', ())):
+        del names['test']
+    found = _read(folder, classes, [(name, split) for split, listed in names.items() for name in listed])
+    found.style, found.sources = f'YOLO ({path.name})', [path, *found.sources]
+    if same:
+        content = found.splits['train']
+        found.splits['val'] = content
+        found.notes.append(f'{path.name} validates on the images that it trains on')
+    return found
+
+
+def names_file(folder: Folder) -> Path | None:
+    """The file that lists the classes of a Darknet data set, one a line."""
+    listed = [path for suffix in ('.txt', '.names') for path in folder.files[suffix] if path.name in NAMES]
+    return next(iter([*listed, *folder.files['.names']]), None)
+
+
+def read_darknet(folder: Folder, path: Path) -> Found:
+    """Read the labels beside the images, or in `labels/` in place of `images/`, with the classes of a text file.
+
+    Args:
+        folder: the folder.
+        path: the file with a class a line.
+
+    Raises:
+        UserError: for a malformed file, and if no image has labels.
+    """
+    classes = _names(read_text(path).splitlines(), path)
+    labelled = [(name, None) for name in folder.images if _labels_of(folder, name)]
+    if not labelled:
+        raise UserError(f'{folder.root}: none of its {len(folder.images)} images has a .txt of its name')
+    found = _read(folder, classes, labelled)
+    found.style, found.sources = f'YOLO ({path.name})', [path, *found.sources]
+    without = len(folder.images) - len(labelled)
+    if without:
+        found.notes.append(f'{without} images without a .txt are left out')
+    return found
+
+
+def _read(folder: Folder, classes: tuple[str, ...], names: Iterable[tuple[str, str | None]]) -> Found:
+    images, sources, polygons, without = [], [], 0, 0
+    for name, split in names:
+        labels = _labels_of(folder, name)
+        size = displayed_size(folder.root / name)
+        objects = []
+        if labels:
+            sources.append(labels)
+            for number, line in enumerate(read_text(labels).splitlines(), start=1):
+                if line.strip():
+                    try:
+                        label, corners, polygon = _object(line, classes)
+                    except ValueError as error:
+                        raise UserError(
+                            f"annotation file {labels}, line {number} is not in YOLO's format: {error}."
+                        ) from error
+                    polygons += polygon
+                    objects.append((label, [v * size[i % 2] for i, v in enumerate(corners)], False))
+        else:
+            without += 1
+        images.append(LabelledImage(name, size, objects, labels or folder.root / name, split))
+    if not sources:
+        raise UserError(
+            f'{folder.root}: none of its {len(images)} images has a label file: expected labels/NAME.txt for '
+            'images/NAME.jpg, or NAME.txt beside it'
+        )
+    found = Found('YOLO', by_split(images, classes, split_of), sources)
+    if polygons:
+        found.notes.append(f'{polygons} polygons are taken as the boxes around them')
+    if without:
+        found.notes.append(f'{without} images have no label file: they are taken for images without objects')
+    return found
+
+
+def _object(line: str, classes: tuple[str, ...]) -> tuple[str, list[float], bool]:
+    """The class, x1, y1, x2, y2 as shares of the image, and whether it was a polygon."""
+    label, *numbers = line.split()
+    values = [float(number) for number in numbers]
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        raise ValueError(f'{len(values)} numbers behind the class, in place of 4 for a box or the x, y of a polygon')
+    if not all(-SLACK <= value <= 1 + SLACK for value in values):
+        raise ValueError('a coordinate is not a share of the image, from 0 to 1')
+    index = float(label)
+    if index != int(index) or not 0 <= index < len(classes):
+        raise ValueError(f'class {label} is not among the {len(classes)} classes, counted from 0')
+    if len(values) == 4:
+        x, y, width, height = values
+        return classes[int(index)], [x - width / 2, y - height / 2, x + width / 2, y + height / 2], False
+    xs, ys = values[::2], values[1::2]
+    return classes[int(index)], [min(xs), min(ys), max(xs), max(ys)], True
+
+
+def _names(given: object, path: Path) -> tuple[str, ...]:
+    """The classes in their order, from a list or from a mapping of the numbers 0, 1, ... to names."""
+    try:
+        if isinstance(given, dict):
+            if sorted(given) != list(range(len(given))):
+                raise ValueError('the numbers of the classes are not 0, 1, ...')
+            given = [given[i] for i in range(len(given))]
+        if not isinstance(given, list):
+            raise ValueError(f'{given!r} is not a list of classes')
+        names = [class_name(str(name) if isinstance(name, int) else name) for name in given if name != '']
+        if not names or len(set(names)) < len(names):
+            raise ValueError('each class needs a name of its own')
+    except (TypeError, ValueError) as error:
+        raise UserError(f'{path}: the names of the classes cannot be read: {str(error)[:200]}') from error
+    return tuple(names)
+
+
+def _images_of(folder: Folder, given: object, base: object, path: Path, split: str) -> list[str]:
+    """The images that `train`, `val` or `test` of a .yaml means: folders, or text files that list images."""
+    names: dict[str, None] = {}
+    for entry in given if isinstance(given, list) else [given]:
+        if not isinstance(entry, str) or '\0' in entry:
+            raise UserError(f'{path}: {split} is {entry!r}, in place of the path of a folder')
+        place = _place(folder, entry, base if isinstance(base, str) else '')
+        if place is None:
+            raise UserError(
+                f'{path}: {split} is {entry!r}, and there is no such folder or list of images in {folder.root} '
+                f'({folder.counts()})'
+            )
+        if place.is_file():
+            for line in read_text(place).splitlines():
+                if line.strip():
+                    name = folder.find_image(line.strip(), place, split)
+                    if name is None:
+                        raise UserError(f'{place} lists {line.strip()}, and the folder {folder.root} has no such image')
+                    names[name] = None
+        else:
+            below = place.relative_to(folder.root).as_posix()
+            names |= dict.fromkeys(n for n in folder.images if below == '.' or n.startswith(f'{below}/'))
+    if not names:
+        raise UserError(f'{path}: {split} is {given!r}, where there is no image')
+    return list(names)
+
+
+def _place(folder: Folder, entry: str, base: str) -> Path | None:
+    """Where an entry of a .yaml leads. Its `path`, and a leading '..', often belong to another machine."""
+    parts = PurePosixPath(entry.replace('\\', '/')).parts
+    while parts and parts[0] in ('..', '.', '/'):
+        parts = parts[1:]
+    within = PurePosixPath(*parts)
+    tried = [folder.root / base / entry, folder.root / entry, folder.root / within]
+    tried += [folder.root.joinpath(*parts[i:]) for i in range(1, len(parts))]
+    for place in tried:
+        normal = Path(osp.normpath(place))
+        try:
+            if normal.exists() and (normal == Path(osp.normpath(folder.root)) or folder.root in normal.parents):
+                return normal
+        except OSError:  # a name that is too long
+            continue
+    return None
+
+
+def _labels_of(folder: Folder, name: str) -> Path | None:
+    path = PurePosixPath(name)
+    parts = list(path.with_suffix('.txt').parts)
+    places = [path.with_suffix('.txt')]
+    for i in reversed([i for i, part in enumerate(parts[:-1]) if part == 'images']):
+        places.insert(0, PurePosixPath(*parts[:i], 'labels', *parts[i + 1 :]))
+    return next((folder.root / place for place in places if (folder.root / place).is_file()), None)
