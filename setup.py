@@ -56,6 +56,7 @@ setup(
     package_data={
         'cbam_mmdet': ['.mim/*.yml', '.mim/configs/**/*', '.mim/tools/*'],
         'cbam_mmdet.ops': ['cpu_kernels.[ch]'],
+        'cbam_mmdet.visualization': ['*.html'],
         'cbam_mmdet.visualization.report': ['*.html', '*.css'],
     },
     extras_require={
@@ -79,7 +80,7 @@ setup(
         'deploy': ['onnx', 'onnxruntime'],
         # make docs: the site of docs/, with the reference from the docstrings.
         'docs': ['zensical', 'mkdocstrings-python'],
-        'dev': ['hypothesis', 'mypy', 'pytest', 'pytest-xdist', 'ruff'],
+        'dev': ['globox', 'hypothesis', 'mypy', 'pytest', 'pytest-xdist', 'ruff'],
     },
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

@@ -1,4 +1,8 @@
-"""Convert annotations between Pascal VOC and COCO; the suffixes .txt and .json say the direction:
+"""Convert annotations: a whole data set of any known format into another one's layout,
+
+python tools/convert_annotations.py FOLDER NEW_FOLDER --to coco
+
+or one file between Pascal VOC and COCO, where the suffixes .txt and .json say the direction:
 
 python tools/convert_annotations.py DIR/ImageSets/Main/trainval.txt FILE.json
 """
@@ -10,20 +14,44 @@ from arguments import Parser, run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__, epilog='Images are not copied. Difficult objects become crowds (iscrowd=1), and back.')
-    parser.add_argument('source', help="VOC's image set DIR/ImageSets/Main/NAME.txt, or a .json of COCO")
-    parser.add_argument('target', help="the other of the two, to be written; VOC's XML files go to DIR/Annotations")
-    return parser.parse_args()
+    parser = Parser(
+        __doc__,
+        epilog='COCO, Pascal VOC, YOLO, CVAT and LabelMe are read. Difficult objects become crowds (iscrowd=1) and back.',
+    )
+    parser.add_argument('source', help='folder of a data set; or an image set of VOC, or a .json of COCO')
+    parser.add_argument('target', help='new folder; or the other of the two files, to be written')
+    parser.add_argument('--to', choices=['coco', 'voc', 'yolo'], help='the format of the new folder')
+    parser.add_argument('--copy', action='store_true', help='copy the images into the new folder, in place of links')
+    args = parser.parse_args()
+    if Path(args.source).is_dir() != bool(args.to):
+        parser.error('--to FORMAT goes with the folder of a data set, and is needed there')
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     from cbam_mmdet.errors import UserError
 
-    if not Path(args.source).is_file():
+    if not Path(args.source).exists():
         raise UserError(f'{args.source} does not exist')
+    if args.to:
+        return convert_folder(args)
+    if not Path(args.source).is_file():
+        raise UserError(f'{args.source} is not a file')
     from cbam_mmdet.datasets.convert import convert  # MMDetection takes seconds to import
 
     print(f'{convert(args.source, args.target)} images: {args.target}')
+
+
+def convert_folder(args: argparse.Namespace) -> None:
+    from cbam_mmdet.datasets.formats.recognize import read_folder  # MMDetection takes seconds to import
+    from cbam_mmdet.datasets.formats.write import write_data_set
+
+    found = read_folder(args.source)
+    notes = write_data_set(found, args.source, args.target, args.to, args.copy)
+    for note in (f'{args.source} is in the format of {found.style}', *found.notes, *notes):
+        print(note)
+    counts = ', '.join(f'{len(content["images"])} ({split})' for split, content in found.splits.items())
+    print(f'images: {counts}: {args.target}')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,129 @@
+"""Write a data set in the layout of COCO, Pascal VOC or YOLO, beside the original, with links to its images."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import xml.etree.ElementTree as ET
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import yaml
+
+from cbam_mmdet.datasets.checks import complete
+from cbam_mmdet.datasets.convert import coco_to_voc
+from cbam_mmdet.datasets.formats.content import Found
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.files import write_text
+
+
+def write_data_set(found: Found, root: str | Path, out: str | Path, style: str, copy: bool = False) -> list[str]:
+    """Write what was found in a folder as a data set of another format.
+
+    Args:
+        found: what the folder holds.
+        root: the folder.
+        out: a new or empty folder.
+        style: 'coco', 'voc' or 'yolo'.
+        copy: copy the images. Else links to them are made.
+
+    Returns:
+        What a user should know of it, a line each.
+
+    Raises:
+        UserError: if the folder holds something, and for annotations that the format has no place for.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f'{out} exists already and is not an empty folder: name another one')
+    splits = dict(found.splits)
+    if splits.get('test') is splits.get('val'):
+        del splits['test']
+    for split, content in splits.items():
+        splits[split], _ = complete(content)
+    bring = _copy if copy else _link
+    notes = _WRITERS[style](splits, Path(root), out, bring)
+    return notes
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.symlink(os.path.abspath(source), target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+Bring = Callable[[Path, Path], None]
+
+
+def _write_coco(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> list[str]:
+    for split, content in splits.items():
+        for image in content['images']:
+            bring(root / image['file_name'], out / f'{split}2017' / image['file_name'])
+        _write(out / 'annotations' / f'instances_{split}2017.json', json.dumps(content))
+    return []
+
+
+def _write_voc(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> list[str]:
+    images: dict[str, str] = {}
+    for split, content in splits.items():
+        files = coco_to_voc(content)
+        for image in content['images']:
+            name = image['file_name']
+            stem = PurePosixPath(name).stem
+            if stem in images:
+                raise UserError(
+                    f"{name} and {images[stem]} have one name, and VOC's images stand in one folder: rename one"
+                )
+            images[stem] = name
+            bring(root / name, out / 'JPEGImages' / PurePosixPath(name).name)
+            ET.indent(files[stem])
+            _write(out / 'Annotations' / f'{stem}.xml', ET.tostring(files[stem], encoding='unicode'))
+        _write(out / 'ImageSets' / 'Main' / f'{split}.txt', ''.join(f'{name}\n' for name in files))
+    return ["VOC's format has whole pixels: coordinates are rounded"]
+
+
+def _write_yolo(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> list[str]:
+    names = [category['name'] for category in next(iter(splits.values()))['categories']]
+    crowds = 0
+    for split, content in splits.items():
+        index = {category['id']: names.index(category['name']) for category in content['categories']}
+        lines = defaultdict(list)
+        sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
+        for annotation in content['annotations']:
+            if annotation['iscrowd']:
+                crowds += 1
+                continue
+            line = _yolo_box(annotation['bbox'], sizes[annotation['image_id']])
+            lines[annotation['image_id']].append(f'{index[annotation["category_id"]]} {line}')
+        for image in content['images']:
+            name = PurePosixPath(image['file_name'])
+            bring(root / name, out / 'images' / split / name)
+            labels = out / 'labels' / split / name.with_suffix('.txt')
+            _write(labels, ''.join(f'{line}\n' for line in lines[image['id']]))
+    places = {split: f'images/{split}' for split in splits}
+    described = {'path': str(out.absolute()), **places, 'names': dict(enumerate(names))}
+    _write(out / 'data.yaml', yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
+    return [f'{crowds} crowds and difficult objects are left out, for which YOLO has no place'] if crowds else []
+
+
+def _yolo_box(box: list[float], size: tuple[int, int]) -> str:
+    """The centre and size of a box as shares of the image, cut at its border."""
+    x, y, width, height = box
+    (x1, x2), (y1, y2) = ((max(a, 0), min(a + b, end)) for a, b, end in zip((x, y), (width, height), size, strict=True))
+    shares = (x1 + x2) / 2 / size[0], (y1 + y2) / 2 / size[1], (x2 - x1) / size[0], (y2 - y1) / size[1]
+    return ' '.join(f'{share:.8f}' for share in shares)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+_WRITERS = {'coco': _write_coco, 'voc': _write_voc, 'yolo': _write_yolo}
+STYLES = tuple(_WRITERS)

@@ -1,0 +1,377 @@
+"""Every format is read as globox reads or wrote it, and as its own documentation has it."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import globox
+import numpy as np
+import pytest
+from conftest import DATA
+
+from cbam_mmdet.datasets.formats.as_coco import complete, duplicates, write_coco_files
+from cbam_mmdet.datasets.formats.recognize import read_folder
+from cbam_mmdet.errors import UserError
+
+CLASSES = ('cat', 'big dog', 'zebra')
+
+
+@pytest.fixture(scope='module')
+def truth(tmp_path_factory):
+    """Twelve images of several sizes and suffixes with random boxes, one image without: a folder, and globox's set."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp('truth')
+    annotations = []
+    for i in range(12):
+        width, height = (int(n) for n in rng.integers(40, 90, 2))
+        name = f'img_{i}.jpg'
+        cv2.imwrite(str(root / name), rng.integers(0, 255, (height, width, 3), np.uint8))
+        boxes = []
+        for _ in range(i % 5):
+            x1, y1 = rng.uniform(0, 20, 2)
+            x2, y2 = x1 + rng.uniform(2, width - 21), y1 + rng.uniform(2, height - 21)
+            label = CLASSES[rng.integers(3)]
+            boxes.append(globox.BoundingBox(label=label, xmin=x1, ymin=y1, xmax=x2, ymax=y2))
+        annotations.append(globox.Annotation(name, (width, height), boxes))
+    return root, globox.AnnotationSet(annotations)
+
+
+def copy_images(source, target):
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.glob('*.jpg'):
+        (target / path.name).write_bytes(path.read_bytes())
+
+
+def boxes_of(contents, tolerance=4):
+    """(image, class, x, y, width, height) of every box, rounded: a multiset."""
+    found = Counter()
+    for content in contents:
+        names = {category['id']: category['name'] for category in content['categories']}
+        images = {image['id']: Path(image['file_name']).name for image in content['images']}
+        for a in content['annotations']:
+            box = tuple(round(value, tolerance) + 0.0 for value in a['bbox'])
+            found[(images[a['image_id']], names[a['category_id']], *box)] += 1
+    return found
+
+
+def expected(annotations, tolerance=4):
+    return Counter(
+        (a.image_id, b.label, *(round(v, tolerance) + 0.0 for v in (b.xmin, b.ymin, b.width, b.height)))
+        for a in annotations
+        for b in a.boxes
+    )
+
+
+def all_of(found):
+    return [found.splits['train'], found.splits['val']]
+
+
+def sizes_of(found):
+    return {Path(i['file_name']).name: (i['width'], i['height']) for c in all_of(found) for i in c['images']}
+
+
+def true_sizes(annotations):
+    return {a.image_id: a.image_size for a in annotations}
+
+
+def test_yolo_of_ultralytics(truth, tmp_path):
+    root, annotations = truth
+    copy_images(root, tmp_path / 'images/train')
+    ids = {name: i for i, name in enumerate(CLASSES)}
+    (tmp_path / 'labels').mkdir()
+    annotations.save_yolo_darknet(tmp_path / 'labels/train', label_to_id=ids)
+    lines = ''.join(f'  {i}: {name}\n' for i, name in enumerate(CLASSES))
+    (tmp_path / 'data.yaml').write_text(f'path: ../datasets/mine\ntrain: images/train\nnames:\n{lines}')
+    found = read_folder(tmp_path)
+    assert found.style == 'YOLO (data.yaml)'
+    assert boxes_of(all_of(found), 2) == expected(annotations, 2)
+    assert sizes_of(found) == true_sizes(annotations)  # with the images that have no box
+    assert [c['name'] for c in found.splits['train']['categories']] == list(CLASSES)  # their order numbers them
+    read = globox.AnnotationSet.from_yolo_darknet(tmp_path / 'labels/train', image_folder=tmp_path / 'images/train')
+    names = {str(i): name for name, i in ids.items()}
+    assert expected(read.map_labels(names), 3) == boxes_of(all_of(found), 3)
+
+
+def test_yolo_of_darknet(truth, tmp_path):
+    root, annotations = truth
+    copy_images(root, tmp_path / 'obj')
+    annotations.save_yolo_darknet(tmp_path / 'obj', label_to_id={name: i for i, name in enumerate(CLASSES)})
+    (tmp_path / 'obj.names').write_text('\n'.join(CLASSES) + '\n')
+    found = read_folder(tmp_path)
+    assert found.style == 'YOLO (obj.names)'
+    assert boxes_of(all_of(found), 2) == expected(annotations, 2)
+
+
+def test_cvat(truth, tmp_path):
+    root, annotations = truth
+    copy_images(root, tmp_path / 'images')
+    annotations.save_cvat(tmp_path / 'annotations.xml')
+    found = read_folder(tmp_path)
+    assert found.style == 'CVAT'
+    assert boxes_of(all_of(found)) == expected(annotations)
+    assert sizes_of(found) == true_sizes(annotations)
+    assert expected(globox.AnnotationSet.from_cvat(tmp_path / 'annotations.xml')) == boxes_of(all_of(found))
+
+
+def test_labelme(truth, tmp_path):
+    root, annotations = truth
+    copy_images(root, tmp_path)
+    annotations.save_labelme(tmp_path)
+    found = read_folder(tmp_path)
+    assert found.style == 'LabelMe'
+    assert boxes_of(all_of(found)) == expected(annotations)
+    assert sizes_of(found) == true_sizes(annotations)
+    assert expected(globox.AnnotationSet.from_labelme(tmp_path)) == boxes_of(all_of(found))
+
+
+def test_coco_of_any_name(truth, tmp_path):
+    root, annotations = truth
+    copy_images(root, tmp_path / 'pictures')
+    annotations.save_coco(tmp_path / 'labels.json', auto_ids=True)
+    found = read_folder(tmp_path)
+    assert found.style == 'COCO'
+    assert boxes_of(all_of(found)) == expected(annotations)
+    assert sizes_of(found) == true_sizes(annotations)
+
+
+@pytest.mark.parametrize('folders', [('annotations', 'images'), ('annots', 'JPEGImages'), ('', '')])
+def test_voc_without_image_sets(truth, tmp_path, folders):
+    """VOC counts pixels from 1, and the last one is inside: globox keeps the numbers, which are shifted here."""
+    root, annotations = truth
+    copy_images(root, tmp_path / folders[1])
+    annotations.save_pascal_voc(tmp_path / folders[0])
+    found = read_folder(tmp_path)
+    assert found.style == 'Pascal VOC'
+    shifted = Counter(
+        (name, label, *(round(v, 3) + 0.0 for v in (x - 1, y - 1, width + 1, height + 1)))
+        for name, label, x, y, width, height in expected(annotations, 6).elements()
+    )
+    assert boxes_of(all_of(found), 3) == shifted
+    assert sizes_of(found) == true_sizes(annotations)
+
+
+def test_voc_of_a_size_that_is_zero(truth, tmp_path):
+    copy_images(truth[0], tmp_path)
+    truth[1].save_pascal_voc(tmp_path)
+    for path in tmp_path.glob('*.xml'):
+        text = path.read_text()
+        width, height = truth[1][f'{path.stem}.jpg'].image_size
+        path.write_text(text.replace(f'<width>{width}<', '<width>0<').replace(f'<height>{height}<', '<height>0<'))
+    assert sizes_of(read_folder(tmp_path)) == true_sizes(truth[1])
+
+
+def roboflow(root, annotations, target):
+    """Roboflow's export: a folder and a file for each split, and a category before all others that has no box."""
+    parts = {'train': [], 'valid': [], 'test': []}
+    for i, annotation in enumerate(annotations):
+        parts[('train', 'train', 'valid', 'test')[i % 4]].append(annotation)
+    for split, part in parts.items():
+        folder = target / split
+        folder.mkdir(parents=True)
+        for annotation in part:
+            (folder / annotation.image_id).write_bytes((root / annotation.image_id).read_bytes())
+        ids = {name: i for i, name in enumerate(CLASSES, start=1)}
+        images = {a.image_id: i for i, a in enumerate(part)}
+        content = globox.AnnotationSet(part).to_coco(label_to_id=ids, imageid_to_id=images)
+        content['categories'] = [dict(id=0, name='animals', supercategory='none')] + [
+            dict(id=i, name=name, supercategory='animals') for name, i in ids.items()
+        ]
+        (folder / '_annotations.coco.json').write_text(json.dumps(content))
+    return {split: {a.image_id for a in part} for split, part in parts.items()}
+
+
+def test_roboflow(truth, tmp_path):
+    parts = roboflow(*truth, tmp_path)
+    found = read_folder(tmp_path)
+    assert {split: {Path(i['file_name']).name for i in c['images']} for split, c in found.splits.items()} == {
+        'train': parts['train'], 'val': parts['valid'], 'test': parts['test'],
+    }  # fmt: skip
+    assert boxes_of(found.splits.values()) == expected(truth[1])
+    assert [c['name'] for c in found.splits['train']['categories']] == list(CLASSES)
+    assert any('animals' in note for note in found.notes)
+
+
+def test_the_same_image_name_in_two_splits(tmp_path):
+    """They are two images: globox, by names alone, would make one of them."""
+    for split, shade in (('train', 50), ('valid', 200)):
+        (tmp_path / split).mkdir()
+        cv2.imwrite(str(tmp_path / split / '1.jpg'), np.full((30, 40, 3), shade, np.uint8))
+        (tmp_path / split / '1.txt').write_text('0 0.5 0.5 0.5 0.5\n')
+    (tmp_path / 'classes.txt').write_text('cat\n')
+    found = read_folder(tmp_path)
+    assert [found.splits[split]['images'][0]['file_name'] for split in ('train', 'val')] == [
+        'train/1.jpg',
+        'valid/1.jpg',
+    ]
+
+
+def test_polygons_become_boxes_in_yolo_cvat_and_labelme(tmp_path):
+    corners = [(8, 6), (32, 9), (20, 24)]
+    for style in ('yolo', 'cvat', 'labelme'):
+        folder = tmp_path / style
+        folder.mkdir()
+        for name in 'ab':
+            cv2.imwrite(str(folder / f'{name}.jpg'), np.zeros((30, 40, 3), np.uint8))
+        if style == 'yolo':
+            (folder / 'classes.txt').write_text('cat')
+            line = '0 ' + ' '.join(f'{x / 40} {y / 30}' for x, y in corners)
+            for name in 'ab':
+                (folder / f'{name}.txt').write_text(line)
+        elif style == 'cvat':
+            points = ';'.join(f'{x},{y}' for x, y in corners)
+            image = '<image name="{0}.jpg" width="40" height="30"><polygon label="cat" points="{1}"/></image>'
+            nodes = ''.join(image.format(name, points) for name in 'ab')
+            (folder / 'annotations.xml').write_text(f'<annotations>{nodes}</annotations>')
+        else:
+            shape = dict(label='cat', points=corners, shape_type='polygon')
+            for name in 'ab':
+                text = json.dumps(dict(imagePath=f'{name}.jpg', imageWidth=40, imageHeight=30, shapes=[shape]))
+                (folder / f'{name}.json').write_text(text)
+        for content in all_of(read_folder(folder)):
+            assert content['annotations'][0]['bbox'] == pytest.approx([8, 6, 24, 18])
+
+
+def test_a_turned_box_of_cvat_is_the_box_around_it(tmp_path):
+    """By 90 degrees about its centre (20, 10), a box of 20 x 10 becomes one of 10 x 20."""
+    for name in 'ab':
+        cv2.imwrite(str(tmp_path / f'{name}.jpg'), np.zeros((30, 40, 3), np.uint8))
+    box = '<box label="cat" xtl="10" ytl="5" xbr="30" ybr="15" rotation="90"/>'
+    nodes = ''.join(f'<image name="{name}.jpg" width="40" height="30">{box}</image>' for name in 'ab')
+    (tmp_path / 'annotations.xml').write_text(f'<annotations>{nodes}</annotations>')
+    assert all_of(read_folder(tmp_path))[0]['annotations'][0]['bbox'] == pytest.approx([15, 0, 10, 20])
+
+
+def test_yolo_on_a_turned_photograph_means_it_as_displayed(tmp_path):
+    """Ultralytics' shares are those of the picture after the turn of its EXIF data."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in 'ab':
+        Image.new('RGB', (40, 30)).save(tmp_path / f'{name}.jpg', exif=exif)
+        (tmp_path / f'{name}.txt').write_text('0 0.5 0.5 1 1')
+    (tmp_path / 'classes.txt').write_text('cat')
+    content = read_folder(tmp_path).splits['train']
+    assert (content['images'][0]['width'], content['images'][0]['height']) == (30, 40)
+    assert content['annotations'][0]['bbox'] == [0, 0, 30, 40]
+
+
+def test_a_held_out_image_stays_held_out(tmp_path):
+    """Whatever is added later; and a fifth of many is held out."""
+    (tmp_path / 'classes.txt').write_text('cat')
+    pixels = cv2.imencode('.png', np.zeros((2, 2, 3), np.uint8))[1].tobytes()
+    held = []
+    for count in (300, 600):
+        for i in range(count):
+            (tmp_path / f'photo {i}.png').write_bytes(pixels)
+            (tmp_path / f'photo {i}.txt').write_text('')
+        held.append({image['file_name'] for image in read_folder(tmp_path).splits['val']['images']})
+    assert held[0] == {name for name in held[1] if int(name[6:-4]) < 300}
+    assert 90 < len(held[1]) < 150
+
+
+def test_duplicates_between_the_splits_are_named(truth, tmp_path):
+    roboflow(*truth, tmp_path)
+    first = next((tmp_path / 'train').glob('*.jpg'))
+    (tmp_path / 'valid/copy.jpg').write_bytes(first.read_bytes())
+    path = tmp_path / 'valid/_annotations.coco.json'
+    content = json.loads(path.read_text())
+    content['images'].append(dict(id=999, file_name='copy.jpg', width=1, height=1))
+    path.write_text(json.dumps(content))
+    [line] = duplicates(read_folder(tmp_path), tmp_path)
+    assert line.startswith('1 images are in two splits') and 'copy.jpg' in line and first.name in line
+
+
+def test_files_are_written_once_and_only_below_the_work_dir(truth, tmp_path):
+    root = tmp_path / 'data'
+    copy_images(truth[0], root)
+    truth[1].save_labelme(root)
+    before = {path: path.stat().st_mtime_ns for path in root.rglob('*')}
+    files = write_coco_files(read_folder(root), tmp_path / 'run')
+    written = {path: Path(path).stat().st_mtime_ns for path in files.values()}
+    assert write_coco_files(read_folder(root), tmp_path / 'run') == files
+    assert {path: Path(path).stat().st_mtime_ns for path in files.values()} == written
+    assert {path: path.stat().st_mtime_ns for path in root.rglob('*')} == before
+    (root / 'img_1.json').write_text((root / 'img_1.json').read_text().replace('cat', 'lynx').replace('zebra', 'lynx'))
+    assert write_coco_files(read_folder(root), tmp_path / 'run') != files  # those of the earlier run stay
+    assert all(Path(path).is_file() for path in files.values())
+
+
+def test_area_and_iscrowd_are_completed():
+    content = dict(images=[], categories=[], annotations=[dict(id=1, bbox=[1, 2, 3, 4]), dict(id=2, area=5, iscrowd=1)])
+    completed, count = complete(content)
+    assert count == 1
+    assert completed['annotations'] == [
+        dict(id=1, bbox=[1, 2, 3, 4], area=12, iscrowd=0),
+        dict(id=2, area=5, iscrowd=1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ('files', 'words'),
+    [
+        ({'a.jpg': None}, ['1 images', 'annotations are missing', 'tools/infer.py']),
+        ({'notes.md': 'x'}, ['0 images', 'there is no image']),
+        ({'a.jpg': None, 'a.txt': '0 .5 .5 1 1'}, ['1 .txt', "nearest is YOLO's layout", 'classes.txt']),
+        ({'a.jpg': None, 'a.xml': '<kml/>'}, ['1 .xml', "nearest is Pascal VOC's layout", '<kml>']),
+        ({'a.jpg': None, 'a.json': '{"x": 1}'}, ['1 .json', "nearest is COCO's layout", 'categories']),
+        ({'a.jpg': None, 'a.json': '{"images": ['}, ['not valid JSON', 'a.json']),
+        ({'a.jpg': None, 'data.yaml': 'names: [cat]\ntrain: pictures'}, ['data.yaml', "'pictures'", 'no such folder']),
+        ({'a.jpg': None, 'data.yaml': 'names: [cat]\ntrain: .\nnc: 2'}, ['nc is 2', '1 classes']),
+        ({'a.jpg': None, 'data.yaml': '!!python/object/apply:os.getcwd []'}, ['data.yaml', 'more than data']),
+        ({'a.jpg': None, 'a.txt': '3 .5 .5 1 1', 'classes.txt': 'cat'}, ['a.txt, line 1', 'class 3', '1 classes']),
+        ({'a.jpg': None, 'a.txt': '0 50 50 10 10', 'classes.txt': 'cat'}, ['a.txt, line 1', 'share of the image']),
+        ({'a.jpg': None, 'a.txt': '0 .5 .5', 'classes.txt': 'cat'}, ['a.txt, line 1', '2 numbers']),
+        ({'a.jpg': None, 'a.txt': '', 'classes.txt': 'cat\ncat'}, ['classes.txt', 'a name of its own']),
+        ({'a.jpg': None, 'a.xml': '<annotations><track/></annotations>'}, ['tracks of a video', 'CVAT for images']),
+        ({'a.jpg': None, 'b.xml': '<annotation/>'}, ['the images of its 1 .xml are not there']),
+        ({'a.jpg': None, 'a.xml': '<annotation/>', 'a.json': '{"shapes": [], "imagePath": "a.jpg"}'}, ['leave one']),
+        (
+            {'train/a.jpg': None, 'train/a.txt': '', 'b.jpg': None, 'b.txt': '', 'classes.txt': 'x'},
+            ['none of the splits'],
+        ),
+        ({'a.jpg': None, 'a.txt': '', 'classes.txt': 'cat'}, ['one image only']),
+        ({'a.jpg': b'no image', 'a.txt': '', 'classes.txt': 'cat'}, ['image', 'a.jpg', 'cannot be read']),
+    ],
+)
+def test_one_message_says_what_was_found_and_what_is_missing(tmp_path, files, words):
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if text is None:
+            cv2.imwrite(str(path), np.zeros((20, 20, 3), np.uint8))
+        else:
+            path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        read_folder(tmp_path)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def test_several_files_of_coco_are_chosen_from(truth, tmp_path):
+    copy_images(truth[0], tmp_path)
+    for name in ('red', 'blue'):
+        truth[1].save_coco(tmp_path / f'{name}.json', auto_ids=True)
+    with pytest.raises(UserError, match=r'2 annotation files.*--train-ann FILE and --val-ann FILE'):
+        read_folder(tmp_path)
+    found = read_folder(tmp_path, train_ann='red.json', val_ann='blue.json')
+    assert boxes_of([found.splits['train']]) == boxes_of([found.splits['test']]) == expected(truth[1])
+    with pytest.raises(UserError, match=r'green\.json'):
+        read_folder(tmp_path, train_ann='green.json')
+
+
+@pytest.mark.parametrize('name', ['raccoon', 'bccd', 'coco'])
+def test_real_folders_as_they_are(name):
+    """Counted by other means: the tags of the XML files, the lists of the JSON files."""
+    if not (DATA / name).is_dir():
+        pytest.skip(f'{DATA / name} is not there')
+    found = read_folder(DATA / name)
+    boxes = sum(len(c['annotations']) for c in all_of(found))
+    images = sum(len(c['images']) for c in all_of(found))
+    xml = [path.read_text() for path in (DATA / name).rglob('*.xml')]
+    if xml:
+        assert (images, boxes) == (len(xml), sum(text.count('<object>') for text in xml))
+    else:
+        contents = [json.loads(path.read_text()) for path in (DATA / name).rglob('instances_*.json')]
+        assert boxes_of(contents) == boxes_of(all_of(found))
+        assert images == sum(len(content['images']) for content in contents)
