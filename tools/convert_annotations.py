@@ -16,7 +16,7 @@ from arguments import Parser, run
 def parse_args() -> argparse.Namespace:
     parser = Parser(
         __doc__,
-        epilog='COCO, Pascal VOC, YOLO, CVAT and LabelMe are read. Difficult objects become crowds (iscrowd=1) and back.',
+        epilog='COCO, Pascal VOC, YOLO, CVAT and LabelMe are read. Difficult objects become crowds, and back.',
     )
     parser.add_argument('source', help='folder of a data set; or an image set of VOC, or a .json of COCO')
     parser.add_argument('target', help='new folder; or the other of the two files, to be written')

@@ -272,10 +272,6 @@ def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split:
     content = read_coco(path)
     images, names = _coco_images_and_names(path, content)
     _compare_classes(path, list(names.values()), classes)
-    if len(images) < len(content['images']):
-        raise UserError(
-            f'annotation file {path}: {len(content["images"]) - len(images)} images share their id with another'
-        )
     report = Report(path, split, images=len(images))
     for item in _coco_objects(path, content['annotations'], images, names, needs_iscrowd=split != 'train'):
         if item.name in classes:
@@ -299,6 +295,17 @@ def _check_masks(path: str, dataset: ConfigDict, annotations: list[dict]) -> Non
         )
 
 
+def require_coco(path: str, content: dict) -> None:
+    """Check the images, categories and annotations of a COCO file, each by itself.
+
+    Raises:
+        UserError: for the first one that is malformed.
+    """
+    images, names = _coco_images_and_names(path, content)
+    for _ in _coco_objects(path, content['annotations'], images, names, needs_iscrowd=False):
+        pass
+
+
 def _coco_images_and_names(path: str, content: dict) -> tuple[dict[Any, dict], dict[Any, str]]:
     """The images and the names of the categories, by their ids."""
     try:
@@ -315,6 +322,10 @@ def _coco_images_and_names(path: str, content: dict) -> tuple[dict[Any, dict], d
             f'annotation file {path}: an image or category is malformed ({type(error).__name__}: {error}). '
             'Each image needs id, file_name, width and height, each category id and name.'
         ) from error
+    if len(images) < len(content['images']):
+        raise UserError(
+            f'annotation file {path}: {len(content["images"]) - len(images)} images share their id with another'
+        )
     if len(names) < len(content['categories']):
         twice = [category for category in content['categories'] if category['name'] != names[category['id']]]
         raise UserError(

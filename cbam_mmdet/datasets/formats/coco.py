@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from cbam_mmdet.datasets.checks import complete, require_coco
 from cbam_mmdet.datasets.formats.content import Found
 from cbam_mmdet.datasets.formats.folder import Folder, split_of, split_of_file
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.text import abridge, brief
 
 STYLE = 'COCO'
 OF_OTHER_TASKS = ('person_keypoints', 'captions', 'stuff', 'panoptic', 'image_info')
@@ -30,13 +32,12 @@ def read_coco_files(folder: Folder, contents: dict[Path, dict], chosen: dict[str
         UserError: for several files of a split, for categories that differ between splits, and if no image is there.
     """
     files = chosen or _choose(folder, contents)
-    notes, splits = [], {}
-    empty = _empty_parent([contents[path] for path in files.values()])
-    for split, path in files.items():
-        splits[split] = _with_places(folder, path, contents[path], split, notes)
-        if empty is not None:
-            splits[split]['categories'] = [c for c in contents[path]['categories'] if c['name'] != empty]
+    notes: list[str] = []
+    splits = {split: _with_places(folder, path, contents[path], split, notes) for split, path in files.items()}
+    empty = _empty_parent([*splits.values()])
     if empty is not None:
+        for content in splits.values():
+            content['categories'] = [category for category in content['categories'] if category['name'] != empty]
         notes.append(f'category {empty!r} is left out: it has no box, and the others belong to it (Roboflow adds such)')
     _require_same_categories(files, splits)
     return Found(STYLE, splits, [*files.values()], notes)
@@ -62,35 +63,28 @@ def _choose(folder: Folder, contents: dict[Path, dict]) -> dict[str, Path]:
 
 def _with_places(folder: Folder, path: Path, content: dict, split: str, notes: list[str]) -> dict[str, list]:
     """A content whose images are named relative to the folder. Images that are not there are left out."""
+    content, _ = complete(content)
+    require_coco(str(path), content)
     images, lost = [], []
-    try:
-        near = _nearest(folder, path, content['images'])
-        for image in content['images']:
-            name = image['file_name']
-            if not isinstance(name, str):
-                raise TypeError(f'file_name is {name!r}')
-            place = f'{near}/{name}' if near and f'{near}/{name}' in folder else name if name in folder else None
-            place = place or folder.find_image(name, path, split)
-            (images if place else lost).append(dict(image, file_name=place or name))
-        known = {image['id'] for image in lost}
-        annotations = [a for a in content['annotations'] if not known or a['image_id'] not in known]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f'annotation file {path}: an image or annotation is malformed ({type(error).__name__}: {str(error)[:99]}). '
-            'Each image needs id, file_name, width and height.'
-        ) from error
+    near = _nearest(folder, path, content['images'])
+    for image in content['images']:
+        name = image['file_name']
+        place = f'{near}/{name}' if near and f'{near}/{name}' in folder else name if name in folder else None
+        place = place or folder.find_image(name, path, split)
+        (images if place else lost).append(dict(image, file_name=place or name))
     if not images:
-        first = f' (the first: {lost[0]["file_name"]!r})' if lost else ''
+        first = f' (the first: {brief(lost[0]["file_name"])})' if lost else ''
         raise UserError(f'none of the {len(lost)} images that {path} lists is in {folder.root}{first}')
     if lost:
-        names = ', '.join(str(image['file_name']) for image in lost[:3])
+        names = brief(', '.join(image['file_name'] for image in lost[:3]))
         notes.append(f'{len(lost)} images that {path.name} lists are not there and are left out: {names}')
-    return dict(content, images=images, annotations=annotations)
+    ids = {image['id'] for image in images}
+    return dict(content, images=images, annotations=[a for a in content['annotations'] if a['image_id'] in ids])
 
 
 def _nearest(folder: Folder, path: Path, images: list[dict]) -> str | None:
     """The folder in which the first image of the file is. Of several the one nearest to the file."""
-    if not images or not isinstance(images[0]['file_name'], str):
+    if not images:
         return None
     name = images[0]['file_name']
     relative = path.relative_to(folder.root) if folder.root in path.parents else Path(path.name)
@@ -105,29 +99,23 @@ def _nearest(folder: Folder, path: Path, images: list[dict]) -> str | None:
 
 def _empty_parent(contents: list[dict]) -> str | None:
     """The category that Roboflow puts before all others: they name it as their supercategory, and it has no box."""
-    try:
-        categories: list[dict[str, Any]] = contents[0]['categories']
-        parents = {category.get('supercategory') for category in categories}
-        for category in categories:
-            name = category['name']
-            if category.get('supercategory') == 'none' and parents == {'none', name} and len(categories) > 1:
-                used = {a.get('category_id') for content in contents for a in content['annotations']}
-                if category['id'] not in used:
-                    return name
-    except (KeyError, TypeError, AttributeError):
-        return None  # the check of the data says what is wrong
+    categories: list[dict[str, Any]] = contents[0]['categories']
+    parents = {str(category.get('supercategory')) for category in categories}
+    used = {annotation['category_id'] for content in contents for annotation in content['annotations']}
+    for category in categories:
+        is_parent = category.get('supercategory') == 'none' and parents == {'none', category['name']}
+        if is_parent and len(categories) > 1 and category['id'] not in used:
+            return category['name']
     return None
 
 
 def _require_same_categories(files: dict[str, Path], splits: dict[str, dict]) -> None:
-    try:
-        names = {split: [category['name'] for category in content['categories']] for split, content in splits.items()}
-    except (KeyError, TypeError):
-        return  # the check of the data says what is wrong
+    names = {split: [category['name'] for category in content['categories']] for split, content in splits.items()}
     first = next(iter(names))
     for split in names:
         if names[split] != names[first]:
             raise UserError(
-                f'{files[first]} has the categories {names[first]}, and {files[split]} has {names[split]}: a detector '
-                'numbers them by their order, so all splits need the same in the same order'
+                f'{files[first]} has the categories [{abridge(names[first], 8, quoted=True)}], and {files[split]} has '
+                f'[{abridge(names[split], 8, quoted=True)}]: a detector numbers them by their order, so all splits '
+                'need the same in the same order'
             )

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.text import brief
 
 LARGEST = 1e9  # pixels: no coordinate is larger
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and the values that swap width and height
@@ -123,7 +124,7 @@ def by_split(
                 content.add_box(label, corners, crowd)
             except ValueError as error:
                 raise UserError(
-                    f'annotation file {image.source}: an object of {image.name} is malformed: {error}'
+                    f'annotation file {image.source}: an object of {image.name} is malformed: {brief(error)}'
                 ) from error
     return {split: content.as_coco() for split, content in contents.items()}
 
@@ -166,7 +167,7 @@ def displayed_size(path: Path) -> tuple[int, int]:
             turned = image.getexif().get(ORIENTATION) in TURNED
             return image.size[::-1] if turned else image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f'image {path} cannot be read: {error}') from error
+        raise UserError(f'image {path} cannot be read: {brief(error)}') from error
 
 
 def size_from(width: object, height: object) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, class_name, size_from
 from cbam_mmdet.datasets.formats.folder import SPLIT_NAMES, Folder, split_of
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.text import brief
 
 STYLE = 'CVAT'
 
@@ -45,7 +46,7 @@ def read_cvat(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
                 others += len(shapes) - len(objects)
                 images.append(LabelledImage(name, size, objects, path, split))
         except (TypeError, ValueError) as error:
-            raise UserError(f"annotation file {path} is not in CVAT's format: {error}.") from error
+            raise UserError(f"annotation file {path} is not in CVAT's format: {brief(error)}.") from error
     if not images:
         raise UserError(f"{folder.root}: no image that CVAT's file names is there ({folder.counts()})")
     used = {label: None for image in images for label, _, _ in image.objects}

@@ -12,6 +12,7 @@ from xml.etree import ElementTree as ET
 
 from cbam_mmdet.datasets.inputs import IMAGES
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.text import brief
 
 SPLIT_NAMES = {
     **dict.fromkeys(('train', 'training', 'trainval'), 'train'),
@@ -169,7 +170,7 @@ def read_json(path: Path) -> object:
             'It may be cut off: compare its size with the original.'
         ) from error
     except ValueError as error:  # a number of thousands of digits
-        raise UserError(f'annotation file {path} cannot be read: {error}.') from error
+        raise UserError(f'annotation file {path} cannot be read: {brief(error)}.') from error
 
 
 def read_xml(path: Path) -> ET.Element:
@@ -181,4 +182,4 @@ def read_xml(path: Path) -> ET.Element:
     try:
         return ET.parse(path).getroot()
     except (ET.ParseError, ValueError, LookupError, OSError) as error:
-        raise UserError(f'annotation file {path} is not valid XML: {error}.') from error
+        raise UserError(f'annotation file {path} is not valid XML: {brief(error)}.') from error

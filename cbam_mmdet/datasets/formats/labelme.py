@@ -9,6 +9,7 @@ from pathlib import Path
 from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, class_name, displayed_size, size_from
 from cbam_mmdet.datasets.formats.folder import Folder, split_of
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.text import brief
 
 STYLE = 'LabelMe'
 
@@ -43,7 +44,7 @@ def read_labelme(folder: Folder, contents: dict[Path, dict]) -> Found:
             objects = [(class_name(shape['label']), corners, False) for corners, shape in shapes if corners]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
-                f"annotation file {path} is not in LabelMe's format ({type(error).__name__}: {str(error)[:200]})."
+                f"annotation file {path} is not in LabelMe's format ({type(error).__name__}: {brief(error)})."
             ) from error
         others += len(shapes) - len(objects)
         images.append(LabelledImage(name, size, objects, path))

@@ -14,6 +14,7 @@ from cbam_mmdet.datasets.formats.labelme import is_labelme, read_labelme
 from cbam_mmdet.datasets.formats.voc import read_voc_folder
 from cbam_mmdet.datasets.formats.yolo import data_yaml, names_file, read_darknet, read_ultralytics
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.text import brief
 
 KNOWN = (
     "COCO (also Roboflow's export), Pascal VOC (with and without ImageSets), YOLO (Ultralytics' data.yaml, Darknet's "
@@ -94,11 +95,8 @@ def _what_is_missing(folder: Folder, roots: dict[Path, ET.Element]) -> str:
             'missing: a data.yaml with train, val and names, or a classes.txt with a name a line'
         )
     if roots:
-        tags = sorted({root.tag for root in roots.values()})
-        return (
-            f"nearest is Pascal VOC's layout, but the .xml are of another kind (<{'>, <'.join(tags[:3])}>, expected "
-            '<annotation>)'
-        )
+        tags = brief('>, <'.join(sorted({root.tag for root in roots.values()})[:3]))
+        return f"nearest is Pascal VOC's layout, but the .xml are of another kind (<{tags}>, expected <annotation>)"
     if folder.files['.json']:
         return (
             "nearest is COCO's layout, but no .json has the lists images, annotations and categories (nor LabelMe's "

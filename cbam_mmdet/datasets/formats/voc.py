@@ -9,6 +9,7 @@ from cbam_mmdet.datasets.checks import voc_objects
 from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, displayed_size, size_from
 from cbam_mmdet.datasets.formats.folder import Folder, read_text, split_of
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.text import brief
 
 STYLE = 'Pascal VOC'
 
@@ -62,7 +63,7 @@ def _image(folder: Folder, path: Path, root: ET.Element, name: str, split: str |
         # VOC's pixels count from 1, and the last one belongs to the box.
         objects = [(o.name, (o.box[0] - 1, o.box[1] - 1, o.box[2], o.box[3]), o.difficult) for o in voc_objects(root)]
     except (TypeError, ValueError) as error:
-        raise UserError(f"annotation file {path} is not in Pascal VOC's format: {error}.") from error
+        raise UserError(f"annotation file {path} is not in Pascal VOC's format: {brief(error)}.") from error
     return LabelledImage(name, size, objects, path, split)
 
 

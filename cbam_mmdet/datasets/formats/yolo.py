@@ -15,6 +15,7 @@ import yaml
 from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, class_name, displayed_size
 from cbam_mmdet.datasets.formats.folder import Folder, read_text, split_of
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.text import brief
 
 SLACK = 0.01  # how far a coordinate may lie beyond the image, as Ultralytics has it
 NAMES = ('classes.txt', 'obj.names', 'labels.txt', 'names.txt')
@@ -33,9 +34,7 @@ def data_yaml(folder: Folder) -> tuple[Path, dict] | None:
         try:
             content = yaml.safe_load(read_text(path))
         except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise UserError(
-                f'{path} is not valid YAML, or more than data: {" ".join(str(error).split())[:200]}'
-            ) from error
+            raise UserError(f'{path} is not valid YAML, or more than data: {brief(error)}') from error
         if isinstance(content, dict) and 'names' in content and ('train' in content or 'val' in content):
             found.append((path, content))
     if len(found) > 1:
@@ -63,7 +62,7 @@ def read_ultralytics(folder: Folder, path: Path, content: dict) -> Found:
     classes = _names(content['names'], path)
     count = content.get('nc')
     if count is not None and count != len(classes):
-        raise UserError(f'{path}: nc is {count!r}, and names has {len(classes)} classes')
+        raise UserError(f'{path}: nc is {brief(repr(count))}, and names has {len(classes)} classes')
     names = {
         split: _images_of(folder, content[split], content.get('path'), path, split)
         for split in ('train', 'val', 'test')
@@ -128,7 +127,7 @@ def _read(folder: Folder, classes: tuple[str, ...], names: Iterable[tuple[str, s
                         label, corners, polygon = _object(line, classes)
                     except ValueError as error:
                         raise UserError(
-                            f"annotation file {labels}, line {number} is not in YOLO's format: {error}."
+                            f"annotation file {labels}, line {number} is not in YOLO's format: {brief(error)}."
                         ) from error
                     polygons += polygon
                     objects.append((label, [v * size[i % 2] for i, v in enumerate(corners)], False))
@@ -157,7 +156,7 @@ def _object(line: str, classes: tuple[str, ...]) -> tuple[str, list[float], bool
     if not all(-SLACK <= value <= 1 + SLACK for value in values):
         raise ValueError('a coordinate is not a share of the image, from 0 to 1')
     index = float(label)
-    if index != int(index) or not 0 <= index < len(classes):
+    if not index.is_integer() or not 0 <= index < len(classes):
         raise ValueError(f'class {label} is not among the {len(classes)} classes, counted from 0')
     if len(values) == 4:
         x, y, width, height = values
@@ -179,7 +178,7 @@ def _names(given: object, path: Path) -> tuple[str, ...]:
         if not names or len(set(names)) < len(names):
             raise ValueError('each class needs a name of its own')
     except (TypeError, ValueError) as error:
-        raise UserError(f'{path}: the names of the classes cannot be read: {str(error)[:200]}') from error
+        raise UserError(f'{path}: the names of the classes cannot be read: {brief(error)}') from error
     return tuple(names)
 
 
@@ -188,25 +187,25 @@ def _images_of(folder: Folder, given: object, base: object, path: Path, split: s
     names: dict[str, None] = {}
     for entry in given if isinstance(given, list) else [given]:
         if not isinstance(entry, str) or '\0' in entry:
-            raise UserError(f'{path}: {split} is {entry!r}, in place of the path of a folder')
+            raise UserError(f'{path}: {split} is {brief(repr(entry))}, in place of the path of a folder')
         place = _place(folder, entry, base if isinstance(base, str) else '')
         if place is None:
             raise UserError(
-                f'{path}: {split} is {entry!r}, and there is no such folder or list of images in {folder.root} '
-                f'({folder.counts()})'
+                f'{path}: {split} is {brief(repr(entry))}, and there is no such folder or list of images in '
+                f'{folder.root} ({folder.counts()})'
             )
         if place.is_file():
             for line in read_text(place).splitlines():
                 if line.strip():
                     name = folder.find_image(line.strip(), place, split)
                     if name is None:
-                        raise UserError(f'{place} lists {line.strip()}, and the folder {folder.root} has no such image')
+                        raise UserError(f'{place} lists {brief(line)}, and the folder {folder.root} has no such image')
                     names[name] = None
         else:
             below = place.relative_to(folder.root).as_posix()
             names |= dict.fromkeys(n for n in folder.images if below == '.' or n.startswith(f'{below}/'))
     if not names:
-        raise UserError(f'{path}: {split} is {given!r}, where there is no image')
+        raise UserError(f'{path}: {split} is {brief(repr(given))}, where there is no image')
     return list(names)
 
 
