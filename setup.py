@@ -79,7 +79,7 @@ setup(
         'deploy': ['onnx', 'onnxruntime'],
         # make docs: the site of docs/, with the reference from the docstrings.
         'docs': ['zensical', 'mkdocstrings-python'],
-        'dev': ['hypothesis', 'mypy', 'pytest', 'pytest-xdist', 'ruff'],
+        'dev': ['hypothesis', 'mypy', 'pytest', 'pytest-xdist', 'pytorchcv', 'ruff'],
     },
     classifiers=[
         'License :: OSI Approved :: Apache Software License',
