@@ -15,7 +15,6 @@ model = dict(
     backbone=dict(
         plugins=[dict(cfg=dict(type='CBAM', reduction=16, gate='sigmoid'), position='after_conv3')],
         init_cfg=dict(
-            _delete_=True,
             type='Pretrained',
             checkpoint='https://github.com/osmr/imgclsmob/releases/download/v0.0.537/'
             'cbam_resnet50-0505-d8cf8488.pth.zip',

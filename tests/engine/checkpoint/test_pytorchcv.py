@@ -57,7 +57,8 @@ def renamed(depth):
     """The random weights of test_keys.official under pytorchcv's names: no library is needed for them."""
     parts = {
         'cbam.ChannelGate.mlp.1': 'cbam.ch_gate.mlp.fc1', 'cbam.ChannelGate.mlp.3': 'cbam.ch_gate.mlp.fc2',
-        'cbam.SpatialGate.spatial.conv': 'cbam.sp_gate.conv.conv', 'cbam.SpatialGate.spatial.bn': 'cbam.sp_gate.conv.bn',
+        'cbam.SpatialGate.spatial.conv': 'cbam.sp_gate.conv.conv',
+        'cbam.SpatialGate.spatial.bn': 'cbam.sp_gate.conv.bn',
         'downsample.0': 'identity_conv.conv', 'downsample.1': 'identity_conv.bn',
     }  # fmt: skip
     state = {}
@@ -138,7 +139,7 @@ def test_the_names(depth, names):
 
 @pytest.mark.parametrize('depth', [18, 50])
 def test_the_same_weights_as_the_authors_names_give(depth):
-    ours, expected = (from_pytorchcv(renamed(depth)).state_dict, from_official(official(depth)).state_dict)
+    ours, expected = from_pytorchcv(renamed(depth)).state_dict, from_official(official(depth)).state_dict
     assert list(ours) == list(expected)
     assert all(torch.equal(ours[key], value) for key, value in expected.items())
 
