@@ -80,7 +80,7 @@ setup(
         'deploy': ['onnx', 'onnxruntime'],
         # make docs: the site of docs/, with the reference from the docstrings.
         'docs': ['zensical', 'mkdocstrings-python'],
-        'dev': ['globox', 'hypothesis', 'mypy', 'pytest', 'pytest-xdist', 'ruff'],
+        'dev': ['globox', 'hypothesis', 'mypy', 'pytest', 'pytest-xdist', 'pytorchcv', 'ruff'],
     },
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

@@ -1,4 +1,4 @@
-"""A checkpoint of the authors, timm or MMYOLO converted to the keys used here, or back."""
+"""A checkpoint of the authors, pytorchcv, timm or MMYOLO converted to the keys used here, or back."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cbam_mmdet.engine.checkpoint.content import meta_of
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint, write_checkpoint
-from cbam_mmdet.engine.checkpoint.keys import from_official, is_official, to_official, translate
-from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
+from cbam_mmdet.engine.checkpoint.keys import from_network, to_official, translate
+from cbam_mmdet.engine.checkpoint.loading import download, load_checkpoint
 from cbam_mmdet.engine.checkpoint.variants import PAPER, add_variants, cbams_in, set_variant
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.variant import KEY
@@ -22,11 +22,12 @@ def convert_checkpoint(
 ) -> list[str]:
     """Convert a file: what tools/convert_checkpoint.py does.
 
-    A network of the authors becomes a classifier in mmpretrain's form, 'backbone.' and 'head.fc.', which a detector's
-    config takes by init_cfg=dict(type='Pretrained', checkpoint=TARGET, prefix='backbone.').
+    A network of the authors or pytorchcv becomes a classifier in mmpretrain's form, 'backbone.' and 'head.fc.', which a
+    detector's config takes by init_cfg=dict(type='Pretrained', checkpoint=TARGET, prefix='backbone.').
 
     Args:
-        source: a checkpoint of the authors, timm or MMYOLO, or, with official, one with our keys.
+        source: a checkpoint of the authors, pytorchcv, timm or MMYOLO, or, with official, one with our keys. A file, a
+            zip archive with one in it, or the URL of either.
         target: the file to write.
         official: convert to the authors' keys.
         in_norm: see from_official.
@@ -38,7 +39,8 @@ def convert_checkpoint(
     Raises:
         UserError: if the source is none of these, or a key of it is left over, missing or misshapen.
     """
-    checkpoint = load_checkpoint(find_checkpoint(source), 'cpu', trust_checkpoint)
+    path = download(source) if '://' in source else find_checkpoint(source)
+    checkpoint = load_checkpoint(path, 'cpu', trust_checkpoint)
     state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else None
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise UserError(f'{source} holds no weights (a dict of tensors, or one with the key state_dict)')
@@ -48,22 +50,23 @@ def convert_checkpoint(
         made = to_official(state_dict)
         made = replace(made, notes=(*made.notes, *notes))
         out = dict(**meta_of(checkpoint).get('official', {}), state_dict=made.state_dict)
-    elif is_official(state_dict):
-        made = from_official(state_dict, in_norm)
+    elif (network := from_network(state_dict, in_norm)) is not None:
         made = replace(
-            made,
-            state_dict={_as_classifier(key): value for key, value in made.state_dict.items()},
-            origins={_as_classifier(key): old for key, old in made.origins.items()},
+            network,
+            state_dict={_as_classifier(key): value for key, value in network.state_dict.items()},
+            origins={_as_classifier(key): old for key, old in network.origins.items()},
         )
         out = dict(meta=dict(official=plain), state_dict=_of_the_paper(made.state_dict))
     else:
-        made = translate(state_dict)
-        if made is None:
+        modules = translate(state_dict)
+        if modules is None:
             raise UserError(
-                f"{source} has no CBAM of the authors' networks (layer1.0.cbam.ChannelGate.mlp.1.weight), timm "
-                '(spatial.conv.conv.weight) or MMYOLO (spatial_attention.conv.conv.weight) in it. Weights without '
+                f"{source} has no CBAM of the authors' networks (layer1.0.cbam.ChannelGate.mlp.1.weight), pytorchcv "
+                '(features.stage1.unit1.cbam.ch_gate.mlp.fc1.weight), timm (spatial.conv.conv.weight) '
+                'or MMYOLO (spatial_attention.conv.conv.weight) in it. Weights without '
                 'CBAM need no conversion: tools/insert_cbam.py'
             )
+        made = modules
         out = dict(meta={}, state_dict=_of_the_paper(made.state_dict))
     write_checkpoint(out, target)
     lines = [
@@ -75,7 +78,7 @@ def convert_checkpoint(
 
 
 def _of_the_paper(state_dict: Mapping[str, Tensor]) -> OrderedDict:
-    """The state dict with a note in its metadata that all three sources compute what the paper's defaults do."""
+    """The state dict with a note in its metadata that all these sources compute what the paper's defaults do."""
     noted = OrderedDict(state_dict)
     set_variant(noted, cbams_in(noted), PAPER)
     return noted

@@ -31,7 +31,7 @@ FILES = sorted(path.relative_to(ROOT / 'configs').as_posix() for path in (ROOT /
 BASES = [name for name in FILES if name.startswith('_base_/')]  # they only define names for the others
 WHOLE = [name for name in FILES if name not in BASES]
 CONFIGS = [name for name in WHOLE if not name.startswith('imagenet/')]  # of detectors
-TWINS = [(name, re.sub('_cbam(_heads)?', '', name)) for name in CONFIGS if '_cbam' in name]
+TWINS = [(name, re.sub('_cbam(_heads|_in1k)?', '', name)) for name in CONFIGS if '_cbam' in name]
 MMDET_TOOLS = Path(mmdet.__file__).parent / '.mim/tools'
 
 
@@ -102,6 +102,9 @@ def test_differs_from_its_twin_in_cbam_alone(name, twin):
     assert 'plugins' not in plain['model']['backbone']
     ours['model'], types = without_plugins(ours['model'])
     assert types == ['CBAM']
+    if 'in1k' in name:  # its ImageNet weights have CBAM in them
+        weights = [cfg['model']['backbone'].pop('init_cfg') for cfg in (ours, plain)]
+        assert ['cbam_resnet50' in init_cfg['checkpoint'] for init_cfg in weights] == [True, False]
     assert {key: value for key, value in ours.items() if key not in names_of_bases()} == {
         key: value for key, value in plain.items() if key not in names_of_bases()
     }
@@ -207,7 +210,8 @@ def test_voc_config(name, tmp_path):
     depth = re.search(r'_r(\d+)_', name)[1]
     backbone = cfg.model.backbone.get('backbone') or cfg.model.backbone
     assert backbone.depth == int(depth)
-    assert backbone.init_cfg.checkpoint == f'torchvision://resnet{depth}'
+    if 'in1k' not in name:
+        assert backbone.init_cfg.checkpoint == f'torchvision://resnet{depth}'
     assert backbone.frozen_stages == 0
     init_default_scope('mmdet')
     first, second = cfg.train_dataloader.dataset.dataset.datasets
@@ -221,6 +225,30 @@ def test_voc_config(name, tmp_path):
         if not i['ignore_flag']
     ]
     assert min(sides) < 32
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if 'cbam_in1k' in name])
+def test_pretrained_with_cbam(name):
+    """What pytorchcv's weights were trained with: the paper's gate, torchvision's stride and normalization."""
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    (plugin,) = cfg.model.backbone.plugins
+    assert plugin == dict(cfg=dict(type='CBAM', reduction=16, gate='sigmoid'), position='after_conv3')
+    assert cfg.model.backbone.style == 'pytorch'
+    preprocessor = cfg.model.data_preprocessor
+    assert preprocessor.mean == pytest.approx([255 * value for value in (0.485, 0.456, 0.406)])
+    assert preprocessor.std == pytest.approx([255 * value for value in (0.229, 0.224, 0.225)])
+    assert preprocessor.bgr_to_rgb
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if 'cbam_in1k' in name])
+def test_the_weights_are_where_pytorchcv_says(name):
+    store = pytest.importorskip('pytorchcv.models.common.model_store', reason="needs pip install '.[dev]'")
+    error, checksum, release = store.get_model_name_suffix_data('cbam_resnet50')
+    file = f'cbam_resnet50-{error}-{checksum[:8]}.pth.zip'
+    init_cfg = Config.fromfile(ROOT / 'configs' / name).model.backbone.init_cfg
+    assert init_cfg == dict(
+        type='Pretrained', checkpoint=f'{store.imgclsmob_repo_url}/releases/download/{release}/{file}'
+    )
 
 
 @pytest.mark.parametrize('name', [name for name in CONFIGS if 'voc0712' in name or 'bccd' in name])

@@ -1,4 +1,4 @@
-"""Translate the keys of other implementations: the authors' ImageNet checkpoints, and CBAM in timm and MMYOLO.
+"""Translate the keys of other implementations: networks of the authors and of pytorchcv, modules of timm and MMYOLO.
 
 The authors' networks (github.com/Jongchan/attention-module) are torchvision's ResNets with a CBAM at the end of each
 block. With `plugins=`, a Bottleneck's keys are:
@@ -11,13 +11,23 @@ block. With `plugins=`, a Bottleneck's keys are:
     module.layer1.0.cbam.SpatialGate.spatial.bn.weight        layer1.0.cbam.spatial.bn.weight
 
 With PluginBackbone, which a BasicBlock needs, the CBAM is a child of the norm: layer1.0.bn2.cbam.channel.fc1.weight.
+
+pytorchcv's networks (github.com/osmr/pytorchcv, models/cbamresnet.py) compute the same, with the stride of a Bottleneck
+in its 3x3 convolution, as torchvision and style='pytorch' have it. Their keys:
+
+    features.init_block.conv.bn.weight                        bn1.weight
+    features.stage1.unit1.body.conv1.conv.weight              layer1.0.conv1.weight
+    features.stage1.unit1.identity_conv.bn.weight             layer1.0.downsample.1.weight
+    features.stage1.unit1.cbam.ch_gate.mlp.fc1.weight         layer1.0.cbam.channel.fc1.weight
+    features.stage1.unit1.cbam.sp_gate.conv.bn.weight         layer1.0.cbam.spatial.bn.weight
+    output.weight                                             fc.weight
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,12 +40,24 @@ DEPTHS: dict[tuple[str, tuple[int, ...]], int] = {
     ('BasicBlock', (3, 4, 6, 3)): 34,
     ('Bottleneck', (3, 4, 6, 3)): 50,
     ('Bottleneck', (3, 4, 23, 3)): 101,
+    ('Bottleneck', (3, 8, 36, 3)): 152,
 }
 OFFICIAL_PARTS = {
     'ChannelGate.mlp.1': 'channel.fc1',
     'ChannelGate.mlp.3': 'channel.fc2',
     'SpatialGate.spatial.conv': 'spatial.conv',
     'SpatialGate.spatial.bn': 'spatial.bn',
+}
+PYTORCHCV_STEM = {'conv1': 'features.init_block.conv.conv', 'bn1': 'features.init_block.conv.bn', 'fc': 'output'}
+PYTORCHCV_PARTS = {
+    **{f'conv{i}': f'body.conv{i}.conv' for i in (1, 2, 3)},
+    **{f'bn{i}': f'body.conv{i}.bn' for i in (1, 2, 3)},
+    'downsample.0': 'identity_conv.conv',
+    'downsample.1': 'identity_conv.bn',
+    'cbam.channel.fc1': 'cbam.ch_gate.mlp.fc1',
+    'cbam.channel.fc2': 'cbam.ch_gate.mlp.fc2',
+    'cbam.spatial.conv': 'cbam.sp_gate.conv.conv',
+    'cbam.spatial.bn': 'cbam.sp_gate.conv.bn',
 }
 TIMM_PARTS = {
     'channel.fc1': 'channel.fc1',
@@ -65,9 +87,59 @@ class Conversion:
     notes: tuple[str, ...] = ()
 
 
-def is_official(state_dict: Mapping) -> bool:
-    """Whether this is a state dict of the authors' networks with CBAM."""
-    return any('.ChannelGate.mlp.' in str(key) for key in state_dict)
+@dataclass(frozen=True)
+class Networks:
+    """ResNets with CBAM of one source.
+
+    Attributes:
+        whose: the source, in the genitive.
+        depths: those that it has.
+        mark: what only keys of these networks have.
+        block: a pattern of how the keys of a block begin, with the number of its stage as the group.
+        name: the key there of a key of torchvision's network with our CBAM in its blocks.
+    """
+
+    whose: str
+    depths: tuple[int, ...]
+    mark: str
+    block: str
+    name: Callable[[str], str]
+
+
+def _authors_key(key: str) -> str:
+    theirs = {new: old for old, new in OFFICIAL_PARTS.items()}
+    found = re.fullmatch(r'(layer\d\.\d+\.cbam)\.(\w+\.\w+)\.(\w+)', key)
+    return f'{found[1]}.{theirs[found[2]]}.{found[3]}' if found else key
+
+
+def _pytorchcv_key(key: str) -> str:
+    module, _, kind = key.rpartition('.')
+    found = re.fullmatch(r'layer(\d)\.(\d+)\.(.+)', module)
+    if not found:
+        return f'{PYTORCHCV_STEM[module]}.{kind}'
+    return f'features.stage{found[1]}.unit{int(found[2]) + 1}.{PYTORCHCV_PARTS[found[3]]}.{kind}'
+
+
+AUTHORS = Networks("the authors'", (18, 34, 50, 101), '.ChannelGate.mlp.', r'layer([1-4])\.\d+\.', _authors_key)
+PYTORCHCV = Networks(
+    "pytorchcv's", (18, 34, 50, 101, 152), '.cbam.ch_gate.mlp.', r'features\.stage([1-4])\.unit\d+\.', _pytorchcv_key
+)
+
+
+def from_network(state_dict: Mapping[str, Tensor], in_norm: bool | None = None) -> Conversion | None:
+    """Translate the state dict of a whole network of the authors or of pytorchcv. None if it is from neither.
+
+    Args:
+        state_dict: see from_official.
+        in_norm: see from_official.
+
+    Raises:
+        UserError: see from_official.
+    """
+    for networks, convert in ((AUTHORS, from_official), (PYTORCHCV, from_pytorchcv)):
+        if any(networks.mark in str(key) for key in state_dict):
+            return convert(state_dict, in_norm)
+    return None
 
 
 def from_official(state_dict: Mapping[str, Tensor], in_norm: bool | None = None) -> Conversion:
@@ -82,15 +154,22 @@ def from_official(state_dict: Mapping[str, Tensor], in_norm: bool | None = None)
         UserError: if it is not from such a network. The message names keys that are unknown, missing, or of another
             shape.
     """
+    return _from_network(AUTHORS, state_dict, in_norm)
+
+
+def from_pytorchcv(state_dict: Mapping[str, Tensor], in_norm: bool | None = None) -> Conversion:
+    """Translate the state dict of pytorchcv's cbam_resnet18, 34, 50, 101 or 152. As from_official."""
+    made = _from_network(PYTORCHCV, state_dict, in_norm)
+    note = "its input is torchvision's: RGB, mean (123.675, 116.28, 103.53), std (58.395, 57.12, 57.375)"
+    return replace(made, notes=(note,))
+
+
+def _from_network(networks: Networks, state_dict: Mapping[str, Tensor], in_norm: bool | None) -> Conversion:
     given = {key.removeprefix('module.'): key for key in state_dict}
-    block, _ = _check_official({key: state_dict[old] for key, old in given.items()})
+    block, names = _check_network(networks, {key: state_dict[old] for key, old in given.items()})
     in_norm = block == 'BasicBlock' if in_norm is None else in_norm
     last = ('bn2.' if block == 'BasicBlock' else 'bn3.') if in_norm else ''
-    origins = {}
-    for key, old in given.items():
-        found = _official_cbam(key)
-        new = f'{found[0]}.{last}cbam.{OFFICIAL_PARTS[found[1]]}.{found[2]}' if found else key
-        origins[new] = old
+    origins = {re.sub(r'^(layer\d\.\d+\.)(cbam\.)', rf'\1{last}\2', names[key]): old for key, old in given.items()}
     return Conversion({new: state_dict[old] for new, old in origins.items()}, origins)
 
 
@@ -113,7 +192,7 @@ def to_official(state_dict: Mapping[str, Tensor]) -> Conversion:
         if found and found[2] in theirs:
             key = f'{found[1]}.cbam.{theirs[found[2]]}.{found[3]}'
         origins[f'module.{key}'] = old
-    _check_official({new.removeprefix('module.'): state_dict[old] for new, old in origins.items()})
+    _check_network(AUTHORS, {new.removeprefix('module.'): state_dict[old] for new, old in origins.items()})
     return Conversion({new: state_dict[old] for new, old in origins.items()}, origins)
 
 
@@ -137,9 +216,10 @@ def from_mmyolo(state_dict: Mapping[str, Tensor]) -> Conversion:
 
 
 def translate(state_dict: Mapping[str, Tensor]) -> Conversion | None:
-    """Translate a state dict of any of the three sources into the keys used here. None if it is from none of them."""
-    if is_official(state_dict):
-        return from_official(state_dict)
+    """Translate a state dict of any of the four sources into the keys used here. None if it is from none of them."""
+    made = from_network(state_dict)
+    if made is not None:
+        return made
     for parts, convert in ((MMYOLO_PARTS, from_mmyolo), (TIMM_PARTS, from_timm)):
         if any(f'{_last(parts)}.weight' == _tail(key, parts) for key in state_dict):
             return convert(state_dict)
@@ -189,28 +269,26 @@ def _from_modules(state_dict: Mapping[str, Tensor], parts: Mapping[str, str], no
     return Conversion(weights, origins, tuple(notes))
 
 
-def _official_cbam(key: str) -> tuple[str, str, str] | None:
-    """The parts ('layer1.0', 'ChannelGate.mlp.1', 'weight') of a key of the authors' CBAM, or None."""
-    found = re.fullmatch(rf'(layer\d\.\d+)\.cbam\.({"|".join(map(re.escape, OFFICIAL_PARTS))})\.(\w+)', key)
-    return (found[1], found[2], found[3]) if found else None
-
-
-def _check_official(state_dict: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Compare with the keys and shapes of torchvision's network with CBAMs.
+def _check_network(networks: Networks, state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
+    """Compare with the keys and shapes of torchvision's network with CBAMs, as this source names them.
 
     Returns:
-        'BasicBlock' or 'Bottleneck', and the depth.
+        'BasicBlock' or 'Bottleneck', and for each key of the state dict that of torchvision's network with our CBAM.
     """
-    block = 'Bottleneck' if 'layer1.0.conv3.weight' in state_dict else 'BasicBlock'
-    blocks = {found[0] for key in state_dict if (found := re.match(r'layer([1-4])\.(\d+)\.', key))}
-    counts = tuple(sum(name.startswith(f'layer{stage}.') for name in blocks) for stage in range(1, 5))
+    block = 'Bottleneck' if networks.name('layer1.0.conv3.weight') in state_dict else 'BasicBlock'
+    blocks = {found[0]: found[1] for key in state_dict if (found := re.match(networks.block, key))}
+    counts = tuple(sum(stage == str(number) for stage in blocks.values()) for number in range(1, 5))
     depth = DEPTHS.get((block, counts))
-    if depth is None:
+    if depth not in networks.depths:
+        depths = ', '.join(map(str, networks.depths[:-1]))
         raise UserError(
-            f'these are not the weights of a ResNet-18, 34, 50 or 101: stages of {", ".join(map(str, counts))} {block}s'
+            f'these are not the weights of a ResNet-{depths} or {networks.depths[-1]}: '
+            f'stages of {", ".join(map(str, counts))} {block}s'
         )
-    expected = _official_shapes(block, depth, state_dict)
-    optional = {key for key in expected if key.endswith('num_batches_tracked') or key.startswith('fc.')}
+    shapes = _shapes(networks, block, depth, state_dict)
+    names = {networks.name(key): key for key in shapes}
+    expected = {key: shapes[name] for key, name in names.items()}
+    optional = {k for k, name in names.items() if name.endswith('num_batches_tracked') or name.startswith('fc.')}
     faults = []
     for what, keys in (
         ('no such network has', [key for key in state_dict if key not in expected]),
@@ -226,26 +304,21 @@ def _check_official(state_dict: Mapping[str, Tensor]) -> tuple[str, int]:
     if faults:
         bam = ' A model with BAM has no counterpart here.' if any(key.startswith('bam') for key in state_dict) else ''
         raise UserError(
-            f"these are not the weights of the authors' ResNet-{depth} with CBAM: {'; '.join(faults)}.{bam}"
+            f'these are not the weights of {networks.whose} ResNet-{depth} with CBAM: {"; ".join(faults)}.{bam}'
         )
-    return block, depth
+    return block, names
 
 
-def _official_shapes(block: str, depth: int, state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+def _shapes(networks: Networks, block: str, depth: int, state_dict: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     import torchvision  # takes a second, and only this function needs it
 
-    mlp = state_dict.get('layer1.0.cbam.ChannelGate.mlp.1.weight')
+    mlp = state_dict.get(networks.name('layer1.0.cbam.channel.fc1.weight'))
     reduction = mlp.shape[1] // mlp.shape[0] if mlp is not None and mlp.dim() == 2 else 16
-    classes = len(state_dict['fc.bias']) if 'fc.bias' in state_dict else 1000
+    classes = state_dict.get(networks.name('fc.bias'))
     with torch.device('meta'):
-        network = getattr(torchvision.models, f'resnet{depth}')(num_classes=classes)
+        network = getattr(torchvision.models, f'resnet{depth}')(num_classes=1000 if classes is None else len(classes))
         for stage in range(1, 5):
             channels = 64 * 2 ** (stage - 1) * (4 if block == 'Bottleneck' else 1)
             for residual in getattr(network, f'layer{stage}'):
                 residual.cbam = CBAM(channels, reduction=reduction)
-    theirs = {new: old for old, new in OFFICIAL_PARTS.items()}
-    shapes = {}
-    for key, value in network.state_dict().items():
-        found = re.fullmatch(r'(layer\d\.\d+\.cbam)\.(\w+\.\w+)\.(\w+)', key)
-        shapes[f'{found[1]}.{theirs[found[2]]}.{found[3]}' if found else key] = value.shape
-    return shapes
+    return {key: value.shape for key, value in network.state_dict().items()}

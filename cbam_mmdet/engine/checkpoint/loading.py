@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import pickle
@@ -10,7 +11,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
 
@@ -21,10 +22,13 @@ from mmengine.logging import HistoryBuffer
 from cbam_mmdet.compat.mmengine import checkpoints_loaded_by, prefixes_keep_metadata
 from cbam_mmdet.compat.torch import load_without_code, unpickle_without_code
 from cbam_mmdet.engine.checkpoint.content import meta_of, weights_of
-from cbam_mmdet.engine.checkpoint.keys import from_official, is_official
+from cbam_mmdet.engine.checkpoint.keys import from_network
 from cbam_mmdet.engine.checkpoint.variants import PAPER, add_variants, cbams_in, set_variant
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.logging import log
+from cbam_mmdet.utils.text import abridge
+
+MAX_COMPRESSION = 20  # of a checkpoint in a zip archive: weights hardly shrink, a zip bomb does by a thousand
 
 
 def load_checkpoint(path: str, map_location: str | torch.device | None = None, trust: bool = False) -> dict:
@@ -33,7 +37,7 @@ def load_checkpoint(path: str, map_location: str | torch.device | None = None, t
     NumPy arrays, numbers and the histories of logs are allowed, because MMEngine's own checkpoints hold them.
 
     Args:
-        path: a local file.
+        path: a local file, or a zip archive with one such file in it, as pytorchcv publishes its weights.
         map_location: that of torch.load.
         trust: load any file by full unpickling. This runs code from the file.
 
@@ -42,9 +46,12 @@ def load_checkpoint(path: str, map_location: str | torch.device | None = None, t
     """
     reason: Exception
     try:
+        file = _unpacked(path)
         if trust:
-            return torch.load(path, map_location=map_location, weights_only=False)
-        return load_without_code(path, map_location, _harmless_globals())
+            return torch.load(file, map_location=map_location, weights_only=False)
+        return load_without_code(file, map_location, _harmless_globals())
+    except UserError:
+        raise
     except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, pickle.UnpicklingError) as error:
         reason = error
     except Exception as error:  # a damaged pickle may raise anything, and with trust the file's own code, too
@@ -61,6 +68,33 @@ def load_checkpoint(path: str, map_location: str | torch.device | None = None, t
         f'checkpoint {path} cannot be read, it is damaged or not one of PyTorch '
         f'({type(reason).__name__}: {reason}): use an earlier one.'
     ) from reason
+
+
+def _unpacked(path: str) -> str | io.BytesIO:
+    """The content of the only .pth file in a zip archive, or the path of any other file.
+
+    A checkpoint of torch itself is a zip archive, too: one that holds a data.pkl.
+    """
+    if not zipfile.is_zipfile(path):
+        return path
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        if any(PurePosixPath(member.filename).name == 'data.pkl' for member in members):
+            return path
+        found = [member for member in members if member.filename.endswith('.pth')]
+        if len(found) != 1:
+            held = abridge([member.filename for member in members]) if members else 'nothing'
+            raise UserError(
+                f'{path} is a zip archive with {len(found)} .pth files in it, where one is expected (it holds {held}): '
+                'unpack it, and give the .pth file'
+            )
+        size, limit = found[0].file_size, MAX_COMPRESSION * os.path.getsize(path)
+        if size > limit:
+            raise UserError(
+                f'{path} is a zip archive of {os.path.getsize(path)} bytes, in which {found[0].filename} would unpack '
+                f'to {size}: weights cannot be compressed so far, so it was not unpacked'
+            )
+        return io.BytesIO(archive.read(found[0]))  # zipfile reads no more than the size that the archive says
 
 
 def load_plain_pickle(path: str | Path) -> Any:
@@ -82,13 +116,23 @@ def load_plain_pickle(path: str | Path) -> Any:
         ) from error
 
 
+def download(url: str, folder: str | None = None, progress: bool = True) -> str:
+    """The path of a downloaded file, which is kept in torch.hub's folder for checkpoints unless another is given."""
+    folder = folder or os.path.join(torch.hub.get_dir(), 'checkpoints')
+    path = os.path.join(folder, os.path.basename(urlparse(url).path))
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        torch.hub.download_url_to_file(url, path, progress=progress)
+    return path
+
+
 @contextlib.contextmanager
 def safe_loading(trust: bool = False) -> Iterator[None]:
     """Let MMEngine load checkpoints with load_checkpoint inside this context.
 
     This covers load_from, resume, Pretrained and init_detector, with files and URLs. MMEngine itself tries to load
-    safely, but falls back to full unpickling. Checkpoints of the CBAM authors' networks are translated into the keys
-    used here (see keys.from_official).
+    safely, but falls back to full unpickling. Checkpoints of the CBAM authors' networks, and of pytorchcv's, are
+    translated into the keys used here (see keys.from_network).
 
     Args:
         trust: load any file by full unpickling. This runs code from the file.
@@ -103,11 +147,7 @@ def safe_loading(trust: bool = False) -> Iterator[None]:
     def load_url(
         url: str, model_dir: str | None = None, map_location: str | torch.device | None = None, **kwargs: Any
     ) -> dict:
-        folder = model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
-        path = os.path.join(folder, os.path.basename(urlparse(url).path))
-        if not os.path.exists(path):
-            os.makedirs(folder, exist_ok=True)
-            torch.hub.download_url_to_file(url, path, progress=kwargs.get('progress', True))
+        path = download(url, model_dir, kwargs.get('progress', True))
         return _translated(load_checkpoint(path, map_location, trust), url)
 
     with checkpoints_loaded_by(load_file, load_url), prefixes_keep_metadata():
@@ -115,15 +155,16 @@ def safe_loading(trust: bool = False) -> Iterator[None]:
 
 
 def _translated(checkpoint: Any, name: str) -> Any:
-    """Translate the CBAM authors' own checkpoints into the keys used here, and say which variant of CBAM a file is of.
+    """Translate networks of CBAM's authors and of pytorchcv into the keys used here, and say a file's variant of CBAM.
 
     Other files stay as they are.
     """
     weights = weights_of(checkpoint)
     if weights is None:
         return checkpoint
-    if is_official(weights):
-        weights = OrderedDict(from_official(weights).state_dict)
+    network = from_network(weights)
+    if network is not None:
+        weights = OrderedDict(network.state_dict)
         set_variant(weights, cbams_in(weights), PAPER)
         return dict(meta={}, state_dict=weights)
     unknown = add_variants(weights, meta_of(checkpoint))
