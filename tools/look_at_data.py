@@ -12,7 +12,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument('data_root', metavar='FOLDER', help='in the format of COCO, Pascal VOC, YOLO, CVAT or LabelMe')
     parser.add_shared('--train-ann', '--val-ann')
-    parser.add_argument('--out', default='data.html', metavar='FILE.html', help='default: %(default)s')
+    parser.add_argument('--out', default='work_dirs/data.html', metavar='FILE.html', help='default: %(default)s')
     parser.add_shared('--num-images', default=24, help='pictures on the page (default: %(default)s)')
     return parser.parse_args()
 

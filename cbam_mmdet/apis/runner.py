@@ -26,7 +26,7 @@ from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.engine.distributed import in_first_process, join_processes
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.plugins.checks import check_plugins
-from cbam_mmdet.utils.config import check_evaluators, check_optimizer, set_default_scope
+from cbam_mmdet.utils.config import SPLITS, check_evaluators, check_optimizer, set_default_scope
 from cbam_mmdet.utils.logging import log
 from cbam_mmdet.utils.numbers import check_numbers
 
@@ -51,8 +51,18 @@ def prepare(
     point_at_data(cfg, data_root, classes, train_ann, val_ann, once=in_first_process)
     check_plugins(cfg)
     check_numbers(cfg)
+    _keep_no_workers(cfg)
     check_optimizer(cfg)
     check_evaluators(cfg)
+
+
+def _keep_no_workers(cfg: Config) -> None:
+    """Without worker processes there are none to keep: torch refuses a config in which only num_workers was changed."""
+    for split in SPLITS:
+        loader = cfg.get(f'{split}_dataloader') or {}
+        if loader.get('num_workers') == 0:
+            loader.persistent_workers = False
+            loader.pop('prefetch_factor', None)
 
 
 def follow_checkpoint(cfg: Config, path: str, splits: Sequence[str], trust_checkpoint: bool) -> None:

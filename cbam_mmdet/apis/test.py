@@ -99,7 +99,7 @@ def test(
             runner.test_evaluator.metrics.append(dump(out_file_path=out))
         metrics = runner.test()
     if is_first_process():
-        write_record(runner.cfg, runner.log_dir, copy_in=runner.log_dir, results=out)
+        write_record(runner.cfg, runner.log_dir, copy_in=runner.log_dir, results=out, checkpoint=checkpoint)
     return metrics
 
 

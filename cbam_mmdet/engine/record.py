@@ -28,10 +28,10 @@ from cbam_mmdet.utils.files import AtomicLocalBackend
 
 RECORD = 'vis_data/run.json'
 PACKAGES = ('cbam_mmdet', 'torch', 'torchvision', 'mmcv', 'mmengine', 'mmdet')
-# What a record holds. One of before 0.2 has no copy and no results.
+# What a record holds. One of before 0.2 has no copy, no results and no checkpoint.
 RECORDED: dict[str, type | tuple[type, ...]] = dict(
-    command=str, config=(str, type(None)), copy=(str, type(None)), results=(str, type(None)), bases=list,
-    differences=list, processes=int, versions=dict, machine=str,
+    command=str, config=(str, type(None)), copy=(str, type(None)), results=(str, type(None)),
+    checkpoint=(str, type(None)), bases=list, differences=list, processes=int, versions=dict, machine=str,
 )  # fmt: skip
 # The arguments of the Runner, without those for folders and names. Other names in a config are its own variables.
 SETTINGS = tuple(
@@ -49,7 +49,13 @@ class Setting(NamedTuple):
     after: str | None
 
 
-def write_record(cfg: Config, folder: str | Path, copy_in: str | Path, results: str | None = None) -> None:
+def write_record(
+    cfg: Config,
+    folder: str | Path,
+    copy_in: str | Path,
+    results: str | None = None,
+    checkpoint: str | None = None,
+) -> None:
     """Write `vis_data/run.json` into the log folder of a run, and a copy of its config.
 
     Args:
@@ -57,6 +63,7 @@ def write_record(cfg: Config, folder: str | Path, copy_in: str | Path, results: 
         folder: the folder into which the run writes its log.
         copy_in: the folder for the copy: a training's work dir, or the log folder of a test.
         results: the file of a test's detections.
+        checkpoint: the file that a test was made of.
     """
     bases, changes = base_differences(cfg, cfg.filename) if cfg.filename and osp.isfile(cfg.filename) else ([], [])
     copy = Path(copy_in, osp.basename(cfg.filename or 'config.py'))
@@ -65,6 +72,7 @@ def write_record(cfg: Config, folder: str | Path, copy_in: str | Path, results: 
         config=cfg.filename,
         copy=copy.name,
         results=results and osp.abspath(results),
+        checkpoint=checkpoint and osp.abspath(checkpoint),
         bases=bases,
         differences=changes,
         processes=get_world_size(),

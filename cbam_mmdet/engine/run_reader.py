@@ -110,13 +110,30 @@ def find_config(work_dir: str | Path) -> Path:
 
 def find_tested_config(work_dir: str | Path, results: str | Path) -> Path | None:
     """The config of the test in a work dir that wrote this file of detections; None if there is no record of it."""
+    found = _find_test(work_dir, results)
+    return found and found[0]
+
+
+def was_made_of(results: str | Path, work_dir: str | Path, checkpoint: str | Path) -> bool:
+    """Whether a file of detections is known to be those of this checkpoint, unchanged since."""
+    found = _find_test(work_dir, results)
+    tested = found[1].get('checkpoint') if found else None
+    if not tested or os.path.basename(tested) != Path(checkpoint).name:
+        return False
+    if os.path.isfile(tested) and not os.path.samefile(tested, checkpoint):  # else the work dir may have been moved
+        return False
+    return Path(results).stat().st_mtime >= Path(checkpoint).stat().st_mtime
+
+
+def _find_test(work_dir: str | Path, results: str | Path) -> tuple[Path, dict] | None:
+    """The config and the record of the newest test in a work dir that wrote this file of detections."""
     for folder in sorted(Path(work_dir).glob('*/vis_data'), reverse=True):
         record = read_record(folder.parent)
         written = record.get('results')
         copy = folder.parent / os.path.basename(record.get('copy') or '')
         # A work dir may have been moved: the file's name must do, then.
         if written and os.path.basename(written) == Path(results).name and copy.is_file():
-            return copy
+            return copy, record
     return None
 
 

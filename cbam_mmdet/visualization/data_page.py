@@ -66,6 +66,7 @@ def write_data_page(found: Found, root: str | Path, out: str | Path, num_images:
         pictures=pictures,
         version=__version__,
     )
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)
     return tables
 

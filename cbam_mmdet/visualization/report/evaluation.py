@@ -7,7 +7,6 @@ and VOC test on their validation images.
 from __future__ import annotations
 
 import copy
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.apis.test import test
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
-from cbam_mmdet.engine.run_reader import RESULTS, TrainingRecord, read_results
+from cbam_mmdet.engine.run_reader import RESULTS, TrainingRecord, read_results, was_made_of
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.scores import Outcome, Scores, score
 from cbam_mmdet.models.gates import RecordedGates, find_cbams
@@ -101,12 +100,12 @@ def add_gates(runs: Sequence[EvaluatedRun], paths: Sequence[str], device: str | 
 def _detections(
     record: TrainingRecord, checkpoint: str, data_root: str | None, trust_checkpoint: bool, folder: str
 ) -> tuple[list[dict], Config]:
-    """The detections that tools/test.py --out wrote after the checkpoint, and the config that names their data.
+    """The detections that tools/test.py --out wrote of this checkpoint, and the config that names their data.
 
     If there are none, detect now, and write into a folder.
     """
     results = record.work_dir / RESULTS
-    if not data_root and results.is_file() and results.stat().st_mtime >= os.path.getmtime(checkpoint):
+    if not data_root and results.is_file() and was_made_of(results, record.work_dir, checkpoint):
         written = datetime.fromtimestamp(results.stat().st_mtime)
         record.facts['Detections'] = f'{RESULTS} of {written:%Y-%m-%d %H:%M}'
         return read_results(results), copy.deepcopy(record.tested)
