@@ -50,11 +50,11 @@ def point_at_data(
     if (train_ann or val_ann) and not data_root:
         raise UserError('--train-ann and --val-ann choose among the files of a folder: give it by --data-root DIR')
     files = once(lambda: coco_files(cfg, data_root, train_ann, val_ann, folder)) if data_root else None
-    if data_root and files:
-        use_coco_files(cfg, data_root, files)
-    elif data_root:
+    if data_root and not {'train', 'val'} <= (files or {}).keys():  # some splits, or all, as the config has them
         set_data_root(cfg, data_root)
         fit_layout(cfg)
+    if files:
+        use_coco_files(cfg, str(data_root), files)
     fit_image_suffix(cfg)
     if classes:
         set_classes(cfg, classes)

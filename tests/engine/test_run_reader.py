@@ -9,9 +9,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import WritesAFile
+from conftest import WritesAFile, pretend_tested
 
-from cbam_mmdet.engine.run_reader import find_config, read_results, read_scalars
+from cbam_mmdet.engine.run_reader import find_config, read_results, read_scalars, was_made_of
 from cbam_mmdet.engine.scalars import final_metrics
 from cbam_mmdet.errors import UserError
 
@@ -101,11 +101,28 @@ def test_detections_are_plain_data(tmp_path, protocol):
     assert all(read[key] == kinds[key] and type(read[key]) is type(kinds[key]) for key in ('f', 'i', 'shape', 'masks'))
 
 
+def test_detections_of_another_checkpoint_are_not_taken_for_those_of_this_one(trained, tmp_path):
+    work = shutil.copytree(trained, tmp_path / 'work')
+    results, checkpoint = work / 'results.pkl', work / 'epoch_1.pth'
+    write_results(results)
+    assert not was_made_of(results, work, checkpoint)  # no test left a record
+    pretend_tested(work)
+    assert was_made_of(results, work, checkpoint)
+    os.utime(checkpoint, (2e9, 2e9))
+    assert not was_made_of(results, work, checkpoint)  # trained further since
+    os.utime(checkpoint, (1e9, 1e9))
+    shutil.copy(checkpoint, work / 'epoch_2.pth')
+    os.utime(work / 'epoch_2.pth', (1e9, 1e9))
+    assert not was_made_of(results, work, work / 'epoch_2.pth')
+    moved = work.rename(tmp_path / 'moved')
+    assert was_made_of(moved / 'results.pkl', moved, moved / 'epoch_1.pth')
+
+
 @pytest.mark.parametrize('tool', ['report.py', 'draw_run.py'])
 def test_detections_that_hold_code_are_refused(run_tool, trained, tmp_path, tool):
     work = shutil.copytree(trained, tmp_path / 'work')
     write_results(work / 'results.pkl', more=WritesAFile(tmp_path / 'written'))
-    os.utime(work / 'results.pkl', (2e9, 2e9))  # newer than the checkpoint
+    pretend_tested(work)
     result = run_tool(tool, work)
     assert result.code == 2 and 'holds more than tensors and plain data (it names pathlib.Path' in result.err
     assert not (tmp_path / 'written').exists()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from coco_records import coco_records
-from conftest import DEMO, ROOT, run_in_this_process, tiny
+from conftest import DEMO, ROOT, pretend_tested, run_in_this_process, tiny
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tide import KINDS, tide
@@ -73,6 +73,7 @@ def compared(trained, shapes, tmp_path_factory):
     shutil.copytree(trained, cbam)
     run_once('train.py', PLAIN, *tiny(plain, shapes, 'model.test_cfg.rcnn.score_thr=0.0'))
     write_detections(shapes, cbam / 'results.pkl')
+    pretend_tested(cbam)
     run_once('report.py', plain, cbam, '--num-images', 3, '--score-thr', 0.05, '--device', 'cpu')
     return folder
 
