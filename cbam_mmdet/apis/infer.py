@@ -26,7 +26,7 @@ from cbam_mmdet.datasets.inputs import VIDEOS, expand_inputs, unique_names
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
-from cbam_mmdet.engine.checkpoint.content import meta_of, weights_of
+from cbam_mmdet.engine.checkpoint.content import classes_of, meta_of, weights_of
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint, is_onnx
 from cbam_mmdet.engine.checkpoint.loading import safe_loading
 from cbam_mmdet.errors import UserError
@@ -34,6 +34,7 @@ from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import split_datasets
 from cbam_mmdet.utils.devices import choose_device
 from cbam_mmdet.utils.files import AtomicLocalBackend, write_text
+from cbam_mmdet.utils.text import abridge
 
 
 @dataclass
@@ -71,16 +72,42 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
             model = init_detector(cfg, checkpoint=None, device=device)
     compare_state_dicts(weights, model, strict=True, name=checkpoint)
     model.load_state_dict(weights_of(weights))
-    meta = {key.lower(): value for key, value in (meta_of(weights).get('dataset_meta') or {}).items()}
     model.dataset_meta.update(classes=_config_classes(cfg) or model.dataset_meta['classes'])
-    model.dataset_meta.update(meta)
+    model.dataset_meta.update(_described(weights, checkpoint))
+    _require_a_name_each(model, checkpoint)
     return model
+
+
+def _described(checkpoint: dict, name: str) -> dict:
+    """What a checkpoint says of its data set: the classes, and their colours if there are enough."""
+    described = meta_of(checkpoint).get('dataset_meta') or {}
+    if described and classes_of(checkpoint) is None:
+        raise UserError(f'checkpoint {name} does not say its classes as a list of names (meta.dataset_meta.classes)')
+    meta = {key.lower(): value for key, value in described.items()}
+    palette = meta.get('palette')
+    if palette is not None and not (isinstance(palette, (list, tuple)) and len(palette) >= len(meta['classes'])):
+        del meta['palette']
+    return meta
+
+
+def _require_a_name_each(model: nn.Module, checkpoint: str) -> None:
+    """Refuse a detector whose head has more classes than there are names for them."""
+    head = getattr(model, 'bbox_head', None) or getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
+    head = head[-1] if isinstance(head, nn.ModuleList) else head
+    count, names = getattr(head, 'num_classes', None), model.dataset_meta['classes']
+    if isinstance(count, int) and count != len(names):
+        raise UserError(
+            f'{checkpoint}: the detector has {count} classes, and the checkpoint names {len(names)}: '
+            f'[{abridge(names, 8, quoted=True)}]'
+        )
 
 
 def _load_onnx(cfg: Config, file: str) -> nn.Module:
     from cbam_mmdet.deploy.onnx_detector import OnnxDetector
+    from cbam_mmdet.deploy.onnx_file import require_same_resize
 
     model = OnnxDetector(file)
+    require_same_resize(cfg, model.facts, file)
     model.cfg = cfg
     return model
 

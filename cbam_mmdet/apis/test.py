@@ -14,6 +14,7 @@ import cbam_mmdet.deploy.onnx_detector  # noqa: F401  (registers OnnxDetector)
 from cbam_mmdet.apis.runner import build_runner, check_splits, follow_checkpoint, prepare
 from cbam_mmdet.compat.mmengine import local_files_written_by, scores_written_once
 from cbam_mmdet.datasets.image_folders import is_classifier
+from cbam_mmdet.deploy.onnx_file import facts_of, open_session, require_same_resize
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint, is_onnx
 from cbam_mmdet.engine.checkpoint.loading import safe_loading
 from cbam_mmdet.engine.hooks.annotated_frame import AnnotatedFrameHook
@@ -85,6 +86,7 @@ def test(
     follow_checkpoint(cfg, checkpoint, ['test'], trust_checkpoint)
     check_splits(cfg, ['test'])
     if onnx:
+        require_same_resize(cfg, facts_of(open_session(checkpoint), checkpoint), checkpoint)
         log(f'{checkpoint} is tested as it was exported: the settings of the model in the config have no effect')
         cfg.model = ConfigDict(type='OnnxDetector', file=checkpoint)
     # The checkpoint holds every weight: a pretrained backbone would be fetched for nothing.

@@ -30,6 +30,8 @@ from cbam_mmdet.utils.config import class_of, evaluators_of, split_datasets
 from cbam_mmdet.utils.files import AtomicLocalBackend
 from cbam_mmdet.utils.text import abridge
 
+MANY = 0.1  # of the boxes: so many do not reach beyond their image by a slip of the hand
+
 
 @dataclass
 class Report:
@@ -41,6 +43,9 @@ class Report:
     boxes: int = 0
     images_with_boxes: set = field(default_factory=set)
     sizes: Counter = field(default_factory=Counter)
+    crowds: int = 0
+    beyond: list = field(default_factory=list)
+    repeated: list = field(default_factory=list)
     degenerate: list = field(default_factory=list)
     outside: list = field(default_factory=list)
     classes: Counter = field(default_factory=Counter)
@@ -149,14 +154,14 @@ def _completed(path: str, cfg: Config) -> str:
     target = target.absolute()
     AtomicLocalBackend().put(text, target)
     print_log(
-        f'{path}: {count} annotations lack area or iscrowd. They are completed by the area of the box and iscrowd=0 in '
-        f'{target}, which is used',
+        f"{path}: {count} annotations lack area or iscrowd, or have the id 0, which COCO's evaluation cannot count. "
+        f'They have the area of the box, iscrowd=0, and another id in {target}, which is used',
         logger='current',
     )
     return str(target)
 
 
-def _use(target: str, path: str, dataset: ConfigDict, evaluators: Sequence[ConfigDict]) -> None:
+def use_annotation_file(target: str, path: str, dataset: ConfigDict, evaluators: Sequence[ConfigDict]) -> None:
     """Let a data set, and the evaluators that read the same file, read another one."""
     dataset.ann_file = target
     for metric in evaluators:
@@ -176,7 +181,7 @@ def _check_dataset(
         if path not in completed:
             completed[path] = _completed(path, cfg)
         if completed[path] != path:
-            _use(completed[path], path, dataset, evaluators_of(cfg, split))
+            use_annotation_file(completed[path], path, dataset, evaluators_of(cfg, split))
             path = completed[path]
     key = (path, split == 'train', classes, str(dataset.get('data_prefix')))
     if key in done:
@@ -188,8 +193,15 @@ def _check_dataset(
     if not report.boxes:
         dropped = len(report.degenerate) + len(report.outside)
         also = f' ({dropped} degenerate or outside their image were left out)' if dropped else ''
+        also += f' ({report.crowds} are crowds, iscrowd=1, which are ignored)' if report.crowds else ''
         raise UserError(
             f'annotation file {path} holds no usable box for {split}{also}: there is nothing to learn or to score.'
+        )
+    if len(report.beyond) > MANY * report.boxes:
+        raise UserError(
+            f'annotation file {path}: {len(report.beyond)} of {report.boxes} boxes reach beyond their image, and would '
+            f'not if their bbox were [x1, y1, x2, y2] (annotation ids {abridge([str(i) for i in report.beyond])}). In '
+            "COCO's format it is [x, y, width, height]: convert them"
         )
     done[key] = report
     if style == 'voc' and split == 'train' and report.degenerate:
@@ -237,16 +249,27 @@ def read_coco(path: str) -> dict:
 def complete(content: dict[str, list]) -> tuple[dict[str, list], int]:
     """A content whose annotations all have `area` (else width x height of the box) and `iscrowd` (else 0).
 
+    None has the id 0, either: COCO's evaluation writes the id of the object that a detection found into a list that
+    begins as zeros, and takes that object for one that nothing found.
+
     Returns:
         The content, and how many annotations were completed. Malformed annotations stay as they are.
     """
     annotations, count = [], 0
+    free = 1 + max((a['id'] for a in content['annotations'] if isinstance(a, dict) and _is_id(a.get('id'))), default=0)
     for annotation in content['annotations']:
         if isinstance(annotation, dict) and not {'area', 'iscrowd'} <= annotation.keys():
             annotation = {'area': _area(annotation.get('bbox')), 'iscrowd': 0} | annotation
             count += 1
+        if isinstance(annotation, dict) and _is_id(annotation.get('id')) and annotation['id'] == 0:
+            annotation = {**annotation, 'id': free}
+            count += 1
         annotations.append(annotation)
     return dict(content, annotations=annotations), count
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
 
 
 def _area(box: object) -> float:
@@ -266,6 +289,7 @@ class COCOObject(NamedTuple):
     box: tuple[float, float, float, float]
     area: float
     image_size: tuple[float, float]
+    crowd: bool
 
 
 def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
@@ -273,13 +297,39 @@ def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split:
     images, names = _coco_images_and_names(path, content)
     _compare_classes(path, list(names.values()), classes)
     report = Report(path, split, images=len(images))
+    seen: set = set()
     for item in _coco_objects(path, content['annotations'], images, names, needs_iscrowd=split != 'train'):
-        if item.name in classes:
-            _count(report, item.id, item.image_id, item.name, item.box, item.image_size, item.area > 0)
+        if item.name not in classes:
+            continue
+        if item.crowd:
+            report.crowds += 1
+            continue
+        box = (item.image_id, item.name, item.box)
+        if box in seen:
+            report.repeated.append(item.id)
+        seen.add(box)
+        if _reads_as_corners(item.box, item.image_size):
+            report.beyond.append(item.id)
+        _count(report, item.id, item.image_id, item.name, item.box, item.image_size, item.area > 0)
+    files = [image['file_name'] for image in images.values()]
+    twice = [name for name, count in Counter(files).items() if count > 1]
+    if twice:
+        print_log(
+            f'{path}: {len(twice)} files are listed as several images: [{abridge(twice, quoted=True)}]',
+            logger='current',
+            level=logging.WARNING,
+        )
     folder = osp.join(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img', ''))
     _check_image_files(path, split, folder, [image['file_name'] for image in images.values()])
     _check_masks(path, dataset, content['annotations'])
     return report
+
+
+def _reads_as_corners(box: tuple[float, float, float, float], size: tuple[float, float]) -> bool:
+    """Whether a box reaches far beyond its image, and would not if its bbox were [x1, y1, x2, y2]."""
+    x1, y1, x2, y2 = box
+    far = x2 > 1.02 * size[0] + 2 or y2 > 1.02 * size[1] + 2
+    return far and x1 < x2 - x1 <= size[0] + 1 and y1 < y2 - y1 <= size[1] + 1
 
 
 def _check_masks(path: str, dataset: ConfigDict, annotations: list[dict]) -> None:
@@ -359,8 +409,8 @@ def _coco_objects(
 def _coco_object(annotation: dict, images: dict[Any, dict], names: dict[Any, str], needs_iscrowd: bool) -> COCOObject:
     if needs_iscrowd:
         _number(annotation['iscrowd'])  # the metric reads it
-    if not isinstance(annotation['id'], int):
-        raise TypeError(f'its id {annotation["id"]!r} is no whole number')
+    if not _is_id(annotation['id']):
+        raise TypeError(f'its id {annotation["id"]!r} is no whole number below 2**53')
     if annotation['image_id'] not in images:
         raise ValueError(f'its image_id {annotation["image_id"]!r} is not among the images')
     if annotation['category_id'] not in names:
@@ -368,7 +418,15 @@ def _coco_object(annotation: dict, images: dict[Any, dict], names: dict[Any, str
     name, image = names[annotation['category_id']], images[annotation['image_id']]
     x, y, width, height = (_number(value) for value in annotation['bbox'])
     box, area = (x, y, x + width, y + height), _number(annotation['area'])
-    return COCOObject(annotation['id'], annotation['image_id'], name, box, area, (image['width'], image['height']))
+    return COCOObject(
+        annotation['id'],
+        annotation['image_id'],
+        name,
+        box,
+        area,
+        (image['width'], image['height']),
+        bool(annotation.get('iscrowd')),
+    )
 
 
 def _text(value: object) -> str:
@@ -566,6 +624,14 @@ def _log(report: Report) -> None:
         f'boxes by class: {abridge(most, 12)}',
         logger='current',
     )
+    if report.repeated:
+        print_log(
+            f'{report.ann_file}: {len(report.repeated)} objects are annotated twice, with the same box and class: '
+            f'annotation ids {abridge([str(i) for i in report.repeated])}. Each of them counts as one more object that '
+            'nothing found',
+            logger='current',
+            level=logging.WARNING,
+        )
     fate = 'and left out' if report.split == 'train' else '; the metric still counts them, so take them out of the file'
     for kind, where in (
         ('degenerate (narrower than 1 pixel)', report.degenerate),

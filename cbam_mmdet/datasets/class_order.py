@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
 
-from cbam_mmdet.datasets.checks import annotation_file, annotation_format, dataset_classes, read_coco
+from cbam_mmdet.datasets.checks import (
+    annotation_file,
+    annotation_format,
+    dataset_classes,
+    read_coco,
+    use_annotation_file,
+)
 from cbam_mmdet.datasets.classes import set_metainfo
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import evaluators_of, split_datasets
@@ -50,15 +57,15 @@ def follow_class_order(cfg: Config, splits: Sequence[str], classes: Sequence[str
             set_metainfo(dataset, classes)
             path = annotation_file(dataset)
             if annotation_format(dataset) == 'coco' and Path(path).is_file():
-                copy = _in_order(path, classes, Path(folder, f'{split}_in_the_order_of_the_checkpoint.json'))
-                dataset.ann_file = str(copy.absolute())
-                for metric in evaluators_of(cfg, split):
-                    if metric.get('ann_file') == path:
-                        metric.ann_file = dataset.ann_file
+                copy = _in_order(path, classes, Path(folder, 'data'))
+                use_annotation_file(str(copy.absolute()), path, dataset, evaluators_of(cfg, split))
 
 
-def _in_order(path: str, classes: tuple[str, ...], target: Path) -> Path:
-    """Write an annotation file whose categories have the ids 1, 2, ... in this order; others follow."""
+def _in_order(path: str, classes: tuple[str, ...], folder: Path) -> Path:
+    """Write an annotation file whose categories have the ids 1, 2, ... in this order; others follow.
+
+    It goes to a folder that is called by a hash of its content, so no other one ever takes its place.
+    """
     content = read_coco(path)
     rank = {name: i for i, name in enumerate(classes)}
     try:
@@ -68,6 +75,8 @@ def _in_order(path: str, classes: tuple[str, ...], target: Path) -> Path:
         content['annotations'] = [dict(a, category_id=ids[a['category_id']]) for a in content['annotations']]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'annotation file {path}: a category or annotation is malformed ({error})') from error
-    AtomicLocalBackend().put(json.dumps(content).encode(), target)
+    text = json.dumps(content).encode()
+    target = folder / hashlib.sha256(text).hexdigest()[:12] / Path(path).name
+    AtomicLocalBackend().put(text, target)
     log(f'{path}: used as {target}')
     return target

@@ -14,6 +14,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from cbam_mmdet.deploy.onnx_file import facts_of, open_session, run_session
+from cbam_mmdet.errors import UserError
 
 
 def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
@@ -61,6 +62,10 @@ class OnnxDetector(nn.Module):
             for output in run_session(self.session, image.permute(1, 2, 0)[None].numpy())
         )
         there = labels >= 0
+        if len(labels) and int(labels.max()) >= len(self.facts['classes']):
+            raise UserError(
+                f'{self.file} gives label {int(labels.max())}, and names {len(self.facts["classes"])} classes'
+            )
         boxes = boxes[there] / boxes.new_tensor(sample.scale_factor).repeat(2)
         found = InstanceData(bboxes=boxes, scores=scores[there], labels=labels[there])
         if masks:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmdet.utils import get_test_pipeline_cfg
+from mmengine.config import Config
 from torch import nn
 
 from cbam_mmdet.deploy.graph import DetectorGraph
@@ -54,7 +55,7 @@ def write_onnx(
     import onnx
 
     graph = DetectorGraph(model).eval()
-    resize = _resize_of(model)
+    resize = resize_of(model.cfg)
     usual = TRACED[1:] if resize['keep_ratio'] or not resize['scale'] else resize['scale'][::-1]
     batch, height, width = (fixed_batch or TRACED[0], *(fixed_size or usual))
     dtype = torch.float32 if float_input else torch.uint8
@@ -101,20 +102,20 @@ def _facts(model: nn.Module, graph: DetectorGraph, half: bool) -> dict[str, Any]
         std=graph.std.flatten().tolist(),
         channels='RGB' if graph.swaps_channels else 'BGR',
         config=Path(model.cfg.filename or 'config').name,
-        **_resize_of(model),
+        **resize_of(model.cfg),
         mask_threshold=_mask_threshold(model),
         half=half,
         cbam_mmdet=__version__,
     )
 
 
-def _resize_of(model: nn.Module) -> dict[str, Any]:
+def resize_of(cfg: Config) -> dict[str, Any]:
     """How the test pipeline makes the network's input of an image.
 
     `scale`, (width, height), and `keep_ratio`; then `pad_to`, (width, height) or None, and `pad_value`. `scale` is None
     for a pipeline that does something else besides.
     """
-    steps = {step['type'].removeprefix('mmdet.'): step for step in get_test_pipeline_cfg(model.cfg)}
+    steps = {step['type'].removeprefix('mmdet.'): step for step in get_test_pipeline_cfg(cfg)}
     resize, pad = steps.get('Resize', {}), steps.get('Pad', {})
     known = {'LoadImageFromFile', 'LoadCheckedImage', 'Resize', 'Pad', 'LoadAnnotations', 'PackDetInputs'}
     value = (pad.get('pad_val') or {}).get('img', 0) if isinstance(pad.get('pad_val', {}), dict) else pad['pad_val']
@@ -158,14 +159,50 @@ def facts_of(session: Any, path: str | Path) -> dict[str, Any]:
     try:
         facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
         names = facts['classes']
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise UserError(f'{path} does not say its classes: tools/export.py has not written it') from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f'{path} does not say its classes as a list of names')
+    named = [node.name for node in (*session.get_inputs(), *session.get_outputs())]
+    if named[:4] != [INPUT, 'boxes', 'scores', 'labels']:
+        raise UserError(
+            f'{path} takes and gives {", ".join(named)}, where a detector of tools/export.py takes {INPUT} and gives '
+            'boxes, scores and labels'
+        )
     return facts
 
 
+def require_same_resize(cfg: Config, facts: dict[str, Any], path: str | Path) -> None:
+    """Refuse a config whose test pipeline makes another input of an image than the file was exported for.
+
+    Raises:
+        UserError: for another size, ratio or padding.
+    """
+    here = json.loads(json.dumps(resize_of(cfg)))
+    other = [key for key in here if key in facts and here[key] != facts[key]]
+    if other and here['scale'] and facts.get('scale'):
+        key = other[0]
+        raise UserError(
+            f"{path} was exported for {key}={facts[key]} of the test pipeline, and the config's is {here[key]}: the "
+            'detector would see images of another size. Give the config that it was exported with, or export it anew'
+        )
+
+
 def run_session(session: Any, images: np.ndarray) -> list[np.ndarray]:
-    """The outputs for (B, H, W, 3) images, as the file's input wants them."""
-    wanted = np.float32 if 'float' in session.get_inputs()[0].type else np.uint8
-    return session.run(None, {INPUT: images.astype(wanted)})
+    """The outputs for (B, H, W, 3) images, as the file's input wants them.
+
+    Raises:
+        UserError: for images of another size than a file of a fixed size takes.
+    """
+    given = session.get_inputs()[0]
+    fixed = {i: size for i, size in enumerate(given.shape) if isinstance(size, int)}
+    if any(images.shape[i] != fixed.get(i, images.shape[i]) for i in (1, 2)):
+        raise UserError(
+            f'the ONNX file takes images of {given.shape[2]} x {given.shape[1]} pixels only, and this one is '
+            f'{images.shape[2]} x {images.shape[1]}: export it without --fixed-size, or give it images of that size'
+        )
+    count = len(images)
+    if fixed.get(0, count) > count:  # a file of a fixed batch detects in copies, too
+        images = np.concatenate([images, np.repeat(images[-1:], fixed[0] - count, 0)])
+    wanted = np.float32 if 'float' in given.type else np.uint8
+    return [output[:count] for output in session.run(None, {INPUT: images.astype(wanted)})]

@@ -120,3 +120,59 @@ def text(folder):
     path = folder / 'text.onnx'
     path.write_text('no graph')
     return path
+
+
+def test_a_file_of_a_fixed_batch_detects_single_images(run_tool, trained, exported, shapes, tmp_path):
+    found = []
+    for name, fixed in (('any', []), ('fixed', ['--fixed-batch', 3])):
+        file = tmp_path / f'{name}.onnx'
+        where = ['--data-root', shapes, '--out', file, *fixed, *cfg_options(SMALL, ANY_SCORE)]
+        assert run_tool('export.py', DEMO, trained, *where).code == 0
+        out = tmp_path / f'{name}_out'
+        result = run_tool('infer.py', DEMO, file, shapes / 'val2017', '--out-dir', out, '--score-thr', 0.0,
+                          *cfg_options(SMALL, ANY_SCORE))  # fmt: skip
+        assert result.code == 0, result.err
+        found.append([it['bbox'] for it in json.loads((out / 'predictions.json').read_text())])
+    assert len(found[0]) > 100 and np.allclose(*found, atol=0.1)
+
+
+def test_a_config_of_another_scale_is_refused(run_tool, exported, shapes, tmp_path):
+    """mAP would fall without a word."""
+    change = {
+        'test_dataloader.dataset.pipeline.1.scale': '(64,64)',
+        'val_dataloader.dataset.pipeline.1.scale': '(64,64)',
+    }
+    for tool, more in (
+        ('test.py', ['--data-root', shapes, '--work-dir', tmp_path]),
+        ('infer.py', [shapes / 'val2017']),
+    ):
+        where = ['--out-dir', tmp_path / 'out'] if tool == 'infer.py' else []
+        result = run_tool(tool, DEMO, exported, *more, *where, *cfg_options(SMALL, change))
+        assert result.code == 2 and 'was exported for scale=' in result.err and '[64, 64]' in result.err, result.err
+
+
+@pytest.mark.parametrize(
+    ('damage', 'words'),
+    [
+        (dict(classes=['a', 'b']), 'names 2 classes'),
+        (dict(classes='[' * 100_000), 'does not say its classes'),
+        (dict(outputs=('x', 'scores', 'labels')), 'where a detector of tools/export.py takes'),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(run_tool, exported, shapes, tmp_path, damage, words):
+    import onnx
+
+    made = onnx.load(str(exported))
+    for item in made.metadata_props:
+        if item.key in damage:
+            item.value = damage[item.key] if isinstance(damage[item.key], str) else json.dumps(damage[item.key])
+    if 'outputs' in damage:
+        old, new = made.graph.output[0].name, damage['outputs'][0]
+        made.graph.output[0].name = new
+        for node in made.graph.node:
+            node.output[:] = [new if name == old else name for name in node.output]
+            node.input[:] = [new if name == old else name for name in node.input]
+    file = tmp_path / 'damaged.onnx'
+    onnx.save(made, str(file))
+    result = run_tool('infer.py', DEMO, file, shapes / 'val2017', '--out-dir', tmp_path / 'out', *cfg_options(SMALL))
+    assert result.code == 2 and words in result.err, result.err

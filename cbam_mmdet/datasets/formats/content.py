@@ -16,6 +16,7 @@ from cbam_mmdet.utils.text import brief
 
 LARGEST = 1e9  # pixels: no coordinate is larger
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and the values that swap width and height
+TURNED_FORMATS = ('JPEG', 'PNG', 'TIFF')  # those that OpenCV turns, with which MMDetection reads images
 HELD_OUT = 0.2
 
 
@@ -164,7 +165,7 @@ def displayed_size(path: Path) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(ORIENTATION) in TURNED
+            turned = image.format in TURNED_FORMATS and image.getexif().get(ORIENTATION) in TURNED
             return image.size[::-1] if turned else image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f'image {path} cannot be read: {brief(error)}') from error

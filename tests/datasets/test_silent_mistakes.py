@@ -1,0 +1,148 @@
+"""Annotations and configs that were scored or trained on wrongly without a word."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import DEMO, IN_THIS_PROCESS, SMALL, cfg_options, tiny
+from mmengine.config import ConfigDict
+from pycocotools.coco import COCO
+
+from cbam_mmdet.apis.runner import prepare
+from cbam_mmdet.datasets.checks import check_data, complete
+from cbam_mmdet.datasets.class_order import follow_class_order
+from cbam_mmdet.errors import UserError
+from cbam_mmdet.evaluation.metrics import HotCocoMetric
+from cbam_mmdet.utils.config import evaluators_of, load_config, split_datasets
+
+
+@pytest.fixture
+def checked(shapes, tmp_path):
+    """A function that checks the shapes with changed validation annotations, and returns the config and the log."""
+
+    def check(change, capsys):
+        root = shutil.copytree(shapes, tmp_path / 'data')
+        path = root / 'annotations/instances_val2017.json'
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+        cfg = load_config(DEMO)
+        prepare(cfg, str(root), None, str(tmp_path / 'work'), 'none')
+        capsys.readouterr()
+        check_data(cfg, ['val', 'test'])
+        said = capsys.readouterr()
+        return cfg, said.out + said.err
+
+    return check
+
+
+def test_an_annotation_with_the_id_0_is_found(checked, shapes, capsys):
+    """pycocotools takes the object with the id 0 for one that nothing found; perfect detections then score below 1."""
+
+    def from_zero(content):
+        for i, annotation in enumerate(content['annotations']):
+            annotation['id'] = i
+
+    cfg, said = checked(from_zero, capsys)
+    assert '1 annotations lack area or iscrowd, or have the id 0' in said
+    for split in ('val', 'test'):
+        [dataset] = split_datasets(cfg, split)
+        truth = COCO(dataset.ann_file)
+        assert min(truth.anns) > 0 and len(truth.anns) == len(
+            COCO(str(shapes / 'annotations/instances_val2017.json')).anns
+        )
+        assert all(metric.ann_file == dataset.ann_file for metric in evaluators_of(cfg, split))
+    metric = HotCocoMetric(ann_file=dataset.ann_file, metric='bbox')
+    metric.dataset_meta = dict(classes=tuple(category['name'] for category in truth.dataset['categories']))
+    assert perfect(metric, truth) == 1
+
+
+def perfect(metric, truth):
+    """The mAP of detections that are the annotated boxes."""
+    import torch
+
+    labels = {category: i for i, category in enumerate(truth.getCatIds())}
+    for image in truth.loadImgs(truth.getImgIds()):
+        found = truth.loadAnns(truth.getAnnIds(image['id']))
+        boxes = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in (a['bbox'] for a in found)]).reshape(-1, 4)
+        pred = dict(
+            bboxes=boxes, scores=torch.ones(len(found)), labels=torch.tensor([labels[a['category_id']] for a in found])
+        )
+        size = (image['height'], image['width'])
+        metric.process({}, [dict(img_id=image['id'], ori_shape=size, pred_instances=pred)])
+    return metric.evaluate(len(truth.imgs))['coco/bbox_mAP']
+
+
+def test_ids_are_as_they_were_where_none_is_0():
+    annotations = [dict(id=5, area=1, iscrowd=0), dict(id=2, area=1, iscrowd=1)]
+    assert complete(dict(annotations=annotations)) == (dict(annotations=annotations), 0)
+
+
+def test_crowds_alone_are_no_data(checked, capsys):
+    with pytest.raises(UserError, match=r'no usable box for val \(\d+ are crowds, iscrowd=1'):
+        checked(lambda content: [a.update(iscrowd=1) for a in content['annotations']], capsys)
+
+
+def test_corners_in_place_of_width_and_height_are_refused(checked, capsys):
+    def to_corners(content):
+        for a in content['annotations']:
+            x, y, width, height = a['bbox']
+            a['bbox'] = [x, y, x + width, y + height]
+
+    with pytest.raises(UserError, match=r'boxes reach beyond their image.*\[x, y, width, height\]'):
+        checked(to_corners, capsys)
+
+
+def test_objects_and_files_that_are_listed_twice_are_named(checked, capsys):
+    def twice(content):
+        a, image = content['annotations'][0], content['images'][0]
+        content['annotations'].append(dict(a, id=9999))
+        content['images'].append(dict(image, id=9999))
+
+    _, said = checked(twice, capsys)
+    assert '1 objects are annotated twice' in said and '9999' in said
+    assert '1 files are listed as several images' in said
+
+
+def test_an_id_beyond_the_evaluation_is_refused(checked, capsys):
+    with pytest.raises(UserError, match=r'no whole number below 2\*\*53'):
+        checked(lambda content: content['annotations'][0].update(id=2**70), capsys)
+
+
+def test_concatenated_data_sets_keep_their_own_annotations(shapes, tmp_path):
+    """In the order of a checkpoint's classes each gets a copy of its own file."""
+    root = shutil.copytree(shapes, tmp_path / 'data')
+    cfg = load_config(DEMO)
+    prepare(cfg, str(root), None, str(tmp_path / 'work'), 'none')
+    first = cfg.train_dataloader.dataset
+    second = ConfigDict(first.to_dict()) if hasattr(first, 'to_dict') else ConfigDict(first)
+    second.ann_file = 'annotations/instances_val2017.json'
+    cfg.train_dataloader.dataset = ConfigDict(type='ConcatDataset', datasets=[first, second])
+    classes = [c['name'] for c in json.loads((root / 'annotations/instances_val2017.json').read_text())['categories']]
+    follow_class_order(cfg, ['train'], classes[::-1], 'a checkpoint', str(tmp_path / 'work'))
+    counts = [len(json.loads(Path(d.ann_file).read_text())['images']) for d in split_datasets(cfg, 'train')]
+    truth = [
+        len(json.loads((root / f'annotations/instances_{s}2017.json').read_text())['images']) for s in ('train', 'val')
+    ]
+    assert counts == truth
+
+
+def test_an_evaluator_that_spells_its_file_otherwise_follows_the_order(shapes, tmp_path):
+    cfg = load_config(DEMO)
+    prepare(cfg, str(shapes), None, str(tmp_path / 'work'), 'none')
+    for metric in evaluators_of(cfg, 'test'):
+        metric.ann_file = str(shapes / 'annotations/../annotations/instances_val2017.json')
+    classes = [c['name'] for c in json.loads((shapes / 'annotations/instances_val2017.json').read_text())['categories']]
+    follow_class_order(cfg, ['test'], classes[::-1], 'a checkpoint', str(tmp_path / 'work'))
+    [dataset] = split_datasets(cfg, 'test')
+    assert [c['name'] for c in json.loads(Path(dataset.ann_file).read_text())['categories']] == classes[::-1]
+    assert all(metric.ann_file == dataset.ann_file for metric in evaluators_of(cfg, 'test'))
+
+
+def test_no_workers_where_the_config_keeps_them(run_tool, shapes, tmp_path):
+    """torch refuses to keep workers where there are none."""
+    assert load_config(DEMO).train_dataloader.persistent_workers
+    options = {key: value for key, value in IN_THIS_PROCESS.items() if key.endswith('num_workers')}
+    result = run_tool('train.py', DEMO, *tiny(tmp_path, shapes, model=SMALL), *cfg_options(options))
+    assert result.code == 0, result.err[-1500:]
