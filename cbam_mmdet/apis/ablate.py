@@ -37,7 +37,7 @@ from cbam_mmdet.engine.scalars import final_metrics, json_lines, metrics_of
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import CBAM
 from cbam_mmdet.models.plugins.checks import check_plugins
-from cbam_mmdet.utils.config import class_of, load_config, set_default_scope
+from cbam_mmdet.utils.config import class_of, config_text, load_config, set_default_scope
 from cbam_mmdet.utils.files import AtomicLocalBackend
 from cbam_mmdet.utils.tables import Cell, Column, Table
 
@@ -227,7 +227,7 @@ def record_settings(run: AblationRun) -> None:
     Raises:
         UserError: if the run on the disk was made with another.
     """
-    text = run.cfg.pretty_text
+    text = config_text(run.cfg)
     recorded = run.config.read_text(encoding='utf-8') if run.config.is_file() else None
     if run.work_dir.exists() and recorded != text:
         if recorded is None:
@@ -250,7 +250,7 @@ def next_command(run: AblationRun, tools: Path) -> list[str] | None:
     if checkpoint and checkpoint.stem == '{}_{}'.format(*run.last_step):
         # Killed in its last validation, which a resumed training would not repeat.
         config = run.config.with_name(f'{run.name}.validation.py')
-        _write(config, _validation_as_test(run.cfg).pretty_text)
+        _write(config, config_text(_validation_as_test(run.cfg)))
         return [sys.executable, f'{tools}/test.py', str(config), str(checkpoint), '--work-dir', str(run.validation_dir)]
     # Not from `checkpoint`: a training that was stopped by a signal has saved a newer one, whatever unit it counts in.
     resume = ['--resume', 'auto'] if any(run.work_dir.glob('*.pth')) else []

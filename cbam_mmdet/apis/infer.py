@@ -36,6 +36,8 @@ from cbam_mmdet.utils.devices import choose_device
 from cbam_mmdet.utils.files import AtomicLocalBackend, write_text
 from cbam_mmdet.utils.text import abridge
 
+WHOLE = 0.95  # of a video's frames: what containers say of their number is not exact
+
 
 @dataclass
 class Summary:
@@ -155,7 +157,15 @@ def infer(
         try:
             if file.suffix.lower() in VIDEOS:
                 images += _infer_video(
-                    model, pipeline, file, target.with_name(f'{target.name}.mp4'), painter, records, images, score_thr
+                    model,
+                    pipeline,
+                    file,
+                    target.with_name(f'{target.name}.mp4'),
+                    painter,
+                    records,
+                    images,
+                    score_thr,
+                    warn,
                 )
             else:
                 image = read_image(str(file))
@@ -216,7 +226,7 @@ def _enlarged(sample: DetDataSample, factor: int) -> DetDataSample:
     return DetDataSample(pred_instances=found)
 
 
-def _infer_video(model, pipeline, file, target, painter, records, before, score_thr) -> int:
+def _infer_video(model, pipeline, file, target, painter, records, before, score_thr, warn) -> int:
     video = mmcv.VideoReader(str(file))
     if not video.opened or not len(video):
         raise UserError(f'video {file} is not one that OpenCV can read.')
@@ -235,6 +245,8 @@ def _infer_video(model, pipeline, file, target, painter, records, before, score_
             writer.write(picture)
     if writer is not None:
         writer.release()
+    if count < WHOLE * len(video):
+        warn(f'video {file} says that it has {len(video)} frames, and {count} could be read: it may be cut off')
     return count
 
 

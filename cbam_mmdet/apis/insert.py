@@ -33,7 +33,7 @@ from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.gates import find_cbams
 from cbam_mmdet.models.plugins.backbone import PluginBackbone
 from cbam_mmdet.models.plugins.places import usual_place
-from cbam_mmdet.utils.config import class_of, set_default_scope
+from cbam_mmdet.utils.config import class_of, config_text, set_default_scope
 from cbam_mmdet.utils.files import AtomicLocalBackend
 
 
@@ -133,7 +133,7 @@ def _write_config(cfg: Config, path: Path, load_from: Path) -> None:
     imports = cfg.setdefault('custom_imports', ConfigDict(imports=[]))
     imports.imports = list(dict.fromkeys([*imports.imports, 'cbam_mmdet']))
     cfg.pop('work_dir', None)
-    AtomicLocalBackend().put(cfg.pretty_text.encode(), path)
+    AtomicLocalBackend().put(config_text(cfg).encode(), path)
 
 
 def _forget_pretrained(model: ConfigDict) -> None:

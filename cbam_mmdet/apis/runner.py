@@ -26,7 +26,7 @@ from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.engine.distributed import in_first_process, join_processes
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.plugins.checks import check_plugins
-from cbam_mmdet.utils.config import SPLITS, check_evaluators, check_optimizer, set_default_scope
+from cbam_mmdet.utils.config import SPLITS, check_evaluators, check_optimizer, set_default_scope, split_datasets
 from cbam_mmdet.utils.logging import log
 from cbam_mmdet.utils.numbers import check_numbers
 
@@ -48,12 +48,28 @@ def prepare(
         cfg.work_dir = work_dir
     elif not cfg.get('work_dir'):
         cfg.work_dir = osp.join('work_dirs', Path(cfg.filename).stem)
+    _require_lists_of_classes(cfg)
     point_at_data(cfg, data_root, classes, train_ann, val_ann, once=in_first_process)
     check_plugins(cfg)
     check_numbers(cfg)
     _keep_no_workers(cfg)
     check_optimizer(cfg)
     check_evaluators(cfg)
+
+
+def _require_lists_of_classes(cfg: Config) -> None:
+    """Refuse classes=('circle') with a forgotten comma, of which MMDetection makes the classes c, i, r, ...
+
+    MMEngine takes a text for the path of a file that lists the classes, if there is one.
+    """
+    for split in SPLITS:
+        for dataset in split_datasets(cfg, split):
+            names = (dataset.get('metainfo') or {}).get('classes')
+            if isinstance(names, str) and not osp.isfile(names):
+                raise UserError(
+                    f'the {split} data set says metainfo.classes={names!r}, which is a text. Expected a tuple, '
+                    f'with a comma also behind one name: classes=({names!r},)'
+                )
 
 
 def _keep_no_workers(cfg: Config) -> None:

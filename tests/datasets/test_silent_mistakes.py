@@ -146,3 +146,9 @@ def test_no_workers_where_the_config_keeps_them(run_tool, shapes, tmp_path):
     options = {key: value for key, value in IN_THIS_PROCESS.items() if key.endswith('num_workers')}
     result = run_tool('train.py', DEMO, *tiny(tmp_path, shapes, model=SMALL), *cfg_options(options))
     assert result.code == 0, result.err[-1500:]
+
+
+def test_a_forgotten_comma_in_the_classes(run_tool, shapes, tmp_path):
+    """MMDetection would name the classes c, i, r, ..."""
+    result = run_tool('train.py', DEMO, *tiny(tmp_path, shapes, 'train_dataloader.dataset.metainfo.classes=circle'))
+    assert result.code == 2 and "classes=('circle',)" in result.err

@@ -138,16 +138,13 @@ def test_a_file_of_a_fixed_batch_detects_single_images(run_tool, trained, export
 
 def test_a_config_of_another_scale_is_refused(run_tool, exported, shapes, tmp_path):
     """mAP would fall without a word."""
-    change = {
-        'test_dataloader.dataset.pipeline.1.scale': '(64,64)',
-        'val_dataloader.dataset.pipeline.1.scale': '(64,64)',
-    }
+    change = [f'{split}_dataloader.dataset.pipeline.1.scale=(64,64)' for split in ('test', 'val')]
     for tool, more in (
         ('test.py', ['--data-root', shapes, '--work-dir', tmp_path]),
         ('infer.py', [shapes / 'val2017']),
     ):
         where = ['--out-dir', tmp_path / 'out'] if tool == 'infer.py' else []
-        result = run_tool(tool, DEMO, exported, *more, *where, *cfg_options(SMALL, change))
+        result = run_tool(tool, DEMO, exported, *more, *where, *cfg_options(SMALL, *change))
         assert result.code == 2 and 'was exported for scale=' in result.err and '[64, 64]' in result.err, result.err
 
 
