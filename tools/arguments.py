@@ -34,7 +34,13 @@ class KeyValues(argparse.Action):
                 )
         from mmengine.config import DictAction
 
-        DictAction(self.option_strings, self.dest, nargs='+')(parser, namespace, values, option_string)
+        try:
+            DictAction(self.option_strings, self.dest, nargs='+')(parser, namespace, values, option_string)
+        except (RecursionError, ValueError, AssertionError, IndexError):  # of brackets that it cannot pair
+            parser.error(
+                f'{option_string}: one of {" ".join(values)[:200]} cannot be read. Values are numbers, words, lists as '
+                'in [1,2] and tuples as in "(1,2)"; the keys of a dict are given one by one, as in a.b=1 a.c=2'
+            )
 
 
 def score(text: str) -> float:

@@ -34,7 +34,7 @@ from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import split_datasets
 from cbam_mmdet.utils.devices import choose_device
 from cbam_mmdet.utils.files import AtomicLocalBackend, write_text
-from cbam_mmdet.utils.text import abridge
+from cbam_mmdet.utils.text import abridge, brief
 
 WHOLE = 0.95  # of a video's frames: what containers say of their number is not exact
 
@@ -174,8 +174,9 @@ def infer(
                 records += _records(model, sample, score_thr, image_id=images, file_name=str(file))
                 if painter:
                     write_picture(painter(image, sample), f'{target}.jpg')
-        except UserError as error:
-            warn(str(error))
+        except (UserError, cv2.error) as error:
+            # OpenCV cannot make a picture narrower than a pixel, which one of 5000 x 1 pixels would become.
+            warn(str(error) if isinstance(error, UserError) else f'{file} cannot be resized: {brief(error)}')
             broken.append(str(file))
     write_text(out_dir / 'predictions.json', json.dumps(records))
     return Summary(images, len(records), out_dir, broken)
@@ -227,11 +228,15 @@ def _enlarged(sample: DetDataSample, factor: int) -> DetDataSample:
 
 
 def _infer_video(model, pipeline, file, target, painter, records, before, score_thr, warn) -> int:
-    video = mmcv.VideoReader(str(file))
-    if not video.opened or not len(video):
+    try:
+        video = mmcv.VideoReader(str(file)) if file.is_file() else None  # a pipe or a device has no end
+        length = len(video) if video and video.opened else 0
+    except (FileNotFoundError, ValueError):  # the number of frames may be none
+        length = 0
+    if not video or length < 1:
         raise UserError(f'video {file} is not one that OpenCV can read.')
     writer, count = None, 0
-    for frame in tqdm(video, total=len(video), desc=file.name, unit='frame'):
+    for frame in tqdm(video, total=length, desc=file.name, unit='frame'):
         if frame is None:
             break
         count += 1
@@ -245,8 +250,10 @@ def _infer_video(model, pipeline, file, target, painter, records, before, score_
             writer.write(picture)
     if writer is not None:
         writer.release()
-    if count < WHOLE * len(video):
-        warn(f'video {file} says that it has {len(video)} frames, and {count} could be read: it may be cut off')
+    if not count:
+        raise UserError(f'video {file} is not one that OpenCV can read: it holds no frame.')
+    if count < WHOLE * length:
+        warn(f'video {file} says that it has {length} frames, and {count} could be read: it may be cut off')
     return count
 
 

@@ -41,6 +41,7 @@ class Report:
     split: str
     images: int = 0
     boxes: int = 0
+    files: list = field(default_factory=list)
     images_with_boxes: set = field(default_factory=set)
     sizes: Counter = field(default_factory=Counter)
     crowds: int = 0
@@ -74,9 +75,24 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
             _check_num_classes(cfg.model, dataset, where='model')
         for metric in evaluators_of(cfg, split):
             _check_evaluator(metric.get('ann_file'), split_datasets(cfg, split), split)
+    _name_common_images([*reports.values()])
     for report in reports.values():
         _log(report)
     return list(reports.values())
+
+
+def _name_common_images(reports: Sequence[Report]) -> None:
+    """Say which images are both trained on and scored."""
+    trained = {path for report in reports if report.split == 'train' for path in report.files}
+    for report in reports:
+        common = [osp.basename(path) for path in report.files if path in trained] if report.split != 'train' else []
+        if common:
+            print_log(
+                f'{report.ann_file}: {len(common)} of {report.images} images are trained on, too, so the score is not '
+                f'that of new images: {abridge(common)}',
+                logger='current',
+                level=logging.WARNING,
+            )
 
 
 def _check_evaluator(ann_file: str | None, datasets: Sequence[ConfigDict], split: str) -> None:
@@ -314,15 +330,17 @@ def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split:
     files = [image['file_name'] for image in images.values()]
     twice = [name for name, count in Counter(files).items() if count > 1]
     if twice:
-        print_log(
-            f'{path}: {len(twice)} files are listed as several images: [{abridge(twice, quoted=True)}]',
-            logger='current',
-            level=logging.WARNING,
-        )
+        _warn_of_repeated_files(path, twice)
     folder = osp.join(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img', ''))
-    _check_image_files(path, split, folder, [image['file_name'] for image in images.values()])
+    _check_image_files(path, split, folder, files)
+    report.files = [osp.join(folder, name) for name in files]
     _check_masks(path, dataset, content['annotations'])
     return report
+
+
+def _warn_of_repeated_files(path: str, names: list[str]) -> None:
+    message = f'{path}: {len(names)} files are listed as several images: [{abridge(names, quoted=True)}]'
+    print_log(message, logger='current', level=logging.WARNING)
 
 
 def _reads_as_corners(box: tuple[float, float, float, float], size: tuple[float, float]) -> bool:
@@ -520,6 +538,10 @@ def _check_voc(path: str, dataset: ConfigDict, classes: tuple[str, ...], split: 
     if class_of(DATASETS, dataset['type']) is XMLDataset:
         _require_jpg(path, files)
     _check_image_files(path, split, folder, files)
+    report.files = [osp.join(folder, name) for name in files]
+    twice = [name for name, count in Counter(files).items() if count > 1]
+    if twice:
+        _warn_of_repeated_files(path, twice)
     return report
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from mmengine.config import ConfigDict
 from tqdm import tqdm
 
-from cbam_mmdet.datasets.checks import read_coco, read_voc, read_voc_ids
+from cbam_mmdet.datasets.checks import complete, read_coco, read_voc, read_voc_ids, require_coco
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.datasets.voc import image_names_by_stem, voc_image_folder
 from cbam_mmdet.errors import UserError
@@ -140,7 +140,9 @@ def _require_readable(stem: str, root: ET.Element) -> None:
 
 
 def _write_voc(source: str, image_set: str) -> int:
-    files = coco_to_voc(read_coco(source))
+    content, _ = complete(read_coco(source))
+    require_coco(source, content)
+    files = coco_to_voc(content)
     annotations = Path(image_set).absolute().parents[2] / 'Annotations'
     there = [name for name in files if (annotations / f'{name}.xml').exists()]
     if there:
@@ -170,8 +172,11 @@ def _add_object(root: ET.Element, name: str, box: list[float], difficult: bool) 
     ET.SubElement(item, 'name').text = name
     ET.SubElement(item, 'difficult').text = str(int(difficult))
     corners = ET.SubElement(item, 'bndbox')
-    for key, value in zip(('xmin', 'ymin', 'xmax', 'ymax'), (x + 1, y + 1, x + width, y + height), strict=True):
-        ET.SubElement(corners, key).text = str(round(value))
+    xmin, ymin = round(x + 1), round(y + 1)
+    # A box of less than a pixel stays one of a pixel, which VOC's smallest box is.
+    xmax, ymax = max(round(x + width), xmin), max(round(y + height), ymin)
+    for key, value in dict(xmin=xmin, ymin=ymin, xmax=xmax, ymax=ymax).items():
+        ET.SubElement(corners, key).text = str(value)
 
 
 def _as_integer(value: float) -> int | float:

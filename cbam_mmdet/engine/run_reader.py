@@ -127,14 +127,20 @@ def was_made_of(results: str | Path, work_dir: str | Path, checkpoint: str | Pat
 
 def _find_test(work_dir: str | Path, results: str | Path) -> tuple[Path, dict] | None:
     """The config and the record of the newest test in a work dir that wrote this file of detections."""
+    tests = []
     for folder in sorted(Path(work_dir).glob('*/vis_data'), reverse=True):
         record = read_record(folder.parent)
-        written = record.get('results')
         copy = folder.parent / os.path.basename(record.get('copy') or '')
-        # A work dir may have been moved: the file's name must do, then.
-        if written and os.path.basename(written) == Path(results).name and copy.is_file():
-            return copy, record
-    return None
+        if record.get('results') and copy.is_file():
+            tests.append((copy, record))
+    here = [test for test in tests if os.path.abspath(results) == test[1]['results']]
+    # A work dir may have been moved: the file's name must do, then.
+    moved = [
+        test
+        for test in tests
+        if os.path.basename(test[1]['results']) == Path(results).name and not os.path.exists(test[1]['results'])
+    ]
+    return next(iter([*here, *moved]), None)
 
 
 def read_results(path: str | Path) -> list[dict]:
@@ -269,7 +275,10 @@ def _duration(log: str) -> str:
     times = re.findall(r'^(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d) - ', log, re.M)
     if not times:
         return ''
-    start, end = (datetime.strptime(time, '%Y/%m/%d %H:%M:%S') for time in (times[0], times[-1]))
+    try:
+        start, end = (datetime.strptime(time, '%Y/%m/%d %H:%M:%S') for time in (times[0], times[-1]))
+    except ValueError:  # not a log of MMEngine's
+        return ''
     seconds = round((end - start).total_seconds())
     minutes = round(seconds / 60)
     hours = f'{minutes // 60} h ' if minutes >= 60 else ''

@@ -18,16 +18,26 @@ NOT_METRICS = ('step', 'time', 'data_time', 'memory')
 
 def scalar_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
     """(log folder, rows) of each start of a training in a work dir, in the order of time."""
-    return [(path.parent.parent, json_lines(path)) for path in sorted(Path(work_dir).glob(f'*/{SCALARS}'))]
+    files = sorted(Path(work_dir).glob(f'*/{SCALARS}'))
+    return [(path.parent.parent, [row for row in json_lines(path) if 'step' in row]) for path in files]
 
 
 def json_lines(path: Path) -> list[dict]:
-    """The lines of a log that hold JSON objects. The last one may be incomplete if the process was killed."""
+    """The lines of a log that hold JSON objects, with their numbers. The last one may be cut off by a kill."""
     rows = []
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    return [
+        {key: value for key, value in row.items() if _is_number(value)}
+        for row in rows
+        if isinstance(row, dict) and all(_is_number(row.get(key, 0)) for key in ('loss', 'step'))
+    ]
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is one that can be drawn. MMEngine also logs texts, which repeat the figures."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 
 def is_training(row: dict) -> bool:

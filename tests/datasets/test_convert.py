@@ -118,7 +118,7 @@ def test_mistakes(run_tool, both, tmp_path):
     assert 'share their name' in refused(tmp_path / 'twice.json', tmp_path / 'a/b/c.txt')
     content['annotations'][0]['category_id'] = 99
     (tmp_path / 'wrong.json').write_text(json.dumps(content))
-    assert "not in COCO's format: KeyError: 99" in refused(tmp_path / 'wrong.json', tmp_path / 'a/b/c.txt')
+    assert 'its category_id 99 is not among the categories' in refused(tmp_path / 'wrong.json', tmp_path / 'a/b/c.txt')
 
 
 @pytest.mark.parametrize('name, file_name', [

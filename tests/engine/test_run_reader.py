@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import WritesAFile, pretend_tested
 
-from cbam_mmdet.engine.run_reader import find_config, read_results, read_scalars, was_made_of
+from cbam_mmdet.engine.run_reader import find_config, find_tested_config, read_results, read_scalars, was_made_of
 from cbam_mmdet.engine.scalars import final_metrics
 from cbam_mmdet.errors import UserError
 
@@ -147,3 +147,33 @@ def test_a_record_of_something_else(trained, tmp_path, text):
     next((tmp_path / 'work').glob('*/vis_data/run.json')).write_text(text)
     with pytest.raises(UserError, match='is not a record'):
         find_config(tmp_path / 'work')
+
+
+def test_the_test_that_wrote_a_file_is_found_by_its_whole_path(trained, tmp_path):
+    """A later test may have written a file of the same name elsewhere."""
+    work = shutil.copytree(trained, tmp_path / 'work')
+    write_results(work / 'results.pkl')
+    pretend_tested(work)
+    first = find_tested_config(work, work / 'results.pkl')
+    later = shutil.copytree(work / '29990101_000000', work / '29990102_000000')
+    record = json.loads((later / 'vis_data/run.json').read_text())
+    (tmp_path / 'results.pkl').write_bytes(b'')
+    (later / 'vis_data/run.json').write_text(json.dumps({**record, 'results': str(tmp_path / 'results.pkl')}))
+    assert find_tested_config(work, work / 'results.pkl') == first
+
+
+ODD_LINES = [
+    '{"loss": "a", "step": 1}', '{"loss": 1, "step": null}', '{"loss": 1}', '[' * 200_000,
+    f'{{"loss": 1, "step": {"1" * 5000}}}', f'{{"loss": 1{"0" * 400}, "step": 1}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('line', ODD_LINES)
+def test_odd_lines_of_a_log_are_left_out(trained, tmp_path, line):
+    work = shutil.copytree(trained, tmp_path / 'work')
+    whole = read_scalars(work)
+    with next(work.glob('*/vis_data/scalars.json')).open('a') as file:
+        file.write(f'{line}\n')
+    train, validations = read_scalars(work)
+    assert [row['loss'] for row in train] == [row['loss'] for row in whole[0]]
+    assert [row['step'] for row in train + validations] == [row['step'] for row in whole[0] + whole[1]]

@@ -41,6 +41,8 @@ def find_checkpoint(path: str, onnx: bool = False) -> str:
         inside = os.path.join(path, os.path.basename(newest or ''))
         if os.path.isfile(inside):  # the folder may have been moved or copied
             newest = inside
+        elif newest and any(Path(path).glob('*.pth')):  # another folder's, whose copy this one is
+            newest = newest_checkpoint(path)[0]
         if not newest or not os.path.isfile(newest):  # the process was killed while it was written
             newest, skipped = newest_checkpoint(path)
             for reason in skipped:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -10,6 +13,9 @@ from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
 from cbam_mmdet.engine.checkpoint.content import run_state_lacking
 from cbam_mmdet.engine.distributed import unwrapped
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.logging import log
+
+OWN = ('momentum', 'betas', 'alpha', 'rho')  # settings by which the kinds of optimizers differ
 
 
 @HOOKS.register_module()
@@ -40,3 +46,37 @@ class CheckpointFitHook(Hook):
                 f'--resume: {name} holds weights, but not the state of a training run ({", ".join(lacking)}). '
                 f'To start from these weights: --cfg-options load_from={name}'
             )
+        if runner._resume:
+            _compare_optimizers(checkpoint['optimizer'], runner.optim_wrapper, name)
+
+
+def _compare_optimizers(state: object, wrapper: Any, name: str) -> None:
+    """Refuse the state of another optimizer, and say which settings of the config have no effect.
+
+    A resumed training goes on with the settings in its checkpoint, whatever the config says now.
+    """
+    theirs = state.get('param_groups') if isinstance(state, dict) else None
+    optimizer = getattr(wrapper, 'optimizer', None)
+    if not theirs or optimizer is None:
+        return  # several optimizers
+    ours = optimizer.param_groups
+    lacking = [key for key in OWN if key in ours[0] and key not in theirs[0]]
+    if lacking or len(theirs) != len(ours):
+        why = f'it has no {lacking[0]}' if lacking else 'it has other groups of parameters'
+        raise UserError(
+            f'--resume: {name} holds the state of another optimizer than {type(optimizer).__name__} ({why}). '
+            'Give the optimizer that it was trained with, or start from its weights, without --resume: '
+            f'--cfg-options load_from={name}'
+        )
+    changed: dict[str, str] = {}
+    for before, now in zip(theirs, ours, strict=True):
+        for key in (*OWN, 'lr', 'weight_decay'):
+            old, new = (group.get(f'initial_{key}', group.get(key)) for group in (before, now))
+            if old != new and old is not None:
+                changed.setdefault(key, f'{key}={new!r} (it is {old!r})')
+    if changed:
+        log(
+            f'--resume: {", ".join(changed.values())} of the config has no effect: a resumed training goes on with the '
+            f'settings of its optimizer. To train on with others, without --resume: --cfg-options load_from={name}',
+            logging.WARNING,
+        )

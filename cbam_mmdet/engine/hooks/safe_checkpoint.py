@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,34 @@ from mmengine.runner import Runner
 class SafeCheckpointHook(CheckpointHook):
     """MMEngine's CheckpointHook, except that it removes an old checkpoint after the new one is written, not before.
 
+    And it removes only what lies in its own folder. What to remove later stands in a checkpoint, from which a training
+    may be resumed in another folder, or which may be a stranger's.
+
     With max_keep_ckpts=1 or save_best, a kill or a full disk between the two steps would leave no checkpoint. A
     training uses this hook in place of MMEngine's own (compat.mmengine.hooks_of_class).
     """
 
     max_keep_ckpts: int
+    best_ckpt_path: str | None
     file_backend: Any
+
+    def before_train(self, runner: Runner) -> None:
+        hub = runner.message_hub
+        if 'keep_ckpt_ids' in hub.runtime_info:
+            steps = hub.get_info('keep_ckpt_ids')
+            whole = [step for step in steps if type(step) is int and step >= 0] if isinstance(steps, list) else []
+            hub.update_info('keep_ckpt_ids', whole)
+        super().before_train(runner)
+        if hasattr(self, 'best_ckpt_path'):
+            self.best_ckpt_path = self._own(self.best_ckpt_path)
+        for key, path in getattr(self, 'best_ckpt_path_dict', {}).items():
+            self.best_ckpt_path_dict[key] = self._own(path)
+
+    def _own(self, path: object) -> str | None:
+        """The best checkpoint of this name in this run's folder, or None if it has none."""
+        name = os.path.basename(path) if isinstance(path, str) else ''
+        own = self.file_backend.join_path(self.out_dir, name)
+        return own if name.startswith('best_') and self.file_backend.exists(own) else None
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         limit = self.max_keep_ckpts
