@@ -44,6 +44,9 @@ def read_voc_folder(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
     found = Found(STYLE, by_split(images, classes, split_of), [*roots])
     if sets:
         found.style += ' with image sets'
+        unlisted = sum(path.stem not in sets for path in roots)
+        if unlisted:
+            found.notes.append(f'{unlisted} annotated images are in no image set, and are left out')
         absent = len(sets.keys() - {path.stem for path in roots})
         if absent:
             raise UserError(f'{folder.root}: {absent} images of the image sets have no .xml')

@@ -102,7 +102,7 @@ def read_darknet(folder: Folder, path: Path) -> Found:
         UserError: for a malformed file, and if no image has labels.
     """
     classes = _names(read_text(path).splitlines(), path)
-    labelled = [(name, None) for name in folder.images if _labels_of(folder, name)]
+    labelled = _listed_by_darknet(folder) or [(name, None) for name in folder.images if _labels_of(folder, name)]
     if not labelled:
         raise UserError(f'{folder.root}: none of its {len(folder.images)} images has a .txt of its name')
     found = _read(folder, classes, labelled)
@@ -111,6 +111,18 @@ def read_darknet(folder: Folder, path: Path) -> Found:
     if without:
         found.notes.append(f'{without} images without a .txt are left out')
     return found
+
+
+def _listed_by_darknet(folder: Folder) -> list[tuple[str, str | None]]:
+    """The images, each with its split, of a `.data` file that names lists of both. Empty if there is none."""
+    for path in folder.files['.data']:
+        pairs = (line.partition('=') for line in read_text(path).splitlines())
+        values = {key.strip(): value.strip() for key, _, value in pairs}
+        splits = {'train': values.get('train'), 'val': values.get('valid') or values.get('val')}
+        if all(splits.values()):
+            names = {split: _images_of(folder, given, None, path, split) for split, given in splits.items()}
+            return [(name, split) for split, listed in names.items() for name in listed]
+    return []
 
 
 def _read(folder: Folder, classes: tuple[str, ...], names: Iterable[tuple[str, str | None]]) -> Found:
@@ -174,7 +186,7 @@ def _names(given: object, path: Path) -> tuple[str, ...]:
             given = [given[i] for i in range(len(given))]
         if not isinstance(given, list):
             raise ValueError(f'{given!r} is not a list of classes')
-        names = [class_name(str(name) if isinstance(name, int) else name) for name in given if name != '']
+        names = [class_name(str(name) if type(name) is int else name) for name in given if name != '']
         if not names or len(set(names)) < len(names):
             raise ValueError('each class needs a name of its own')
     except (TypeError, ValueError) as error:
@@ -228,9 +240,11 @@ def _place(folder: Folder, entry: str, base: str) -> Path | None:
 
 
 def _labels_of(folder: Folder, name: str) -> Path | None:
+    """The label file of an image: below `labels` in place of a folder `images` on its path, else beside it."""
     path = PurePosixPath(name)
     parts = list(path.with_suffix('.txt').parts)
     places = [path.with_suffix('.txt')]
-    for i in reversed([i for i, part in enumerate(parts[:-1]) if part == 'images']):
-        places.insert(0, PurePosixPath(*parts[:i], 'labels', *parts[i + 1 :]))
+    for i, part in enumerate(parts[:-1]):
+        if part.lower() == 'images':
+            places[:0] = [PurePosixPath(*parts[:i], labels, *parts[i + 1 :]) for labels in ('labels', 'Labels')]
     return next((folder.root / place for place in places if (folder.root / place).is_file()), None)

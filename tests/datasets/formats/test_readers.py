@@ -375,3 +375,60 @@ def test_real_folders_as_they_are(name):
         contents = [json.loads(path.read_text()) for path in (DATA / name).rglob('instances_*.json')]
         assert boxes_of(contents) == boxes_of(all_of(found))
         assert images == sum(len(content['images']) for content in contents)
+
+
+def small_yolo(root, images='images', labels='labels'):
+    for split, names in (('train', 'abc'), ('val', 'd')):
+        for name in names:
+            for folder in (images, labels):
+                (root / folder / split).mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(root / images / split / f'{name}.jpg'), np.zeros((30, 40, 3), np.uint8))
+            text = '\ufeff0 0.5 0.5 0.5 0.5\r\n'  # as some editors of Windows write it
+            (root / labels / split / f'{name}.txt').write_bytes(text.encode())
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'train: images/train\nval: images/val\ntest:\nnames: [big cat]\nnc: 1',
+        'path: C:\\Users\\me\\x\ntrain: images/train\nval: images/val\nnames: {0: big cat}',
+        'train: /home/me/x/images/train\nval: /home/me/x/images/val\nnames: [big cat]',
+        'train: ../images/train\nval: ../images/val\nnames: [big cat]',
+    ],
+)
+@pytest.mark.parametrize('folders', [('images', 'labels'), ('Images', 'Labels')])
+def test_yolo_as_people_have_it(tmp_path, text, folders):
+    small_yolo(tmp_path, *folders)
+    (tmp_path / 'data.yaml').write_text(text.replace('images/', f'{folders[0]}/'))
+    found = read_folder(tmp_path)
+    assert [len(found.splits[split]['annotations']) for split in ('train', 'val')] == [3, 1]
+    assert found.splits['val']['annotations'][0]['bbox'] == [10, 7.5, 20, 15]
+
+
+def test_lists_of_darknet_make_the_splits(tmp_path):
+    small_yolo(tmp_path)
+    (tmp_path / 'obj.names').write_text('cat')
+    (tmp_path / 'obj.data').write_text(
+        'classes = 1\ntrain = data/train.txt\nvalid = data/test.txt\nnames = data/obj.names\n'
+    )
+    (tmp_path / 'train.txt').write_text('data/images/train/a.jpg\ndata/images/val/d.jpg\n')
+    (tmp_path / 'test.txt').write_text('data/images/train/b.jpg\n')
+    splits = read_folder(tmp_path).splits
+    names = {split: [Path(i['file_name']).stem for i in splits[split]['images']] for split in ('train', 'val')}
+    assert names == {'train': ['a', 'd'], 'val': ['b']}
+
+
+def test_names_that_yaml_does_not_read_as_text_are_refused(tmp_path):
+    small_yolo(tmp_path)
+    (tmp_path / 'data.yaml').write_text('train: images/train\nval: images/val\nnames: [yes, no]')
+    with pytest.raises(UserError, match='True is not the name of a class'):
+        read_folder(tmp_path)
+
+
+def test_images_that_are_in_no_image_set_are_counted(truth, tmp_path):
+    copy_images(truth[0], tmp_path / 'JPEGImages')
+    truth[1].save_pascal_voc(tmp_path / 'Annotations')
+    (tmp_path / 'ImageSets/Main').mkdir(parents=True)
+    (tmp_path / 'ImageSets/Main/train.txt').write_text('img_1\nimg_2\n')
+    (tmp_path / 'ImageSets/Main/val.txt').write_text('img_3\n')
+    assert '9 annotated images are in no image set, and are left out' in read_folder(tmp_path).notes
