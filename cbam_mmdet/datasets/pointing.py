@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,14 @@ def point_at_data(
     if (train_ann or val_ann) and not data_root:
         raise UserError('--train-ann and --val-ann choose among the files of a folder: give it by --data-root DIR')
     files = once(lambda: coco_files(cfg, data_root, train_ann, val_ann, folder)) if data_root else None
-    if data_root and not {'train', 'val'} <= (files or {}).keys():  # some splits, or all, as the config has them
+    if data_root and not files:
         set_data_root(cfg, data_root)
         fit_layout(cfg)
-    if files:
+    elif files:
+        if not {'train', 'val'} <= files.keys():  # the others are those of the config in this folder, if they are there
+            with contextlib.suppress(UserError):  # an evaluator's file may be elsewhere, and is set next
+                set_data_root(cfg, str(data_root))
+                fit_layout(cfg)
         use_coco_files(cfg, str(data_root), files)
     fit_image_suffix(cfg)
     if classes:

@@ -16,6 +16,7 @@ from cbam_mmdet.datasets.formats.content import Found
 from cbam_mmdet.datasets.formats.recognize import read_folder
 from cbam_mmdet.datasets.layouts import require_data_root
 from cbam_mmdet.datasets.voc import fit_layout
+from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import SPLITS, evaluators_of, set_data_root, split_datasets
 from cbam_mmdet.utils.files import AtomicLocalBackend
 from cbam_mmdet.utils.logging import log
@@ -60,9 +61,14 @@ def coco_files(
 def _is_native(cfg: Config, data_root: str) -> bool:
     """Whether an annotation file is where the config expects one in this folder."""
     there = copy.deepcopy(cfg)
-    set_data_root(there, data_root)
+    try:
+        set_data_root(there, data_root)
+    except UserError:  # its evaluator has a file elsewhere, such as one that was written for another folder
+        return False
     fit_layout(there, quiet=True)
-    return any(Path(annotation_file(d)).is_file() for split in SPLITS for d in split_datasets(there, split))
+    files = [Path(annotation_file(dataset)).absolute() for split in SPLITS for dataset in split_datasets(there, split)]
+    root = Path(data_root).absolute()
+    return any(root in file.parents and file.is_file() for file in files)
 
 
 def write_coco_files(found: Found, folder: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Any config trains on any format by two flags, and on what the original holds."""
 
+import copy
 import json
 import os
 from collections import defaultdict
@@ -90,6 +91,21 @@ def test_annotations_without_area_and_iscrowd_are_trained_on(run_tool, shapes, t
     assert result.code == 0, result.err[-2000:]
     assert 'annotations lack area or iscrowd' in result.err + result.out
     assert '[1]' in result.err + result.out and 'coco/bbox_mAP' in result.err + result.out
+
+
+def test_a_config_of_another_folder_is_pointed_at_this_one(yolo, shapes, tmp_path):
+    """The config in a work dir names files that were written for the folder that it was trained on."""
+    trained = pointed('faster_rcnn_r50_cbam.py', yolo, tmp_path / 'first')
+    other = tmp_path / 'other'
+    write_data_set(read_folder(shapes), shapes, other, 'voc')
+    for root in (other, shapes):
+        cfg = Config(copy.deepcopy(trained.to_dict()))
+        point_at_data(cfg, str(root), None, folder=str(tmp_path / 'second'))
+        for split in ('train', 'val', 'test'):
+            [dataset] = split_datasets(cfg, split)
+            assert dataset.data_root == f'{root}/' and str(tmp_path / 'second') in dataset.ann_file
+            for metric in evaluators_of(cfg, split):
+                assert metric.ann_file == dataset.ann_file
 
 
 def test_files_are_chosen_in_a_folder_of_a_config(shapes, tmp_path):
