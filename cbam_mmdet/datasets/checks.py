@@ -504,7 +504,7 @@ def read_voc(dataset: ConfigDict, path: str, image_id: str) -> tuple[tuple[float
         objects = voc_objects(tree)
     except FileNotFoundError as error:
         raise UserError(f'{path} lists {image_id}, but its annotation {xml} does not exist.') from error
-    except (ET.ParseError, TypeError, ValueError) as error:
+    except (ET.ParseError, OSError, TypeError, ValueError) as error:
         raise UserError(f"annotation file {xml} is not in Pascal VOC's format: {error}.") from error
     return (width, height), objects
 

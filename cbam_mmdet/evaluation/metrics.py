@@ -172,6 +172,7 @@ class HotCocoMetric(CocoMetric):
     - The evaluation is hotcoco's. Without hotcoco, and in the rare cases in which its figures might differ, it is
       pycocotools'. The log says which, and why.
     - Detections go to the evaluation without a file. Only `outfile_prefix` and `format_only` write files.
+    - A data set with `indices` is scored by the images in it. MMDetection counts the objects of all others as missed.
     - If nothing at all is detected, the table is printed and the figures are returned all the same: 0 where there are
       objects, -1 where there are none. MMDetection returns no figures then, so that `save_best` finds none.
 
@@ -235,13 +236,21 @@ class HotCocoMetric(CocoMetric):
             iou_type,
             COCOevalMP if self.use_mp_eval else COCOeval,
             catIds=self.cat_ids,
-            imgIds=self.img_ids,
+            imgIds=self._tested(results),
             maxDets=list(self.proposal_nums),
             iouThrs=self.iou_thrs,
             useCats=int(metric != 'proposal'),
         )
         evaluation.summarize()
         return evaluation
+
+    def _tested(self, results: list) -> list:
+        """The images to score: those that were tested, which are not all if the data set has `indices`."""
+        tested = {found['img_id'] for _, found in results}
+        ids = [image for image in self.img_ids if image in tested]
+        if len(ids) < len(self.img_ids):
+            print_log(f'scored: the {len(ids)} images that were tested, of {len(self.img_ids)}', logger='current')
+        return ids
 
     def _figures(self, metric: str, evaluation: COCOeval) -> dict[str, float]:
         places = {item: place for place, item in enumerate((*COCO_ITEMS, *RECALL_ITEMS))}

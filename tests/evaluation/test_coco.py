@@ -53,6 +53,7 @@ def score(results):
     assert len(records) > 1000, 'detections are compared, if poor ones'
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(truth, truth.loadRes(records), 'bbox')
+        evaluation.params.imgIds = sorted({record['image_id'] for record in records})  # those that were tested
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

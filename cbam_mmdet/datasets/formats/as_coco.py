@@ -14,7 +14,6 @@ from cbam_mmdet.datasets.checks import annotation_file, annotation_format, compl
 from cbam_mmdet.datasets.classes import set_metainfo
 from cbam_mmdet.datasets.formats.content import Found
 from cbam_mmdet.datasets.formats.recognize import read_folder
-from cbam_mmdet.datasets.layouts import require_data_root
 from cbam_mmdet.datasets.voc import fit_layout
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import SPLITS, evaluators_of, set_data_root, split_datasets
@@ -46,11 +45,10 @@ def coco_files(
     Raises:
         UserError: as formats.recognize.read_folder.
     """
-    if '://' in data_root or not all(annotation_format(d) for s in SPLITS for d in split_datasets(cfg, s)):
-        return None  # data of another kind, which only the config knows
+    if not Path(data_root).is_dir() or not all(annotation_format(d) for s in SPLITS for d in split_datasets(cfg, s)):
+        return None  # remote or missing, or data of another kind, which only the config knows
     if not (train_ann or val_ann) and _is_native(cfg, data_root):
         return None
-    require_data_root(ConfigDict(type='CocoDataset', data_root=data_root), 'train')
     found = read_folder(data_root, train_ann, val_ann)
     log(f'--data-root {data_root}: recognized as {found.style}: {_counts(found)}')
     for note in (*found.notes, *duplicates(found, Path(data_root))):
