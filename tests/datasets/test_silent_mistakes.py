@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, IN_THIS_PROCESS, SMALL, cfg_options, tiny
+from conftest import DEMO, tiny
 from mmengine.config import ConfigDict
+from mmengine.runner import Runner
 from pycocotools.coco import COCO
 
 from cbam_mmdet.apis.runner import prepare
@@ -140,12 +141,13 @@ def test_an_evaluator_that_spells_its_file_otherwise_follows_the_order(shapes, t
     assert all(metric.ann_file == dataset.ann_file for metric in evaluators_of(cfg, 'test'))
 
 
-def test_no_workers_where_the_config_keeps_them(run_tool, shapes, tmp_path):
+def test_no_workers_where_the_config_keeps_them(shapes, tmp_path):
     """torch refuses to keep workers where there are none."""
-    assert load_config(DEMO).train_dataloader.persistent_workers
-    options = {key: value for key, value in IN_THIS_PROCESS.items() if key.endswith('num_workers')}
-    result = run_tool('train.py', DEMO, *tiny(tmp_path, shapes, model=SMALL), *cfg_options(options))
-    assert result.code == 0, result.err[-1500:]
+    cfg = load_config(DEMO)
+    cfg.train_dataloader.num_workers = 0
+    assert cfg.train_dataloader.persistent_workers
+    prepare(cfg, str(shapes), None, str(tmp_path / 'work'), 'none')
+    assert len(Runner.build_dataloader(cfg.train_dataloader, seed=0)) == 1  # a batch of all eight images
 
 
 def test_a_forgotten_comma_in_the_classes(run_tool, shapes, tmp_path):
