@@ -10,7 +10,6 @@ import os
 import re
 
 import cv2
-import globox
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +18,8 @@ from hypothesis.strategies import randoms
 from cbam_mmdet.datasets.formats.as_coco import duplicates, write_coco_files
 from cbam_mmdet.datasets.formats.recognize import read_folder
 from cbam_mmdet.errors import UserError
+
+globox = pytest.importorskip('globox', reason="needs pip install '.[dev]'")
 
 COUNT = int(os.environ.get('CBAM_FUZZ', 100))
 ODD = (

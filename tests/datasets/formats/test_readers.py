@@ -5,7 +5,6 @@ from collections import Counter
 from pathlib import Path
 
 import cv2
-import globox
 import numpy as np
 import pytest
 from conftest import DATA
@@ -13,6 +12,8 @@ from conftest import DATA
 from cbam_mmdet.datasets.formats.as_coco import complete, duplicates, write_coco_files
 from cbam_mmdet.datasets.formats.recognize import read_folder
 from cbam_mmdet.errors import UserError
+
+globox = pytest.importorskip('globox', reason="needs pip install '.[dev]'")
 
 CLASSES = ('cat', 'big dog', 'zebra')
 

@@ -6,7 +6,6 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-import globox
 import numpy as np
 import pytest
 from conftest import DATA, IN_THIS_PROCESS, ROOT, cfg_options
@@ -18,6 +17,8 @@ from cbam_mmdet.datasets.formats.write import STYLES, write_data_set
 from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import config_path, evaluators_of, load_config, set_default_scope, split_datasets
+
+globox = pytest.importorskip('globox', reason="needs pip install '.[dev]'")
 
 VOC = 'faster_rcnn_r18_cbam_voc0712.py'  # its training data are repeated and concatenated
 
