@@ -5,7 +5,6 @@ With the same faults MMDetection raises a KeyError, silently drops boxes, or tra
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -23,11 +22,12 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from tqdm import tqdm
 
+from cbam_mmdet.datasets.formats.folder import read_json
 from cbam_mmdet.datasets.layouts import HELP, expected_layout, require_data_root
 from cbam_mmdet.datasets.voc import AnySuffixVOCDataset, image_names_by_stem, voc_folder, voc_image_folder
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.utils.config import class_of, evaluators_of, split_datasets
-from cbam_mmdet.utils.files import AtomicLocalBackend
+from cbam_mmdet.utils.files import write_by_content
 from cbam_mmdet.utils.text import abridge
 
 MANY = 0.1  # of the boxes: so many do not reach beyond their image by a slip of the hand
@@ -165,10 +165,8 @@ def _completed(path: str, cfg: Config) -> str:
     content, count = complete(read_coco(path))
     if not count:
         return path
-    text = json.dumps(content).encode()
-    target = Path(cfg.get('work_dir') or 'work_dirs', 'data', hashlib.sha256(text).hexdigest()[:12], Path(path).name)
-    target = target.absolute()
-    AtomicLocalBackend().put(text, target)
+    name, folder = Path(path).name, Path(cfg.get('work_dir') or 'work_dirs', 'data')
+    target = write_by_content(folder, {name: json.dumps(content).encode()}) / name
     print_log(
         f"{path}: {count} annotations lack area or iscrowd, or have the id 0, which COCO's evaluation cannot count. "
         f'They have the area of the box, iscrowd=0, and another id in {target}, which is used',
@@ -241,20 +239,7 @@ def read_coco(path: str) -> dict:
     Raises:
         UserError: if it is not JSON, or lacks one of the lists.
     """
-    try:
-        with open(path, encoding='utf-8') as file:
-            content = json.load(file)
-    except RecursionError as error:
-        raise UserError(f'annotation file {path} is nested too deeply to be one.') from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f'annotation file {path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}). '
-            'It may be cut off: compare its size with the original.'
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f'annotation file {path} is not a text file in UTF-8: {error.reason}.') from error
-    except ValueError as error:  # a number of thousands of digits
-        raise UserError(f'annotation file {path} cannot be read: {error}.') from error
+    content = read_json(Path(path), encoding='utf-8')  # MMDetection reads no byte order mark
     keys = ('images', 'annotations', 'categories')
     lacking = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if lacking:
@@ -587,7 +572,12 @@ def _count(
         report.classes[label] += 1
         report.images_with_boxes.add(image)
         area = (x2 - x1) * (y2 - y1)
-        report.sizes['small' if area < 32**2 else 'medium' if area < 96**2 else 'large'] += 1
+        report.sizes[size_of(area)] += 1
+
+
+def size_of(area: float) -> str:
+    """What COCO calls a box of so many pixels: 'small', 'medium' or 'large'."""
+    return 'small' if area < 32**2 else 'medium' if area < 96**2 else 'large'
 
 
 def _compare_classes(path: str, found: list[str], classes: tuple[str, ...], ordered: bool = True) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from cbam_mmdet.datasets.checks import (
 from cbam_mmdet.datasets.classes import set_metainfo
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import evaluators_of, split_datasets
-from cbam_mmdet.utils.files import AtomicLocalBackend
+from cbam_mmdet.utils.files import write_by_content
 from cbam_mmdet.utils.logging import log
 from cbam_mmdet.utils.text import abridge
 
@@ -75,8 +74,7 @@ def _in_order(path: str, classes: tuple[str, ...], folder: Path) -> Path:
         content['annotations'] = [dict(a, category_id=ids[a['category_id']]) for a in content['annotations']]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'annotation file {path}: a category or annotation is malformed ({error})') from error
-    text = json.dumps(content).encode()
-    target = folder / hashlib.sha256(text).hexdigest()[:12] / Path(path).name
-    AtomicLocalBackend().put(text, target)
+    name = Path(path).name
+    target = write_by_content(folder, {name: json.dumps(content).encode()}) / name
     log(f'{path}: used as {target}')
     return target

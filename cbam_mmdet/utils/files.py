@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -35,6 +36,22 @@ class AtomicLocalBackend(LocalBackend):
             os.fsync(folder)  # so that the new name is on the disk, too
         finally:
             os.close(folder)
+
+
+def write_by_content(folder: str | Path, files: dict[str, bytes]) -> Path:
+    """Write files into FOLDER/HASH/, by a hash of their names and content, unless they are there.
+
+    So files with other content never take their place.
+
+    Returns:
+        The absolute path of FOLDER/HASH.
+    """
+    digest = hashlib.sha256(b''.join(name.encode() + content for name, content in sorted(files.items()))).hexdigest()
+    target = Path(folder, digest[:12]).absolute()
+    for name, content in files.items():
+        if not (target / name).is_file():
+            AtomicLocalBackend().put(content, target / name)
+    return target
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from mmdet.visualization.palette import get_palette
 
-from cbam_mmdet.datasets.formats.as_coco import distinct, duplicates
+from cbam_mmdet.datasets.checks import size_of
+from cbam_mmdet.datasets.formats.as_coco import duplicates
 from cbam_mmdet.datasets.formats.content import Found
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError
@@ -21,7 +22,6 @@ from cbam_mmdet.version import __version__
 from cbam_mmdet.visualization.report.encoding import jpeg_uri
 
 WIDTH = 480  # of a picture, in pixels
-SMALL, MEDIUM = 32**2, 96**2  # COCO's areas, in pixels
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def write_data_page(found: Found, root: str | Path, out: str | Path, num_images:
     Raises:
         UserError: for malformed annotations.
     """
-    root, splits = Path(root), distinct(found)
+    root, splits = Path(root), found.distinct()
     try:
         tables = [_by_split(splits), _by_class(splits)]
         each = -(-num_images // len(splits))
@@ -66,7 +66,6 @@ def write_data_page(found: Found, root: str | Path, out: str | Path, num_images:
         pictures=pictures,
         version=__version__,
     )
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)
     return tables
 
@@ -80,8 +79,7 @@ def _by_split(splits: dict[str, dict]) -> Table:
             width, height = annotation['bbox'][2:]
             if width >= 1 and height >= 1:
                 usable += 1
-                area = width * height
-                sizes['small' if area < SMALL else 'medium' if area < MEDIUM else 'large'] += 1
+                sizes[size_of(width * height)] += 1
         images = content['images']
         without = sum(image['id'] not in boxes for image in images)
         counts = (sizes['small'], sizes['medium'], sizes['large'])

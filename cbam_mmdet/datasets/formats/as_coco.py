@@ -10,14 +10,14 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from cbam_mmdet.datasets.checks import annotation_file, annotation_format, complete, dataset_classes
+from cbam_mmdet.datasets.checks import annotation_file, annotation_format, dataset_classes
 from cbam_mmdet.datasets.classes import set_metainfo
 from cbam_mmdet.datasets.formats.content import Found
 from cbam_mmdet.datasets.formats.recognize import read_folder
 from cbam_mmdet.datasets.voc import fit_layout
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import SPLITS, evaluators_of, set_data_root, split_datasets
-from cbam_mmdet.utils.files import AtomicLocalBackend
+from cbam_mmdet.utils.files import write_by_content
 from cbam_mmdet.utils.logging import log
 from cbam_mmdet.utils.text import abridge
 
@@ -75,16 +75,10 @@ def write_coco_files(found: Found, folder: Path) -> dict[str, str]:
     Returns:
         The absolute path of each split's file.
     """
-    texts = {split: json.dumps(complete(content)[0]).encode() for split, content in found.splits.items()}
-    digest = hashlib.sha256(b''.join(split.encode() + text for split, text in sorted(texts.items()))).hexdigest()
-    target = Path(folder, digest[:12]).absolute()
-    for split, text in texts.items():
-        path = target / f'{split}.json'
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            AtomicLocalBackend().put(text, path)
-    log(f'the annotations are in {target} ({", ".join(f"{split}.json" for split in texts)})')
-    return {split: str(target / f'{split}.json') for split in texts}
+    texts = {f'{split}.json': json.dumps(content).encode() for split, content in found.splits.items()}
+    target = write_by_content(folder, texts)
+    log(f'the annotations are in {target} ({", ".join(texts)})')
+    return {split: str(target / f'{split}.json') for split in found.splits}
 
 
 def use_coco_files(cfg: Config, data_root: str, files: dict[str, str]) -> None:
@@ -126,7 +120,7 @@ def _reading(dataset: ConfigDict, root: str, ann_file: str) -> ConfigDict:
 def duplicates(found: Found, root: Path) -> list[str]:
     """A line if the same picture, byte for byte, is in two splits: what is scored then was trained on."""
     by_size: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    for split, content in distinct(found).items():
+    for split, content in found.distinct().items():
         for image in content['images']:
             path = root / image['file_name']
             by_size[path.stat().st_size].append((split, image['file_name']))
@@ -147,13 +141,5 @@ def duplicates(found: Found, root: Path) -> list[str]:
 def _counts(found: Found) -> str:
     return ', '.join(
         f'{len(content["images"])} images and {len(content["annotations"])} boxes ({split})'
-        for split, content in distinct(found).items()
+        for split, content in found.distinct().items()
     )
-
-
-def distinct(found: Found) -> dict[str, dict[str, list]]:
-    """The splits, without a test split that stands for the validation split, or the reverse."""
-    splits = dict(found.splits)
-    if splits.get('test') is splits.get('val'):
-        del splits['test']
-    return splits

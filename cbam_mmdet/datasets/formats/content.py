@@ -37,6 +37,13 @@ class Found:
     sources: list[Path]
     notes: list[str] = field(default_factory=list)
 
+    def distinct(self) -> dict[str, dict[str, list]]:
+        """The splits, without a test split that is the validation split."""
+        splits = dict(self.splits)
+        if splits.get('test') is splits.get('val'):
+            splits.pop('test', None)
+        return splits
+
 
 class Content:
     """The content of one COCO annotation file, built image by image."""

@@ -8,6 +8,7 @@ import re
 import stat
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 from xml.etree import ElementTree as ET
 
 from cbam_mmdet.datasets.inputs import IMAGES
@@ -140,28 +141,28 @@ def split_of_file(relative: str) -> str | None:
     return named.pop() if len(named) == 1 else split_of(relative)
 
 
-def read_text(path: Path) -> str:
-    """A text file in UTF-8.
+def read_text(path: Path, encoding: str = 'utf-8-sig') -> str:
+    """A text file in UTF-8, by default with or without a byte order mark.
 
     Raises:
         UserError: if it is none, or cannot be read.
     """
     try:
-        return path.read_text(encoding='utf-8-sig')
+        return path.read_text(encoding=encoding)
     except UnicodeDecodeError as error:
         raise UserError(f'annotation file {path} is not a text file in UTF-8: {error.reason}.') from error
     except OSError as error:
         raise UserError(f'annotation file {path} cannot be read: {error.strerror}.') from error
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path, encoding: str = 'utf-8-sig') -> Any:
     """The content of a JSON file.
 
     Raises:
         UserError: if it is none.
     """
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path, encoding))
     except RecursionError as error:
         raise UserError(f'annotation file {path} is nested too deeply to be one.') from error
     except json.JSONDecodeError as error:

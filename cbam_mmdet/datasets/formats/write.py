@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from cbam_mmdet.datasets.checks import complete
 from cbam_mmdet.datasets.convert import coco_to_voc
 from cbam_mmdet.datasets.formats.content import Found
 from cbam_mmdet.errors import UserError
@@ -38,14 +37,8 @@ def write_data_set(found: Found, root: str | Path, out: str | Path, style: str, 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f'{out} exists already and is not an empty folder: name another one')
-    splits = dict(found.splits)
-    if splits.get('test') is splits.get('val'):
-        del splits['test']
-    for split, content in splits.items():
-        splits[split], _ = complete(content)
     bring = _copy if copy else _link
-    notes = _WRITERS[style](splits, Path(root), out, bring)
-    return notes
+    return _WRITERS[style](found.distinct(), Path(root), out, bring)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -65,7 +58,7 @@ def _write_coco(splits: dict[str, dict], root: Path, out: Path, bring: Bring) ->
     for split, content in splits.items():
         for image in content['images']:
             bring(root / image['file_name'], out / f'{split}2017' / image['file_name'])
-        _write(out / 'annotations' / f'instances_{split}2017.json', json.dumps(content))
+        write_text(out / 'annotations' / f'instances_{split}2017.json', json.dumps(content))
     return []
 
 
@@ -83,8 +76,8 @@ def _write_voc(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> 
             images[stem] = name
             bring(root / name, out / 'JPEGImages' / PurePosixPath(name).name)
             ET.indent(files[stem])
-            _write(out / 'Annotations' / f'{stem}.xml', ET.tostring(files[stem], encoding='unicode'))
-        _write(out / 'ImageSets' / 'Main' / f'{split}.txt', ''.join(f'{name}\n' for name in files))
+            write_text(out / 'Annotations' / f'{stem}.xml', ET.tostring(files[stem], encoding='unicode'))
+        write_text(out / 'ImageSets' / 'Main' / f'{split}.txt', ''.join(f'{name}\n' for name in files))
     return ["VOC's format has whole pixels: coordinates are rounded"]
 
 
@@ -105,10 +98,10 @@ def _write_yolo(splits: dict[str, dict], root: Path, out: Path, bring: Bring) ->
             name = PurePosixPath(image['file_name'])
             bring(root / name, out / 'images' / split / name)
             labels = out / 'labels' / split / name.with_suffix('.txt')
-            _write(labels, ''.join(f'{line}\n' for line in lines[image['id']]))
+            write_text(labels, ''.join(f'{line}\n' for line in lines[image['id']]))
     places = {split: f'images/{split}' for split in splits}
     described = {'path': str(out.absolute()), **places, 'names': dict(enumerate(names))}
-    _write(out / 'data.yaml', yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
+    write_text(out / 'data.yaml', yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
     return [f'{crowds} crowds and difficult objects are left out, for which YOLO has no place'] if crowds else []
 
 
@@ -118,11 +111,6 @@ def _yolo_box(box: list[float], size: tuple[int, int]) -> str:
     (x1, x2), (y1, y2) = ((max(a, 0), min(a + b, end)) for a, b, end in zip((x, y), (width, height), size, strict=True))
     shares = (x1 + x2) / 2 / size[0], (y1 + y2) / 2 / size[1], (x2 - x1) / size[0], (y2 - y1) / size[1]
     return ' '.join(f'{share:.8f}' for share in shares)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
 
 
 _WRITERS = {'coco': _write_coco, 'voc': _write_voc, 'yolo': _write_yolo}

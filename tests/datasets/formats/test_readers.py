@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import DATA
 
-from cbam_mmdet.datasets.formats.as_coco import complete, duplicates, write_coco_files
+from cbam_mmdet.datasets.checks import complete
+from cbam_mmdet.datasets.formats.as_coco import duplicates, write_coco_files
 from cbam_mmdet.datasets.formats.recognize import read_folder
 from cbam_mmdet.errors import UserError
 
