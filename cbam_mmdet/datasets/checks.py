@@ -72,6 +72,11 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
             if split == 'test' and all(metric.get('format_only') for metric in evaluators_of(cfg, split)):
                 continue  # it needs no annotations
             _check_dataset(dataset, split, cfg, reports, completed)
+            if dataset.get('indices'):
+                print_log(
+                    f'{split}: indices={dataset.indices!r} of the config takes only some of the images',
+                    logger='current',
+                )
             _check_num_classes(cfg.model, dataset, where='model')
         for metric in evaluators_of(cfg, split):
             _check_evaluator(metric.get('ann_file'), split_datasets(cfg, split), split)

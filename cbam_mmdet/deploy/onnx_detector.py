@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+from mmdet.models.utils import samplelist_boxtype2tensor
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.model import BaseDataPreprocessor
@@ -52,6 +53,7 @@ class OnnxDetector(nn.Module):
 
     def test_step(self, data: dict[str, Any]) -> list[DetDataSample]:
         """Detect in a batch as a data loader gives it: `inputs`, images (3, H, W), and their `data_samples`."""
+        samplelist_boxtype2tensor(data['data_samples'])  # as MMDetection's own preprocessor does, for the metrics
         return [self._detect(image, sample) for image, sample in zip(data['inputs'], data['data_samples'], strict=True)]
 
     val_step = test_step

@@ -173,3 +173,18 @@ def test_a_file_that_contradicts_itself_is_refused(run_tool, exported, shapes, t
     onnx.save(made, str(file))
     result = run_tool('infer.py', DEMO, file, shapes / 'val2017', '--out-dir', tmp_path / 'out', *cfg_options(SMALL))
     assert result.code == 2 and words in result.err, result.err
+
+
+def test_it_is_scored_by_a_config_of_voc(run_tool, trained, exported, shapes, tmp_path):
+    """Its metrics take the boxes that the data set gives, of MMDetection's own type."""
+    metrics = [dict(type='cbam_mmdet.SampleCocoMetric'), dict(type='cbam_mmdet.VOCDetectionMetric')]
+    config = tmp_path / 'voc.py'
+    config.write_text(
+        f'_base_ = {DEMO!r}\ntest_evaluator = dict(_delete_=True, type="Evaluator", metrics={metrics!r})\n'
+    )
+    scores = []
+    for name, weights in (('torch', trained), ('onnx', exported)):
+        tested = run_tool('test.py', config, weights, *tiny(tmp_path / name, shapes, ANY_SCORE))
+        assert tested.code == 0, tested.err
+        scores.append(re.findall(r'(?:bbox_mAP|/mAP): (\S+)', tested.out + tested.err))
+    assert scores[0] == scores[1] and len(scores[0]) >= 2

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from cbam_mmdet.datasets.checks import complete, require_coco
 from cbam_mmdet.datasets.formats.content import Found
-from cbam_mmdet.datasets.formats.folder import Folder, split_of, split_of_file
+from cbam_mmdet.datasets.formats.folder import Folder, split_of_file
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import abridge, brief
 
@@ -33,7 +33,7 @@ def read_coco_files(folder: Folder, contents: dict[Path, dict], chosen: dict[str
     """
     files = chosen or _choose(folder, contents)
     notes: list[str] = []
-    splits = {split: _with_places(folder, path, contents[path], split, notes) for split, path in files.items()}
+    splits = {split: _with_places(folder, path, contents[path], notes) for split, path in files.items()}
     empty = _empty_parent([*splits.values()])
     if empty is not None:
         for content in splits.values():
@@ -61,12 +61,14 @@ def _choose(folder: Folder, contents: dict[Path, dict]) -> dict[str, Path]:
     return files
 
 
-def _with_places(folder: Folder, path: Path, content: dict, split: str, notes: list[str]) -> dict[str, list]:
+def _with_places(folder: Folder, path: Path, content: dict, notes: list[str]) -> dict[str, list]:
     """A content whose images are named relative to the folder. Images that are not there are left out."""
     content, _ = complete(content)
     require_coco(str(path), content)
     images, lost = [], []
-    near = _nearest(folder, path, content['images'])
+    # The split of the file's own name, whatever it is used for.
+    split = split_of_file(path.relative_to(folder.root).as_posix()) if folder.root in path.parents else None
+    near = _nearest(folder, path, content['images'], split)
     for image in content['images']:
         name = image['file_name']
         place = f'{near}/{name}' if near and f'{near}/{name}' in folder else name if name in folder else None
@@ -82,19 +84,12 @@ def _with_places(folder: Folder, path: Path, content: dict, split: str, notes: l
     return dict(content, images=images, annotations=[a for a in content['annotations'] if a['image_id'] in ids])
 
 
-def _nearest(folder: Folder, path: Path, images: list[dict]) -> str | None:
+def _nearest(folder: Folder, path: Path, images: list[dict], split: str | None) -> str | None:
     """The folder in which the first image of the file is. Of several the one nearest to the file."""
-    if not images:
-        return None
-    name = images[0]['file_name']
-    relative = path.relative_to(folder.root) if folder.root in path.parents else Path(path.name)
-    split, here = split_of_file(relative.as_posix()), relative.parent.as_posix()
-    places = [image[: -len(name)].rstrip('/') for image in folder.images if image == name or image.endswith(f'/{name}')]
-
-    def rank(place: str) -> tuple[bool, bool, int]:
-        return place != here, split_of(f'{place}/x') != split, len(PurePosixPath(place).parts)
-
-    return min(places, key=rank) if places else None
+    name = images[0]['file_name'] if images else ''
+    there = [image for image in folder.images if name and f'/{image}'.endswith(f'/{name}')]
+    found = folder.nearest(there, name, path, split)
+    return found and found[: -len(name)].rstrip('/')
 
 
 def _empty_parent(contents: list[dict]) -> str | None:

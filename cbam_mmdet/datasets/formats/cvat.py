@@ -45,6 +45,8 @@ def read_cvat(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
                 objects = [(class_name(s.get('label')), corners, False) for corners, s in shapes if corners]
                 others += len(shapes) - len(objects)
                 images.append(LabelledImage(name, size, objects, path, split))
+        except UserError:
+            raise
         except (TypeError, ValueError) as error:
             raise UserError(f"annotation file {path} is not in CVAT's format: {brief(error)}.") from error
     if not images:

@@ -7,6 +7,8 @@ import os
 import re
 import stat
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -72,18 +74,32 @@ class Folder:
         name = parts[-1]
         candidates = self._by_name.get(name) or self._by_stem.get(name) or []
         deeper = [image for image in candidates if f'/{image}'.endswith(f'/{relative}')]
-        candidates = deeper or candidates
-        if len(candidates) > 1 and split:
-            candidates = [image for image in candidates if split_of(image) == split] or candidates
-        if len(candidates) > 1:
-            beside = [image for image in candidates if str(PurePosixPath(image).parent) == (here or '.')]
-            candidates = beside or candidates
-        if len(candidates) > 1:
+        return self.nearest(deeper or candidates, named, source, split)
+
+    def nearest(self, images: list[str], named: str, source: Path, split: str | None) -> str | None:
+        """Of several images the one that an annotation file means: of its split, then nearest to it in the folder.
+
+        None if there is none, or if all are of another split.
+
+        Raises:
+            UserError: if several are equally near.
+        """
+        here = source.parent.relative_to(self.root).parts if self.root in source.parents else ()
+
+        def rank(image: str) -> tuple[bool, int, bool]:
+            folders = PurePosixPath(image).parts[:-1]
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(folders, here, strict=False)))
+            return _split_by_words(folders) == split, shared, source.stem in folders
+
+        allowed = {split, None}
+        images = [i for i in images if not split or _split_by_words(PurePosixPath(i).parts[:-1]) in allowed]
+        best = [image for image in images if rank(image) == max(map(rank, images))]
+        if len(best) > 1:
             raise UserError(
-                f'{source} names the image {named}, and the folder has {len(candidates)} of that name '
-                f'({", ".join(candidates[:3])}): give them different names, or a split of its own to each folder'
+                f'{source} names the image {named}, and the folder has {len(best)} of that name '
+                f'({", ".join(best[:3])}): give them different names, or a split of its own to each folder'
             )
-        return candidates[0] if candidates else None
+        return best[0] if best else None
 
     def __contains__(self, relative: str) -> bool:
         return relative in self._known
@@ -134,11 +150,18 @@ def split_of(relative: str) -> str | None:
     return None
 
 
+def _split_by_words(names: Sequence[str]) -> str | None:
+    """The split that the last of some names has as a word: train_images, val2017, test."""
+    for name in reversed(names):
+        named = {SPLIT_NAMES[word] for word in re.split('[^a-z]+', name.lower()) if word in SPLIT_NAMES}
+        if len(named) == 1:
+            return named.pop()
+    return None
+
+
 def split_of_file(relative: str) -> str | None:
     """The split that an annotation file names: by a word of its own name, else by one of its folders."""
-    words = re.split('[^a-z]+', PurePosixPath(relative).stem.lower())
-    named = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
-    return named.pop() if len(named) == 1 else split_of(relative)
+    return _split_by_words([PurePosixPath(relative).stem]) or split_of(relative)
 
 
 def read_text(path: Path, encoding: str = 'utf-8-sig') -> str:

@@ -34,7 +34,8 @@ def read_labelme(folder: Folder, contents: dict[Path, dict]) -> Found:
             named = content['imagePath']
             if not isinstance(named, str):
                 raise ValueError(f'imagePath is {named!r}')
-            name = folder.find_image(named, path) or folder.find_image(path.stem, path)
+            split = split_of(path.relative_to(folder.root).as_posix())
+            name = folder.find_image(named, path, split) or folder.find_image(path.stem, path, split)
             if name is None:
                 lost.append(path)
                 continue
@@ -42,6 +43,8 @@ def read_labelme(folder: Folder, contents: dict[Path, dict]) -> Found:
             size = size_from(width, height) if width and height else displayed_size(folder.root / name)
             shapes = [(_corners(shape), shape) for shape in content['shapes']]
             objects = [(class_name(shape['label']), corners, False) for corners, shape in shapes if corners]
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"annotation file {path} is not in LabelMe's format ({type(error).__name__}: {brief(error)})."

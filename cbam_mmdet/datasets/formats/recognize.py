@@ -89,6 +89,9 @@ def _what_is_missing(folder: Folder, roots: dict[Path, ET.Element]) -> str:
     """The nearest layout, and what it lacks."""
     stems = {Path(image).stem for image in folder.images}
     labels = [path for path in folder.files['.txt'] if path.stem in stems]
+    deeper = [str(path) for suffix in ('.yaml', '.yml') for path in folder.files[suffix] if path.parent != folder.root]
+    if labels and deeper:
+        return f"nearest is YOLO's layout, described by {deeper[0]}: give the folder of that file"
     if labels:
         return (
             f"nearest is YOLO's layout ({len(labels)} .txt have the name of an image). The names of the classes are "

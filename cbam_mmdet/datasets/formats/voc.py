@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree as ET
 
 from cbam_mmdet.datasets.checks import voc_objects
 from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, displayed_size, size_from
 from cbam_mmdet.datasets.formats.folder import Folder, read_text, split_of
+from cbam_mmdet.datasets.inputs import IMAGES
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import brief
 
@@ -28,12 +30,16 @@ def read_voc_folder(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
         UserError: for a malformed file, or if the image of none of them is there.
     """
     sets = _image_sets(folder)
-    images, lost = [], []
+    years = {year for year, _ in sets}
+    images, lost, unlisted = [], [], 0
     for path, root in roots.items():
-        split = sets.get(path.stem) if sets else None
+        split = _in_its_year(path, years, sets)
         if sets and split is None:
+            unlisted += 1
             continue
-        name = folder.find_image(path.stem, path, split) or folder.find_image(root.findtext('filename') or '', path)
+        near = split_of(path.relative_to(folder.root).as_posix())
+        name = folder.find_image(path.stem, path, near)
+        name = name or folder.find_image(root.findtext('filename') or '', path, near)
         if name is None:
             lost.append(path)
         else:
@@ -44,10 +50,9 @@ def read_voc_folder(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
     found = Found(STYLE, by_split(images, classes, split_of), [*roots])
     if sets:
         found.style += ' with image sets'
-        unlisted = sum(path.stem not in sets for path in roots)
         if unlisted:
             found.notes.append(f'{unlisted} annotated images are in no image set, and are left out')
-        absent = len(sets.keys() - {path.stem for path in roots})
+        absent = len(sets) - (len(roots) - unlisted)
         if absent:
             raise UserError(f'{folder.root}: {absent} images of the image sets have no .xml')
     if lost:
@@ -70,18 +75,32 @@ def _image(folder: Folder, path: Path, root: ET.Element, name: str, split: str |
     return LabelledImage(name, size, objects, path, split)
 
 
-def _image_sets(folder: Folder) -> dict[str, str]:
-    """The split of each image, by its name without suffix: trainval and test if both are there, else train and val."""
-    files = {path.stem: path for path in folder.files['.txt'] if path.parent.name in ('Main', 'ImageSets')}
-    if 'test' in files and ('trainval' in files or 'train' not in files):
+def _image_sets(folder: Folder) -> dict[tuple[Path, str], str]:
+    """The split of each image, by the folder that holds ImageSets (a year's) and its name without suffix.
+
+    The sets are trainval and test if both are there in any year, else train and val.
+    """
+    years: dict[Path, dict[str, Path]] = defaultdict(dict)
+    for path in folder.files['.txt']:
+        if 'ImageSets' in (path.parent.name, path.parent.parent.name):
+            years[path.parent if path.parent.name == 'ImageSets' else path.parent.parent][path.stem] = path
+    tested = any('test' in files and ('trainval' in files or 'train' not in files) for files in years.values())
+    splits: dict[tuple[Path, str], str] = {}
+    for year, files in years.items():
         names = dict(train='trainval', val='test')
-    else:
-        names = dict(train='train' if 'train' in files else 'trainval', val='val', test='test')
-    chosen = {split: files.get(name) for split, name in names.items()}
-    splits: dict[str, str] = {}
-    for split, path in chosen.items():
-        for line in read_text(path).splitlines() if path else ():
-            name = line.strip()
-            if name and splits.setdefault(name, split) != split:
-                raise UserError(f'{path}: image {name} is in the {splits[name]} set, too')
+        if not tested:
+            names = dict(train='train' if 'train' in files else 'trainval', val='val', test='test')
+        for split, path in ((split, files.get(name)) for split, name in names.items()):
+            for line in read_text(path).splitlines() if path else ():
+                name = line.strip()
+                if PurePosixPath(name).suffix.lower() in IMAGES:
+                    name = PurePosixPath(name).stem
+                if name and splits.setdefault((year.parent, name), split) != split:
+                    raise UserError(f'{path}: image {name} is in the {splits[year.parent, name]} set, too')
     return splits
+
+
+def _in_its_year(path: Path, years: set[Path], sets: dict[tuple[Path, str], str]) -> str | None:
+    """The split of an .xml by the image sets of the nearest folder around it that has any."""
+    year = next((folder for folder in path.parents if folder in years), None)
+    return sets.get((year, path.stem)) if year else None

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import xml.etree.ElementTree as ET
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -94,15 +94,30 @@ def _write_yolo(splits: dict[str, dict], root: Path, out: Path, bring: Bring) ->
                 continue
             line = _yolo_box(annotation['bbox'], sizes[annotation['image_id']])
             lines[annotation['image_id']].append(f'{index[annotation["category_id"]]} {line}')
-        for image in content['images']:
-            name = PurePosixPath(image['file_name'])
-            bring(root / name, out / 'images' / split / name)
+        for image, name in zip(content['images'], _plain_names(content['images']), strict=True):
+            bring(root / image['file_name'], out / 'images' / split / name)
             labels = out / 'labels' / split / name.with_suffix('.txt')
             write_text(labels, ''.join(f'{line}\n' for line in lines[image['id']]))
     places = {split: f'images/{split}' for split in splits}
     described = {'path': str(out.absolute()), **places, 'names': dict(enumerate(names))}
     write_text(out / 'data.yaml', yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
     return [f'{crowds} crowds and difficult objects are left out, for which YOLO has no place'] if crowds else []
+
+
+def _plain_names(images: list[dict]) -> list[PurePosixPath]:
+    """A name for each image, without folders, in one of which `images` would mislead Ultralytics' search for labels.
+
+    Where two share it but for the suffix, and so would share their labels, it is the whole path with _ in place of /.
+    """
+    plain = [PurePosixPath(image['file_name']) for image in images]
+    stems = Counter(path.stem for path in plain)
+    names: dict[str, PurePosixPath] = {}
+    for path in plain:
+        stem = path.stem if stems[path.stem] == 1 else '_'.join((*path.parts[:-1], path.stem, path.suffix[1:]))
+        while stem in names:
+            stem += '_'
+        names[stem] = PurePosixPath(stem + path.suffix)
+    return list(names.values())
 
 
 def _yolo_box(box: list[float], size: tuple[int, int]) -> str:

@@ -18,6 +18,7 @@ from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import brief
 
 SLACK = 0.01  # how far a coordinate may lie beyond the image, as Ultralytics has it
+LABELS = ('labels', 'Labels', 'LABELS')
 NAMES = ('classes.txt', 'obj.names', 'labels.txt', 'names.txt')
 
 
@@ -68,16 +69,24 @@ def read_ultralytics(folder: Folder, path: Path, content: dict) -> Found:
         for split in ('train', 'val', 'test')
         if content.get(split)
     }
+    absent = [split for split, listed in names.items() if not listed]  # of a test split alone: exports name it always
+    names = {split: listed for split, listed in names.items() if listed}
     twice = [name for name in names.get('train', ()) if name in set(names.get('val', ()))]
     same = bool(twice) and names['train'] == names.get('val')
     if same:
         del names['val']  # Ultralytics' small examples validate on what they train on
     elif twice:
         raise UserError(f'{path}: {len(twice)} images are trained on and validated on: the first is {twice[0]}')
-    if names.get('test') and set(names['test']) & set(names.get('val') or names.get('train', ())):
-        del names['test']
+    if names.get('test') in (names.get('val'), names.get('train')):
+        names.pop('test', None)  # it is the validation split
+    for other in ('train', 'val'):
+        common = set(names.get('test', ())) & set(names.get(other, ()))
+        if common:
+            raise UserError(f'{path}: {len(common)} images are in {other} and in test: the first is {min(common)}')
     found = _read(folder, classes, [(name, split) for split, listed in names.items() for name in listed])
     found.style, found.sources = f'YOLO ({path.name})', [path, *found.sources]
+    if absent:
+        found.notes.append(f'{path.name} names a test split that is not there')
     if same:
         content = found.splits['train']
         found.splits['val'] = content
@@ -86,9 +95,30 @@ def read_ultralytics(folder: Folder, path: Path, content: dict) -> Found:
 
 
 def names_file(folder: Folder) -> Path | None:
-    """The file that lists the classes of a Darknet data set, one a line."""
+    """The file that lists the classes of a Darknet data set, one a line: the one that a .data file names, else any.
+
+    Raises:
+        UserError: if several list other classes.
+    """
+    for path in folder.files['.data']:
+        place = _place(folder, _data_file(path).get('names', ''), '')
+        if place is not None and place.is_file():
+            return place
     listed = [path for suffix in ('.txt', '.names') for path in folder.files[suffix] if path.name in NAMES]
-    return next(iter([*listed, *folder.files['.names']]), None)
+    listed += [path for path in folder.files['.names'] if path not in listed]
+    if len({read_text(path).strip() for path in listed}) > 1:
+        names = ', '.join(str(path.relative_to(folder.root)) for path in listed[:4])
+        raise UserError(
+            f'{folder.root} holds several lists of classes that differ ({names}), and their order numbers the labels: '
+            'leave one in the folder, or name it in a .data file (names = FILE)'
+        )
+    return next(iter(listed), None)
+
+
+def _data_file(path: Path) -> dict[str, str]:
+    """The settings of Darknet's .data file."""
+    pairs = (line.partition('=') for line in read_text(path).splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def read_darknet(folder: Folder, path: Path) -> Found:
@@ -101,7 +131,7 @@ def read_darknet(folder: Folder, path: Path) -> Found:
     Raises:
         UserError: for a malformed file, and if no image has labels.
     """
-    classes = _names(read_text(path).splitlines(), path)
+    classes = _names(read_text(path).strip().splitlines(), path)
     labelled = _listed_by_darknet(folder) or [(name, None) for name in folder.images if _labels_of(folder, name)]
     if not labelled:
         raise UserError(f'{folder.root}: none of its {len(folder.images)} images has a .txt of its name')
@@ -116,8 +146,7 @@ def read_darknet(folder: Folder, path: Path) -> Found:
 def _listed_by_darknet(folder: Folder) -> list[tuple[str, str | None]]:
     """The images, each with its split, of a `.data` file that names lists of both. Empty if there is none."""
     for path in folder.files['.data']:
-        pairs = (line.partition('=') for line in read_text(path).splitlines())
-        values = {key.strip(): value.strip() for key, _, value in pairs}
+        values = _data_file(path)
         splits = {'train': values.get('train'), 'val': values.get('valid') or values.get('val')}
         if all(splits.values()):
             names = {split: _images_of(folder, given, None, path, split) for split, given in splits.items()}
@@ -181,12 +210,13 @@ def _names(given: object, path: Path) -> tuple[str, ...]:
     """The classes in their order, from a list or from a mapping of the numbers 0, 1, ... to names."""
     try:
         if isinstance(given, dict):
-            if sorted(given) != list(range(len(given))):
+            numbered = {int(number) if isinstance(number, str) else number: name for number, name in given.items()}
+            if sorted(numbered) != list(range(len(given))):
                 raise ValueError('the numbers of the classes are not 0, 1, ...')
-            given = [given[i] for i in range(len(given))]
+            given = [numbered[i] for i in range(len(given))]
         if not isinstance(given, list):
             raise ValueError(f'{given!r} is not a list of classes')
-        names = [class_name(str(name) if type(name) is int else name) for name in given if name != '']
+        names = [class_name(str(name) if type(name) is int else name) for name in given]
         if not names or len(set(names)) < len(names):
             raise ValueError('each class needs a name of its own')
     except (TypeError, ValueError) as error:
@@ -201,6 +231,8 @@ def _images_of(folder: Folder, given: object, base: object, path: Path, split: s
         if not isinstance(entry, str) or '\0' in entry:
             raise UserError(f'{path}: {split} is {brief(repr(entry))}, in place of the path of a folder')
         place = _place(folder, entry, base if isinstance(base, str) else '')
+        if place is None and split == 'test':
+            return []
         if place is None:
             raise UserError(
                 f'{path}: {split} is {brief(repr(entry))}, and there is no such folder or list of images in '
@@ -209,7 +241,7 @@ def _images_of(folder: Folder, given: object, base: object, path: Path, split: s
         if place.is_file():
             for line in read_text(place).splitlines():
                 if line.strip():
-                    name = folder.find_image(line.strip(), place, split)
+                    name = folder.find_image(line.strip(), place)
                     if name is None:
                         raise UserError(f'{place} lists {brief(line)}, and the folder {folder.root} has no such image')
                     names[name] = None
@@ -222,18 +254,21 @@ def _images_of(folder: Folder, given: object, base: object, path: Path, split: s
 
 
 def _place(folder: Folder, entry: str, base: str) -> Path | None:
-    """Where an entry of a .yaml leads. Its `path`, and a leading '..', often belong to another machine."""
+    """Where an entry of a .yaml leads. Its `path`, and a leading '..', often belong to another machine.
+
+    Then the last parts of the entry are looked for in the folder, but not without the one that names the split.
+    """
     parts = PurePosixPath(entry.replace('\\', '/')).parts
     while parts and parts[0] in ('..', '.', '/'):
         parts = parts[1:]
-    within = PurePosixPath(*parts)
-    tried = [folder.root / base / entry, folder.root / entry, folder.root / within]
-    tried += [folder.root.joinpath(*parts[i:]) for i in range(1, len(parts))]
-    for place in tried:
+    split = split_of('/'.join((*parts, 'image')))
+    tails = [parts[i:] for i in range(len(parts)) if split_of('/'.join((*parts[i:], 'image'))) == split]
+    root = Path(osp.normpath(folder.root))
+    for place in (folder.root / base / entry, folder.root / entry, *(folder.root.joinpath(*tail) for tail in tails)):
         normal = Path(osp.normpath(place))
         try:
-            if normal.exists() and (normal == Path(osp.normpath(folder.root)) or folder.root in normal.parents):
-                return normal
+            if entry and normal.exists() and (normal == root or root in normal.parents):
+                return folder.root / normal.relative_to(root)
         except OSError:  # a name that is too long
             continue
     return None
@@ -246,5 +281,5 @@ def _labels_of(folder: Folder, name: str) -> Path | None:
     places = [path.with_suffix('.txt')]
     for i, part in enumerate(parts[:-1]):
         if part.lower() == 'images':
-            places[:0] = [PurePosixPath(*parts[:i], labels, *parts[i + 1 :]) for labels in ('labels', 'Labels')]
+            places[:0] = [PurePosixPath(*parts[:i], labels, *parts[i + 1 :]) for labels in LABELS]
     return next((folder.root / place for place in places if (folder.root / place).is_file()), None)

@@ -12,6 +12,7 @@ from conftest import DATA
 from cbam_mmdet.datasets.checks import complete
 from cbam_mmdet.datasets.formats.as_coco import duplicates, write_coco_files
 from cbam_mmdet.datasets.formats.recognize import read_folder
+from cbam_mmdet.datasets.formats.write import write_data_set
 from cbam_mmdet.errors import UserError
 
 globox = pytest.importorskip('globox', reason="needs pip install '.[dev]'")
@@ -434,3 +435,156 @@ def test_images_that_are_in_no_image_set_are_counted(truth, tmp_path):
     (tmp_path / 'ImageSets/Main/train.txt').write_text('img_1\nimg_2\n')
     (tmp_path / 'ImageSets/Main/val.txt').write_text('img_3\n')
     assert '9 annotated images are in no image set, and are left out' in read_folder(tmp_path).notes
+
+
+def coco_of(names):
+    """A COCO content in which image i has i + 1 boxes."""
+    images = [dict(id=i, file_name=name, width=40, height=30) for i, name in enumerate(names, start=1)]
+    boxes = [dict(image_id=i, category_id=1, bbox=[j, j, 9, 9]) for i in range(1, len(names) + 1) for j in range(i + 1)]
+    annotations = [dict(box, id=i) for i, box in enumerate(boxes, start=1)]
+    return json.dumps(dict(images=images, annotations=annotations, categories=[dict(id=1, name='cat')]))
+
+
+def write_pictures(root, *names):
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(root / name), np.full((30, 40, 3), i, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ('folders', 'files'),
+    [
+        (('siteA/images', 'siteB/images'), ('siteA/annotations/x.json', 'siteB/annotations/x.json')),
+        (('train_images', 'val_images'), ('train.json', 'val.json')),
+        (('images/train', 'images/val'), ('annotations/train.json', 'annotations/val.json')),
+        (('a', 'b'), ('a.json', 'b.json')),
+    ],
+)
+def test_images_of_one_name_are_those_of_their_own_file(tmp_path, folders, files):
+    write_pictures(tmp_path, *(f'{folder}/{i}.jpg' for folder in folders for i in range(3)))
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(coco_of(['0.jpg', '1.jpg', '2.jpg']))
+    found = read_folder(tmp_path, train_ann=files[0], val_ann=files[1])
+    for split, folder in zip(('train', 'val'), folders, strict=True):
+        assert [i['file_name'] for i in found.splits[split]['images']] == [f'{folder}/{i}.jpg' for i in range(3)]
+
+
+def test_an_image_that_may_be_either_of_two_is_refused(tmp_path):
+    write_pictures(tmp_path, 'a/0.jpg', 'b/0.jpg')
+    (tmp_path / 'labels.json').write_text(coco_of(['0.jpg']))
+    with pytest.raises(UserError, match='has 2 of that name'):
+        read_folder(tmp_path)
+
+
+def test_an_image_of_another_split_is_not_taken_for_a_missing_one(tmp_path):
+    write_pictures(tmp_path, 'train2017/0.jpg', 'val2017/0.jpg', 'val2017/1.jpg')
+    for split in ('train', 'val'):
+        (tmp_path / f'instances_{split}2017.json').write_text(coco_of(['0.jpg', '1.jpg']))
+    found = read_folder(tmp_path)
+    assert [i['file_name'] for i in found.splits['train']['images']] == ['train2017/0.jpg']
+    assert any('1 images that instances_train2017.json lists are not there' in note for note in found.notes)
+
+
+def voc_year(root, year, names, **sets):
+    write_pictures(root, *(f'{year}/JPEGImages/{name}.jpg' for name in names))
+    for folder in ('Annotations', 'ImageSets/Main'):
+        (root / year / folder).mkdir(parents=True)
+    box = '<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>'
+    for name in names:
+        text = f'<annotation><object><name>cat</name>{box}</object></annotation>'
+        (root / year / f'Annotations/{name}.xml').write_text(text)
+    for name, members in sets.items():
+        (root / year / f'ImageSets/Main/{name}.txt').write_text('\n'.join(members))
+
+
+@pytest.mark.parametrize('suffix', ['', '.jpg'])
+def test_two_years_of_voc_are_read_together(tmp_path, suffix):
+    """The later year has no test set, and lists of the same name."""
+    listed = [f'{name}{suffix}' for name in 'abcde']
+    voc_year(tmp_path, 'VOC2007', 'abcde', trainval=listed[:3], test=listed[3:])
+    voc_year(tmp_path, 'VOC2012', 'xyz', trainval='xyz')
+    found = read_folder(tmp_path)
+    assert [len(found.splits[split]['images']) for split in ('train', 'val')] == [6, 2] and not found.notes
+
+
+def test_two_years_of_voc_with_sets_of_one_name(tmp_path):
+    voc_year(tmp_path, 'VOC2007', 'abcd', train='ab', val='cd')
+    voc_year(tmp_path, 'VOC2012', 'uvw', train='uv', val='w')
+    splits = read_folder(tmp_path).splits
+    assert [len(splits[split]['images']) for split in ('train', 'val')] == [4, 3]
+
+
+@pytest.mark.parametrize(
+    'files',
+    [
+        {'labels/train/classes.txt': 'cat\ndog', 'labels/val/classes.txt': 'dog\ncat'},
+        {'custom.names': 'cat\ndog', 'coco.names': 'x\ny'},
+        {'custom.names': 'cat\ndog', 'labels.txt': 'x\ny'},
+    ],
+)
+def test_lists_of_classes_that_differ_are_refused(tmp_path, files):
+    small_yolo(tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match='several lists of classes that differ'):
+        read_folder(tmp_path)
+
+
+def test_the_list_that_a_data_file_names_is_taken(tmp_path):
+    small_yolo(tmp_path)
+    (tmp_path / 'a.names').write_text('x\ny')
+    (tmp_path / 'custom.names').write_text('cat\ndog\n\n')
+    (tmp_path / 'obj.data').write_text('names = data/custom.names')
+    assert [c['name'] for c in read_folder(tmp_path).splits['train']['categories']] == ['cat', 'dog']
+
+
+@pytest.mark.parametrize('names', ['cat\n\ndog', '["", cat, dog]'])
+def test_a_blank_class_does_not_shift_the_others(tmp_path, names):
+    small_yolo(tmp_path)
+    if names.startswith('['):
+        (tmp_path / 'data.yaml').write_text(f'train: images/train\nval: images/val\nnames: {names}')
+    else:
+        (tmp_path / 'classes.txt').write_text(names)
+    with pytest.raises(UserError, match='is not the name of a class'):
+        read_folder(tmp_path)
+
+
+def test_a_yaml_that_does_not_fit_is_not_read_as_all_images(tmp_path):
+    small_yolo(tmp_path)
+    (tmp_path / 'data.yaml').write_text('train: ../train/images\nval: ../valid/images\nnames: [cat]')
+    with pytest.raises(UserError, match=r"train is '\.\./train/images', and there is no such folder"):
+        read_folder(tmp_path)
+
+
+def test_a_test_split_that_shares_an_image_is_named_and_one_that_is_not_there_is_left_out(tmp_path):
+    small_yolo(tmp_path)
+    text = 'train: images/train\nval: images/val\ntest: {}\nnames: {{"0": cat}}'
+    (tmp_path / 'data.yaml').write_text(text.format('../test/images'))
+    assert 'data.yaml names a test split that is not there' in read_folder(tmp_path).notes
+    (tmp_path / 'test.txt').write_text('images/val/d.jpg\nimages/train/a.jpg\n')
+    (tmp_path / 'data.yaml').write_text(text.format('test.txt'))
+    with pytest.raises(UserError, match='1 images are in train and in test'):
+        read_folder(tmp_path)
+
+
+def test_a_root_with_dots_in_it(tmp_path):
+    small_yolo(tmp_path / 'data')
+    (tmp_path / 'data/data.yaml').write_text('train: images/train\nval: images/val\nnames: [cat]')
+    assert len(read_folder(f'{tmp_path}/data/../data').splits['train']['images']) == 3
+
+
+def test_ultralytics_finds_the_labels_that_are_written(tmp_path):
+    """Its rule: of an image's path the last /images/ becomes /labels/, and the suffix .txt."""
+    root = tmp_path / 'source'
+    names = ['images/a.jpg', 'images/a.png', 'images/sub/images/b.jpg', 'other/b.jpg']
+    write_pictures(root, *names)
+    (root / 'train.json').write_text(coco_of(names))
+    (root / 'val.json').write_text(coco_of(names[:1]))
+    write_data_set(read_folder(root), root, tmp_path / 'yolo', 'yolo')
+    pictures = [path for path in (tmp_path / 'yolo/images/train').rglob('*') if path.suffix in ('.jpg', '.png')]
+    counts = []
+    for path in pictures:
+        labels = Path('/labels/'.join(str(path).rsplit('/images/', 1))).with_suffix('.txt')
+        counts.append(len(labels.read_text().splitlines()))
+    assert sorted(counts) == [2, 3, 4, 5]  # image i has i + 1 boxes
