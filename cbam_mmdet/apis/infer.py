@@ -230,10 +230,10 @@ def _enlarged(sample: DetDataSample, factor: int) -> DetDataSample:
 def _infer_video(model, pipeline, file, target, painter, records, before, score_thr, warn) -> int:
     try:
         video = mmcv.VideoReader(str(file)) if file.is_file() else None  # a pipe or a device has no end
-        length = len(video) if video and video.opened else 0
+        length = len(video) if video is not None and video.opened else 0
     except (FileNotFoundError, ValueError):  # the number of frames may be none
         length = 0
-    if not video or length < 1:
+    if length < 1:
         raise UserError(f'video {file} is not one that OpenCV can read.')
     writer, count = None, 0
     for frame in tqdm(video, total=length, desc=file.name, unit='frame'):
