@@ -93,7 +93,9 @@ class Folder:
 
         allowed = {split, None}
         images = [i for i in images if not split or _split_by_words(PurePosixPath(i).parts[:-1]) in allowed]
-        best = [image for image in images if rank(image) == max(map(rank, images))]
+        ranks = [rank(image) for image in images]
+        highest = max(ranks, default=None)
+        best = [image for image, its_rank in zip(images, ranks, strict=True) if its_rank == highest]
         if len(best) > 1:
             raise UserError(
                 f'{source} names the image {named}, and the folder has {len(best)} of that name '
