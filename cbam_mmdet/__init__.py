@@ -20,6 +20,7 @@ from cbam_mmdet.models.gates import record_gates
 from cbam_mmdet.models.plugins.apply_child import apply_after_conversion
 from cbam_mmdet.models.plugins.backbone import PluginBackbone
 from cbam_mmdet.models.plugins.neck import PluginNeck
+from cbam_mmdet.models.timm_features import TimmFeatures
 from cbam_mmdet.utils.config import PREFIX, config_path
 
 PERMANENT.enter_context(package_configs(PREFIX, config_path))
@@ -48,6 +49,7 @@ __all__ = [
     'PluginNeck',
     'SampleCocoMetric',
     'SpatialAttention',
+    'TimmFeatures',
     'VOCDetectionMetric',
     '__version__',
     'config_path',

@@ -16,6 +16,19 @@ OUTPUTS = 'outputs'  # stands for the maps that the backbone returns
 
 BOTTLENECK, BASIC_BLOCK = ['layer*.*.bn3'], ['layer*.*.bn2']
 
+# timm's networks differ in their modules alone.
+TIMM = [
+    [f'timm_model.{pattern}' for pattern in patterns]
+    for patterns in (
+        BOTTLENECK,
+        BASIC_BLOCK,
+        ['repeat*.*.conv2d', 'block8.conv2d'],  # Inception-ResNet-v2; the convolutions have no norm
+        ['blocks*.**.ghost2'],  # GhostNet
+        ['blocks.*.*.bn3', 'blocks.0.*.bn2'],  # MobileNetV3, EfficientNet
+        ['stages*.**.blocks.*'],  # ConvNeXt
+    )
+]
+
 # Class of the backbone -> lists of patterns. The first list with a match is used. Derived classes share the place.
 # Those of ResNet are ResNeXt, Res2Net, ResNeSt, RegNet, and the ResNets of DetectoRS and TridentNet.
 PLACES: dict[str, list[list[str]]] = {
@@ -31,18 +44,8 @@ PLACES: dict[str, list[list[str]]] = {
     'PyramidVisionTransformer': [[OUTPUTS]],
     'DenseNet': [['stages.*']],
     'InceptionV3': [['Mixed_*']],
-    # timm's networks differ in their modules alone: with features_only=True they are all of one class.
-    'TIMMBackbone': [
-        [f'timm_model.{pattern}' for pattern in patterns]
-        for patterns in (
-            BOTTLENECK,
-            BASIC_BLOCK,
-            ['repeat*.*.conv2d', 'block8.conv2d'],  # Inception-ResNet-v2; the convolutions have no norm
-            ['blocks*.**.ghost2'],  # GhostNet
-            ['blocks.*.*.bn3', 'blocks.0.*.bn2'],  # MobileNetV3, EfficientNet
-            ['stages*.**.blocks.*'],  # ConvNeXt
-        )
-    ],
+    'TIMMBackbone': TIMM,
+    'TimmFeatures': TIMM,
 }
 
 

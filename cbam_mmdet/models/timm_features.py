@@ -1,0 +1,117 @@
+"""TimmFeatures: the feature maps of a timm network, as the backbone of a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import initialize
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cbam_mmdet.errors import UserError, did_you_mean
+from cbam_mmdet.utils.text import brief
+
+
+@MODELS.register_module()
+class TimmFeatures(BaseModule):
+    """A timm network without its classifier. It returns a feature map for each chosen stage.
+
+    mmpretrain's TIMMBackbone does the same where mmpretrain is installed, but it freezes neither stages nor norms. In
+    both, the network is the child `timm_model`. Here it is whole up to the last map, under timm's own names.
+
+    Args:
+        model_name: timm's name, e.g. 'tf_efficientnet_lite0'.
+        out_indices: the maps to return, by timm's numbers. In most networks map i has the stride 2 ** (i + 1).
+        frozen_stages: everything up to and including map i does not train, and its norms keep their running
+            statistics. -1 freezes nothing.
+        norm_eval: every BatchNorm keeps its running statistics, as in MMDetection's ResNet.
+        init_cfg: of MMEngine. `Pretrained` takes a file with timm's keys. Its classifier is left out.
+        **others: of timm.create_model.
+
+    Attributes:
+        channels: of each map that is returned.
+
+    Raises:
+        UserError: (a ValueError) if timm is missing, for a name that it does not know, and for maps or arguments that
+            the network does not have.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        out_indices: Sequence[int] = (1, 2, 3, 4),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        init_cfg: dict | None = None,
+        **others: Any,
+    ):
+        super().__init__(init_cfg)
+        self.timm_model = _network(model_name, others)
+        maps = self.timm_model.feature_info
+        chosen = tuple(out_indices)
+        if not chosen or not set(chosen) <= set(range(len(maps))) or not -1 <= frozen_stages <= max(chosen):
+            strides = ', '.join(f'{i} (stride {each["reduction"]})' for i, each in enumerate(maps))
+            raise UserError(
+                f'TimmFeatures: got out_indices={chosen}, frozen_stages={frozen_stages}, expected some of the maps of '
+                f'{model_name}, {strides}, and -1 or a map up to the last of them'
+            )
+        self.out_indices, self.frozen_stages, self.norm_eval = chosen, frozen_stages, norm_eval
+        self.channels = tuple(maps[i]['num_chs'] for i in chosen)
+        self._frozen = self._modules_up_to(maps[frozen_stages]['module']) if frozen_stages >= 0 else []
+        self.timm_model.prune_intermediate_layers(chosen, prune_norm=True, prune_head=True)
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(N, 3, H, W) -> for each chosen map (N, C, ceil(H / stride), ceil(W / stride))."""
+        return tuple(
+            self.timm_model.forward_intermediates(
+                x, indices=self.out_indices, output_fmt='NCHW', intermediates_only=True
+            )
+        )
+
+    def init_weights(self) -> None:
+        """As `init_cfg` says. The keys of a file are those of the network inside."""
+        if self.init_cfg:
+            initialize(self.timm_model, self.init_cfg)
+        self._is_init = True
+
+    def train(self, mode: bool = True) -> TimmFeatures:
+        """As for every module, but for what is frozen."""
+        super().train(mode)
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
+        for name in self._frozen:
+            for module in self.timm_model.get_submodule(name).modules():
+                module.training = False
+            self.timm_model.get_submodule(name).requires_grad_(False)
+
+    def _modules_up_to(self, last: str) -> list[str]:
+        """The names of the modules without children, as registered, up to the end of this one."""
+        names = [name for name, module in self.timm_model.named_modules() if not [*module.children()]]
+        inside = [i for i, name in enumerate(names) if f'{name}.'.startswith(f'{last}.')]
+        return names[: inside[-1] + 1]
+
+
+def _network(model_name: str, others: dict[str, Any]) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"TimmFeatures: {error}. Its networks are timm's: pip install timm") from error
+    if not timm.is_model(model_name):
+        raise UserError(f'TimmFeatures: timm has no {model_name!r}{did_you_mean(model_name, timm.list_models())}')
+    try:
+        network = timm.create_model(model_name, num_classes=0, **others)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f'TimmFeatures: timm cannot build {model_name} with {others}: {brief(error)}') from error
+    if not hasattr(network, 'forward_intermediates'):
+        raise UserError(f'TimmFeatures: {model_name} returns no feature maps in this version of timm: choose another')
+    return network
