@@ -4,6 +4,7 @@ Recognizes its format, prints what it holds, and writes one HTML page of picture
 """
 
 import argparse
+from pathlib import Path
 
 from arguments import Parser, run
 
@@ -18,10 +19,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from cbam_mmdet.datasets.formats.recognize import read_folder  # MMDetection takes seconds to import
+    from cbam_mmdet.datasets.formats.as_coco import duplicates  # MMDetection takes seconds to import
+    from cbam_mmdet.datasets.formats.recognize import read_folder
     from cbam_mmdet.visualization.data_page import write_data_page
 
     found = read_folder(args.data_root, args.train_ann, args.val_ann)
+    found.notes += duplicates(found, Path(args.data_root))
     tables = write_data_page(found, args.data_root, args.out, args.num_images)
     print(f'{args.data_root} is in the format of {found.style}')
     for note in found.notes:

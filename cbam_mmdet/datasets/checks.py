@@ -649,7 +649,11 @@ def _log(report: Report) -> None:
             logger='current',
             level=logging.WARNING,
         )
-    fate = 'and left out' if report.split == 'train' else '; the metric still counts them, so take them out of the file'
+    fate = (
+        'and left out'
+        if report.split == 'train'
+        else '; take them out of the file: a metric that reads it counts each as an object that nothing found'
+    )
     for kind, where in (
         ('degenerate (narrower than 1 pixel)', report.degenerate),
         ('outside their image', report.outside),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import os.path as osp
+import re
 
 from mmdet.datasets import VOCDataset
 from mmdet.registry import DATASETS
@@ -76,6 +77,7 @@ def fit_layout(cfg: Config, quiet: bool = False) -> None:
       is missed there.
     - A training set whose year does not exist is left out, if another year exists.
     - A validation or test set whose year does not exist is taken from the year that exists.
+    - A year of which the config reads nothing stays unread.
     - Where ImageSets/Main has a val.txt but no test.txt, val.txt takes the place of test.txt, and train.txt that of
       trainval.txt. Where it has no trainval.txt, train.txt takes its place.
 
@@ -95,6 +97,10 @@ def fit_layout(cfg: Config, quiet: bool = False) -> None:
             if years and not osp.isdir(voc_folder(dataset)):
                 notes[f'no {voc_folder(dataset)}: validation and test use {years[0]}'] = None
                 _point_at_folder(dataset, years[0])
+    for root in {d.data_root for d in _voc_datasets(cfg, 'train')} if years else ():
+        for year in sorted(name for name in os.listdir(root or '.') if re.fullmatch(r'VOC\d{4}', name)):
+            if f'{year}/' not in years and _is_flat(osp.join(root, year)):
+                notes[f'{osp.join(root, year)} is there, and the config does not read it'] = None
     _fit_image_sets(cfg, notes)
     for note in () if quiet else notes:
         log(f'--data-root: {note}')

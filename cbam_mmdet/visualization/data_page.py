@@ -12,7 +12,6 @@ from jinja2 import Environment, PackageLoader
 from mmdet.visualization.palette import get_palette
 
 from cbam_mmdet.datasets.checks import size_of
-from cbam_mmdet.datasets.formats.as_coco import duplicates
 from cbam_mmdet.datasets.formats.content import Found
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError
@@ -61,7 +60,7 @@ def write_data_page(found: Found, root: str | Path, out: str | Path, num_images:
     page = environment.get_template('data_page.html').render(
         root=str(root),
         style=found.style,
-        notes=[*found.notes, *duplicates(found, root)],
+        notes=found.notes,
         tables=tables,
         pictures=pictures,
         version=__version__,

@@ -189,3 +189,18 @@ def test_xml_dataset_says_that_it_reads_jpg_only(made, root, tmp_path):
     fit_image_suffix(cfg)
     with pytest.raises(UserError, match=r"8 images .* are not .jpg \(the first: .*png\).*type='VOCDataset'"):
         check_data(cfg, ['train'])
+
+
+def test_a_year_that_the_config_does_not_read_is_named(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr('cbam_mmdet.datasets.voc.log', lines.append)
+    for year in ('VOC2007', 'VOC2012'):
+        (tmp_path / year / 'Annotations').mkdir(parents=True)
+    dataset = dict(
+        type='VOCDataset',
+        data_root=f'{tmp_path}/',
+        ann_file='VOC2007/ImageSets/Main/trainval.txt',
+        data_prefix=dict(sub_data_root='VOC2007/'),
+    )
+    fit_layout(Config(dict(train_dataloader=dict(dataset=dataset))))
+    assert lines == [f'--data-root: {tmp_path}/VOC2012 is there, and the config does not read it']

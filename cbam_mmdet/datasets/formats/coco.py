@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cbam_mmdet.datasets.checks import complete, require_coco
@@ -65,15 +65,14 @@ def _with_places(folder: Folder, path: Path, content: dict, notes: list[str]) ->
     """A content whose images are named relative to the folder. Images that are not there are left out."""
     content, _ = complete(content)
     require_coco(str(path), content)
-    images, lost = [], []
     # The split of the file's own name, whatever it is used for.
     split = split_of_file(path.relative_to(folder.root).as_posix()) if folder.root in path.parents else None
-    near = _nearest(folder, path, content['images'], split)
-    for image in content['images']:
-        name = image['file_name']
-        place = f'{near}/{name}' if near and f'{near}/{name}' in folder else name if name in folder else None
-        place = place or folder.find_image(name, path, split)
-        (images if place else lost).append(dict(image, file_name=place or name))
+    images, lost = _find_images(folder, path, content['images'], split)
+    if not images and split:  # all of them in the folder of another split, as in a part that somebody took from it
+        images, lost = _find_images(folder, path, content['images'], None)
+        if images:
+            place = PurePosixPath(images[0]['file_name']).parent
+            notes.append(f'{path.name} is for the {split} split by its name, and its images are in {place}')
     if not images:
         first = f' (the first: {brief(lost[0]["file_name"])})' if lost else ''
         raise UserError(f'none of the {len(lost)} images that {path} lists is in {folder.root}{first}')
@@ -82,6 +81,20 @@ def _with_places(folder: Folder, path: Path, content: dict, notes: list[str]) ->
         notes.append(f'{len(lost)} images that {path.name} lists are not there and are left out: {names}')
     ids = {image['id'] for image in images}
     return dict(content, images=images, annotations=[a for a in content['annotations'] if a['image_id'] in ids])
+
+
+def _find_images(
+    folder: Folder, path: Path, images: list[dict], split: str | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The images that are in the folder, named relative to it, and those that are not."""
+    found, lost = [], []
+    near = _nearest(folder, path, images, split)
+    for image in images:
+        name = image['file_name']
+        place = f'{near}/{name}' if near and f'{near}/{name}' in folder else name if name in folder else None
+        place = place or folder.find_image(name, path, split)
+        (found if place else lost).append(dict(image, file_name=place or name))
+    return found, lost
 
 
 def _nearest(folder: Folder, path: Path, images: list[dict], split: str | None) -> str | None:

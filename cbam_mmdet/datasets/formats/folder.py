@@ -22,6 +22,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(('val', 'valid', 'validation', 'dev'), 'val'),
     **dict.fromkeys(('test', 'testing'), 'test'),
 }
+NOT_SPLITS = ('images', 'image', 'imgs', 'img', 'set', 'data', 'split')  # words beside: train_images, val_set
 
 
 class Folder:
@@ -144,9 +145,10 @@ def _is_file(path: Path) -> bool:
 
 
 def split_of(relative: str) -> str | None:
-    """The split that a path names by one of its folders: 'train', 'val' or 'test'. The last one decides."""
+    """The split that a path names by one of its folders (train, val2017, test_images). The last one decides."""
     for part in reversed(PurePosixPath(relative).parts[:-1]):
-        split = SPLIT_NAMES.get(part.lower().rstrip('0123456789'))
+        words = [word for word in re.split('[^a-z]+', part.lower()) if word and word not in NOT_SPLITS]
+        split = SPLIT_NAMES.get(words[0]) if len(words) == 1 else None
         if split:
             return split
     return None

@@ -12,7 +12,7 @@ from cbam_mmdet.datasets.formats.cvat import read_cvat
 from cbam_mmdet.datasets.formats.folder import Folder, read_json, read_xml
 from cbam_mmdet.datasets.formats.labelme import is_labelme, read_labelme
 from cbam_mmdet.datasets.formats.voc import read_voc_folder
-from cbam_mmdet.datasets.formats.yolo import data_yaml, names_file, read_darknet, read_ultralytics
+from cbam_mmdet.datasets.formats.yolo import data_yaml, deeper_yaml, names_file, read_darknet, read_ultralytics
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import brief
 
@@ -89,9 +89,9 @@ def _what_is_missing(folder: Folder, roots: dict[Path, ET.Element]) -> str:
     """The nearest layout, and what it lacks."""
     stems = {Path(image).stem for image in folder.images}
     labels = [path for path in folder.files['.txt'] if path.stem in stems]
-    deeper = [str(path) for suffix in ('.yaml', '.yml') for path in folder.files[suffix] if path.parent != folder.root]
-    if labels and deeper:
-        return f"nearest is YOLO's layout, described by {deeper[0]}: give the folder of that file"
+    deeper = deeper_yaml(folder)
+    if deeper:
+        return f"nearest is YOLO's layout, described by {deeper}: give --data-root {deeper.parent}"
     if labels:
         return (
             f"nearest is YOLO's layout ({len(labels)} .txt have the name of an image). The names of the classes are "

@@ -64,6 +64,18 @@ def _write_coco(splits: dict[str, dict], root: Path, out: Path, bring: Bring) ->
 
 def _write_voc(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> list[str]:
     images: dict[str, str] = {}
+    notes = ["VOC's format has whole pixels: coordinates are rounded"]
+    small, unused = 0, None
+    for content in splits.values():
+        boxes = [annotation['bbox'] for annotation in content['annotations']]
+        small += sum(min(box[2:]) < 1 for box in boxes)
+        used = {annotation['category_id'] for annotation in content['annotations']}
+        absent = {category['name'] for category in content['categories'] if category['id'] not in used}
+        unused = absent if unused is None else unused & absent
+    if small:
+        notes.append(f"{small} boxes narrower than a pixel become one pixel wide, VOC's smallest box")
+    if unused:
+        notes.append(f'classes without a box are lost, as VOC has no list of classes: {", ".join(sorted(unused))}')
     for split, content in splits.items():
         files = coco_to_voc(content)
         for image in content['images']:
@@ -78,7 +90,7 @@ def _write_voc(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> 
             ET.indent(files[stem])
             write_text(out / 'Annotations' / f'{stem}.xml', ET.tostring(files[stem], encoding='unicode'))
         write_text(out / 'ImageSets' / 'Main' / f'{split}.txt', ''.join(f'{name}\n' for name in files))
-    return ["VOC's format has whole pixels: coordinates are rounded"]
+    return notes
 
 
 def _write_yolo(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> list[str]:

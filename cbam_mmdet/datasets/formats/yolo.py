@@ -6,6 +6,7 @@ taken. The coordinates are shares of the image's width and height (https://docs.
 
 from __future__ import annotations
 
+import contextlib
 import os.path as osp
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -28,22 +29,34 @@ def data_yaml(folder: Folder) -> tuple[Path, dict] | None:
     Raises:
         UserError: if there are several of them.
     """
-    found = []
-    for path in (*folder.files['.yaml'], *folder.files['.yml']):
-        if path.parent != folder.root:
-            continue
-        try:
-            content = yaml.safe_load(read_text(path))
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise UserError(f'{path} is not valid YAML, or more than data: {brief(error)}') from error
-        if isinstance(content, dict) and 'names' in content and ('train' in content or 'val' in content):
-            found.append((path, content))
+    files = [path for path in (*folder.files['.yaml'], *folder.files['.yml']) if path.parent == folder.root]
+    found = [(path, content) for path in files if _describes_data(content := _yaml(path))]
     if len(found) > 1:
         raise UserError(
             f'{folder.root} holds several data sets of YOLO: {", ".join(path.name for path, _ in found)}. Leave one in '
             'the folder'
         )
     return found[0] if found else None
+
+
+def deeper_yaml(folder: Folder) -> Path | None:
+    """A file deeper in the folder that describes a data set of Ultralytics'."""
+    for path in (*folder.files['.yaml'], *folder.files['.yml']):
+        with contextlib.suppress(UserError):
+            if path.parent != folder.root and _describes_data(_yaml(path)):
+                return path
+    return None
+
+
+def _describes_data(content: object) -> bool:
+    return isinstance(content, dict) and 'names' in content and ('train' in content or 'val' in content)
+
+
+def _yaml(path: Path) -> object:
+    try:
+        return yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f'{path} is not valid YAML, or more than data: {brief(error)}') from error
 
 
 def read_ultralytics(folder: Folder, path: Path, content: dict) -> Found:
@@ -277,9 +290,10 @@ def _place(folder: Folder, entry: str, base: str) -> Path | None:
 def _labels_of(folder: Folder, name: str) -> Path | None:
     """The label file of an image: below `labels` in place of a folder `images` on its path, else beside it."""
     path = PurePosixPath(name)
-    parts = list(path.with_suffix('.txt').parts)
-    places = [path.with_suffix('.txt')]
-    for i, part in enumerate(parts[:-1]):
-        if part.lower() == 'images':
-            places[:0] = [PurePosixPath(*parts[:i], labels, *parts[i + 1 :]) for labels in LABELS]
+    places = []
+    for label in (path.with_suffix('.txt'), path.with_suffix('.TXT')):
+        places.append(label)
+        for i, part in enumerate(label.parts[:-1]):
+            if part.lower() == 'images':
+                places[:0] = [PurePosixPath(*label.parts[:i], labels, *label.parts[i + 1 :]) for labels in LABELS]
     return next((folder.root / place for place in places if (folder.root / place).is_file()), None)

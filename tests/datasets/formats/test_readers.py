@@ -588,3 +588,62 @@ def test_ultralytics_finds_the_labels_that_are_written(tmp_path):
         labels = Path('/labels/'.join(str(path).rsplit('/images/', 1))).with_suffix('.txt')
         counts.append(len(labels.read_text().splitlines()))
     assert sorted(counts) == [2, 3, 4, 5]  # image i has i + 1 boxes
+
+
+def test_a_yaml_one_folder_deeper_is_named(tmp_path):
+    write_pictures(tmp_path, 'set/images/0.jpg')
+    (tmp_path / 'set/data.yaml').write_text('train: images\nnames: [cat]\n')
+    with pytest.raises(UserError, match=rf'give --data-root {tmp_path}/set'):
+        read_folder(tmp_path)
+
+
+def test_label_files_in_capitals(tmp_path):
+    write_pictures(tmp_path, 'images/0.jpg', 'images/1.jpg')
+    (tmp_path / 'labels').mkdir()
+    (tmp_path / 'labels/0.TXT').write_text('0 0.5 0.5 0.5 0.5\n')
+    (tmp_path / 'labels/1.txt').write_text('0 0.5 0.5 0.5 0.5\n')
+    (tmp_path / 'data.yaml').write_text('train: images\nnames: [cat]\n')
+    assert sum(len(content['annotations']) for content in all_of(read_folder(tmp_path))) == 2
+
+
+def test_splits_by_folders_called_train_images_and_val_images(tmp_path):
+    write_pictures(tmp_path, 'train_images/0.jpg', 'train_images/1.jpg', 'val_images/2.jpg', 'val_images/train_2.jpg')
+    for image in [*tmp_path.glob('*/*.jpg')]:
+        image.with_suffix('.txt').write_text('0 0.5 0.5 0.5 0.5\n')
+    (tmp_path / 'classes.txt').write_text('cat\n')
+    found = read_folder(tmp_path)
+    names = {split: [image['file_name'] for image in found.splits[split]['images']] for split in ('train', 'val')}
+    assert names == dict(
+        train=['train_images/0.jpg', 'train_images/1.jpg'], val=['val_images/2.jpg', 'val_images/train_2.jpg']
+    )
+
+
+def test_a_file_for_validation_whose_images_are_all_among_those_of_training(tmp_path):
+    write_pictures(tmp_path, *(f'train2017/{i}.jpg' for i in range(4)))
+    (tmp_path / 'train.json').write_text(coco_of(['0.jpg', '1.jpg']))
+    (tmp_path / 'minival.json').write_text(coco_of(['2.jpg', '3.jpg']))
+    found = read_folder(tmp_path, val_ann='minival.json', train_ann='train.json')
+    assert [image['file_name'] for image in found.splits['val']['images']] == ['train2017/2.jpg', 'train2017/3.jpg']
+    (tmp_path / 'minival.json').rename(tmp_path / 'val.json')
+    found = read_folder(tmp_path)
+    assert [image['file_name'] for image in found.splits['val']['images']] == ['train2017/2.jpg', 'train2017/3.jpg']
+    assert 'val.json is for the val split by its name, and its images are in train2017' in found.notes
+
+
+def test_what_voc_cannot_hold_is_said(tmp_path):
+    write_pictures(tmp_path, '0.jpg', '1.jpg')
+    content = json.loads(coco_of(['0.jpg', '1.jpg']))
+    content['annotations'][0]['bbox'] = [3, 3, 0.4, 5]
+    content['categories'].append(dict(id=2, name='dog'))
+    (tmp_path / 'train.json').write_text(json.dumps(content))
+    notes = write_data_set(read_folder(tmp_path), tmp_path, tmp_path / 'voc', 'voc')
+    assert any(note.startswith('1 boxes narrower than a pixel') for note in notes)
+    assert any(note.endswith('no list of classes: dog') for note in notes)
+
+
+def test_images_in_both_files_of_coco_are_named(tmp_path):
+    write_pictures(tmp_path, '0.jpg', '1.jpg', '2.jpg')
+    (tmp_path / 'train.json').write_text(coco_of(['0.jpg', '1.jpg']))
+    (tmp_path / 'val.json').write_text(coco_of(['1.jpg', '2.jpg']))
+    (line,) = duplicates(read_folder(tmp_path), tmp_path)
+    assert line.startswith('1 images are in two splits') and '1.jpg (val) is 1.jpg (train)' in line
