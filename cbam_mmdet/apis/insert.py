@@ -32,7 +32,7 @@ from cbam_mmdet.engine.checkpoint.loading import load_checkpoint
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.gates import find_cbams
 from cbam_mmdet.models.plugins.backbone import PluginBackbone
-from cbam_mmdet.models.plugins.places import usual_place
+from cbam_mmdet.models.plugins.places import OUTPUTS, matches, names_of, usual_place
 from cbam_mmdet.utils.config import class_of, config_text, set_default_scope
 from cbam_mmdet.utils.files import AtomicLocalBackend
 
@@ -144,7 +144,7 @@ def _forget_pretrained(model: ConfigDict) -> None:
 
 
 def _trained_places(backbone: nn.Module) -> list[str]:
-    """The usual place, but in a ResNet only in the stages that train: a CBAM in a frozen one never would."""
+    """The usual place, but only in the stages that train: a CBAM in a frozen one never would."""
     patterns = usual_place(backbone)
     if not patterns:
         raise UserError(
@@ -152,12 +152,18 @@ def _trained_places(backbone: nn.Module) -> list[str]:
             'tools/list_backbones.py)'
         )
     frozen = getattr(backbone, 'frozen_stages', -1)
-    if frozen < 1 or not all(pattern.startswith('layer*.') for pattern in patterns):
-        return patterns
-    stages = f'layer[{frozen + 1}-4]' if frozen < 4 else None
-    if stages is None:
+    if 1 <= frozen < 4 and all(pattern.startswith('layer*.') for pattern in patterns):
+        return [pattern.replace('layer*', f'layer[{frozen + 1}-4]', 1) for pattern in patterns]
+    names = [name for name in names_of(backbone) if any(matches(pattern, name) for pattern in patterns)]
+    trained = [name for name in names if name == OUTPUTS or _trains(backbone.get_submodule(name))]
+    if not trained:
         raise UserError(
             f'every stage is frozen (frozen_stages={frozen}): CBAM would never train. Set model.backbone.frozen_stages '
             'lower'
         )
-    return [pattern.replace('layer*', stages, 1) for pattern in patterns]
+    return patterns if trained == names else trained
+
+
+def _trains(module: nn.Module) -> bool:
+    parameters = [*module.parameters()]
+    return not parameters or any(parameter.requires_grad for parameter in parameters)

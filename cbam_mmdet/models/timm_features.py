@@ -95,8 +95,8 @@ class TimmFeatures(BaseModule):
             self.timm_model.get_submodule(name).requires_grad_(False)
 
     def _modules_up_to(self, last: str) -> list[str]:
-        """The names of the modules without children, as registered, up to the end of this one."""
-        names = [name for name, module in self.timm_model.named_modules() if not [*module.children()]]
+        """The names of the modules with weights of their own, as registered, up to the end of this one."""
+        names = [name for name, module in self.timm_model.named_modules() if module._parameters or module._buffers]
         inside = [i for i, name in enumerate(names) if f'{name}.'.startswith(f'{last}.')]
         return names[: inside[-1] + 1]
 
