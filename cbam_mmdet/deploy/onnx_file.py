@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def write_onnx(
     import onnx
 
     graph = DetectorGraph(model).eval()
+    if fixed_size is None:
+        _require_any_size(graph)
     resize = resize_of(model.cfg)
     usual = TRACED[1:] if resize['keep_ratio'] or not resize['scale'] else resize['scale'][::-1]
     batch, height, width = (fixed_batch or TRACED[0], *(fixed_size or usual))
@@ -81,6 +84,21 @@ def write_onnx(
     onnx.helper.set_model_props(made, {key: json.dumps(value) for key, value in _facts(model, graph, half).items()})
     onnx.checker.check_model(made)
     AtomicLocalBackend().put(made.SerializeToString(), out)
+
+
+def _require_any_size(graph: DetectorGraph) -> None:
+    """Refuse timm's convolutions with TensorFlow's padding on inputs whose size is no multiple of their strides.
+
+    How much they pad depends on the input's size, and the graph keeps what it was for the size that was traced.
+    """
+    strides = [max(m.stride) for m in graph.model.modules() if type(m).__name__ in ('Conv2dSame', 'Conv2dSameExport')]
+    stride = math.prod(strides)
+    if graph.divisor % stride:
+        raise UserError(
+            f"the backbone's convolutions pad by the size of the image, which a graph for any size cannot do: set "
+            f'model.data_preprocessor.pad_size_divisor={stride} (it is {graph.divisor}), as for the training, or give '
+            '--fixed-size'
+        )
 
 
 def _older_exporter() -> dict[str, Any]:

@@ -132,7 +132,8 @@ def test_plain_checkpoint_loads_and_every_cbam_trains(name, twin):
     cbams = [module for module in model.modules() if isinstance(module, CBAM)]
     assert cbams and all(p.requires_grad for cbam in cbams for p in cbam.parameters())
     if 'rcnn' in name:
-        assert not any(p.requires_grad for p in model.backbone.conv1.parameters()), 'the stem stays frozen'
+        stem = model.backbone.timm_model.conv_stem if 'effnet' in name else model.backbone.conv1
+        assert not any(p.requires_grad for p in stem.parameters()), 'the stem stays frozen'
 
 
 @pytest.mark.parametrize('name', ['ssd300_vgg16_cbam_coco.py', 'ssd300_r50_cbam_voc0712.py'])
@@ -153,7 +154,7 @@ def test_ssd_predicts(name):
 STAGES = {'r18': (2, 2, 2, 2), 'r50': (3, 4, 6, 3), 'r101': (3, 4, 23, 3), 'x101': (3, 4, 23, 3)}
 
 
-@pytest.mark.parametrize('name', [name for name, _ in TWINS if not name.startswith('demo') and 'vgg' not in name])
+@pytest.mark.parametrize('name', [name for name, _ in TWINS if re.match('[^/]*_(r18|r50|r101|x101)_', name)])
 def test_cbam_is_in_every_block(name):
     """After the block's last norm: in the block by MMDetection's plugins, or as the norm's child by PluginBackbone."""
     backbone = build(name).backbone
@@ -164,6 +165,12 @@ def test_cbam_is_in_every_block(name):
         assert len(blocks) == depth
         for block in blocks:
             assert isinstance(block.bn2.cbam if kind == 'r18' else block.cbam, CBAM)
+
+
+def test_cbam_is_in_every_block_that_trains():
+    blocks = build('faster_rcnn_effnet_lite0_cbam.py').backbone.timm_model.blocks
+    assert [[isinstance(getattr(block, 'bn3', block.bn2)._modules.get('cbam'), CBAM) for block in stage]
+            for stage in blocks] == [[i >= 2] * count for i, count in enumerate((1, 2, 2, 3, 3, 4, 1))]  # fmt: skip
 
 
 @pytest.mark.parametrize('name', [name for name, _ in TWINS if 'vgg16_cbam_coco' in name or 'vgg16_cbam_voc' in name])

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -13,6 +14,8 @@ from mmengine.registry import init_default_scope
 from cbam_mmdet.datasets.classes import _set_num_classes
 from cbam_mmdet.deploy import onnx_file
 from cbam_mmdet.deploy.export import compare
+from cbam_mmdet.deploy.graph import DetectorGraph
+from cbam_mmdet.errors import UserError
 
 onnx = pytest.importorskip('onnx', reason="needs pip install '.[deploy]'")
 pytest.importorskip('onnxruntime', reason="needs pip install '.[deploy]'")
@@ -112,3 +115,27 @@ def test_twenty_images(name, tmp_path):
         assert seen.within(boxes=0.1, scores=1e-4, masks=0.01), seen
         assert seen.detections > 10 * seen.images
         print(name, seen)  # for the record, with pytest -s
+
+
+def test_padding_that_depends_on_the_size(tmp_path):
+    """timm's Conv2dSame: right for any size that is padded to multiples of its strides, and refused otherwise."""
+    pytest.importorskip('timm', reason="an optional extra: pip install '.[backbones]'")
+    cfg = Config.fromfile(ROOT / 'configs/faster_rcnn_effnet_lite0_cbam.py')
+    cfg.model.backbone.backbone.init_cfg = None
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model).eval()
+    model.cfg, model.dataset_meta = cfg, dict(classes=tuple(f'class {i}' for i in range(80)))
+    model.test_cfg.rcnn.score_thr = 0
+    onnx_file.write_onnx(model, tmp_path / 'padded.onnx')
+    session = onnx_file.open_session(tmp_path / 'padded.onnx')
+    graph = DetectorGraph(model).eval()
+    for size in SIZES:
+        image = draw(*size, 0)[None]
+        with torch.no_grad():
+            scores = graph(torch.from_numpy(image))[1]
+        np.testing.assert_allclose(session.run(['scores'], {onnx_file.INPUT: image})[0], scores, atol=1e-3)
+    model.data_preprocessor.pad_size_divisor = 1
+    with pytest.raises(UserError, match='pad_size_divisor=32'):
+        onnx_file.write_onnx(model, tmp_path / 'unpadded.onnx')
+    onnx_file.write_onnx(model, tmp_path / 'fixed.onnx', fixed_size=(75, 133))
