@@ -178,6 +178,37 @@ def displayed_size(path: Path) -> tuple[int, int]:
         raise UserError(f'image {path} cannot be read: {brief(error)}') from error
 
 
+def turn_of(path: Path, size: tuple[int, int]) -> int | None:
+    """EXIF's orientation of an image that is displayed turned, if its annotations mean it as stored, by their size.
+
+    Args:
+        path: the image.
+        size: (width, height) as the annotations say.
+
+    Raises:
+        UserError: if the file is no image.
+    """
+    shown = displayed_size(path)
+    if size == shown or size != shown[::-1]:
+        return None
+    with Image.open(path) as image:
+        return image.getexif().get(ORIENTATION)
+
+
+def turned_box(box: Sequence[float], size: tuple[int, int], orientation: int) -> tuple[float, float, float, float]:
+    """A box x, y, width, height of an image as stored, in the image as displayed.
+
+    Args:
+        box: in pixels.
+        size: (width, height) as stored.
+        orientation: EXIF's, one of those that swap width and height.
+    """
+    x, y, width, height = box
+    left = y if orientation in (5, 8) else size[1] - y - height
+    top = x if orientation in (5, 6) else size[0] - x - width
+    return left, top, height, width
+
+
 def size_from(width: object, height: object) -> tuple[int, int]:
     """A (width, height) that a file gives.
 

@@ -48,6 +48,8 @@ class Folder:
         self._known = set(self.images)
         self._by_name: dict[str, list[str]] = defaultdict(list)
         self._by_stem: dict[str, list[str]] = defaultdict(list)
+        self._with_images = {PurePosixPath(image).parent.name for image in self.images}
+        self._moved: dict[tuple[str, str], None] = {}
         for image in self.images:
             self._by_name[PurePosixPath(image).name].append(image)
             self._by_stem[PurePosixPath(image).stem].append(image)
@@ -56,8 +58,9 @@ class Folder:
         """The image that an annotation file means, relative to the folder, or None if it is not there.
 
         Args:
-            named: the path that the file gives, from this or another system. Its last part decides, if that is the name
-                of one image only; without suffix it is compared with the names without suffix.
+            named: the path that the file gives, from this or another system. The image is the one that shares most of
+                its last parts; without suffix it is compared with the names without suffix. An image in a folder of
+                another name is taken only if the folder that is named has no images at all.
             source: the annotation file.
             split: prefer an image of this split, if several have the name.
 
@@ -72,10 +75,25 @@ class Folder:
         for direct in (f'{here}/{relative}' if here else relative, relative):
             if direct in self._known:
                 return direct
-        name = parts[-1]
+        folders, name = relative.split('/')[:-1], parts[-1]
         candidates = self._by_name.get(name) or self._by_stem.get(name) or []
-        deeper = [image for image in candidates if f'/{image}'.endswith(f'/{relative}')]
-        return self.nearest(deeper or candidates, named, source, split)
+        for i in range(len(folders)):
+            tail = '/' + '/'.join(folders[i:])
+            if deeper := [image for image in candidates if f'/{PurePosixPath(image).parent}'.endswith(tail)]:
+                return self.nearest(deeper, named, source, split)
+        if folders and folders[-1] in self._with_images:
+            return None
+        found = self.nearest(candidates, named, source, split)
+        if found and folders:
+            self._moved[folders[-1], PurePosixPath(found).parent.as_posix()] = None
+        return found
+
+    def moved(self) -> list[str]:
+        """A line for each folder that the annotations name and that is not there, whose images were found elsewhere."""
+        return [
+            f'no images in a folder {named}/, which the annotations name: those of the same names in {place}/ are taken'
+            for named, place in self._moved
+        ]
 
     def nearest(self, images: list[str], named: str, source: Path, split: str | None) -> str | None:
         """Of several images the one that an annotation file means: of its split, then nearest to it in the folder.
@@ -131,6 +149,26 @@ def _files_below(root: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f'{error.filename}: cannot be read ({error.strerror})') from error
     return sorted(found)
+
+
+def astray(places: Sequence[tuple[Path, str]]) -> list[int]:
+    """Which of the pairs of an annotation file and its image, found by its name, belong to other files' images.
+
+    Usually the annotations of one folder have their images in one folder. One whose image is not there must not get the
+    image of the same name that belongs to another folder's annotations.
+
+    Returns:
+        The indices of those pairs.
+    """
+    counts: dict[Path, Counter[PurePosixPath]] = defaultdict(Counter)
+    for path, image in places:
+        counts[path.parent][PurePosixPath(image).parent] += 1
+    usual = {folder: images.most_common(1)[0][0] for folder, images in counts.items()}
+    return [
+        i
+        for i, (path, image) in enumerate(places)
+        if (there := PurePosixPath(image).parent) != usual[path.parent] and there in usual.values()
+    ]
 
 
 def _refuse(error: OSError) -> None:

@@ -46,6 +46,7 @@ def read_folder(root: str, train_ann: str | None = None, val_ann: str | None = N
         found = read_coco_files(folder, {path: _coco(path) for path in chosen.values()}, chosen)
     else:
         found = _recognize(folder)
+    found.notes += folder.moved()
     return _complete_splits(found)
 
 

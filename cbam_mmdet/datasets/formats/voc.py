@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 
 from cbam_mmdet.datasets.checks import voc_objects
 from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, displayed_size, size_from
-from cbam_mmdet.datasets.formats.folder import Folder, read_text, split_of
+from cbam_mmdet.datasets.formats.folder import Folder, astray, read_text, split_of
 from cbam_mmdet.datasets.inputs import IMAGES
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import brief
@@ -44,6 +44,8 @@ def read_voc_folder(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
             lost.append(path)
         else:
             images.append(_image(folder, path, root, name, split))
+    for i in reversed(astray([(image.source, image.name) for image in images])):
+        lost.append(images.pop(i).source)
     if not images:
         raise UserError(f'{folder.root}: the images of its {len(roots)} .xml are not there ({folder.counts()})')
     classes = sorted({label for image in images for label, _, _ in image.objects})
@@ -82,8 +84,10 @@ def _image_sets(folder: Folder) -> dict[tuple[Path, str], str]:
     """
     years: dict[Path, dict[str, Path]] = defaultdict(dict)
     for path in folder.files['.txt']:
-        if 'ImageSets' in (path.parent.name, path.parent.parent.name):
-            years[path.parent if path.parent.name == 'ImageSets' else path.parent.parent][path.stem] = path
+        # Beside Main/ there are sets of other tasks: Segmentation/, Layout/, Action/.
+        of_boxes = path.parent.name == 'Main' and path.parent.parent.name == 'ImageSets'
+        if of_boxes or path.parent.name == 'ImageSets':
+            years[path.parent.parent if of_boxes else path.parent][path.stem] = path
     tested = any('test' in files and ('trainval' in files or 'train' not in files) for files in years.values())
     splits: dict[tuple[Path, str], str] = {}
     for year, files in years.items():

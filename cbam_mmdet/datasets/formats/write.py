@@ -7,13 +7,13 @@ import os
 import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import yaml
 
 from cbam_mmdet.datasets.convert import coco_to_voc
-from cbam_mmdet.datasets.formats.content import Found
+from cbam_mmdet.datasets.formats.content import Found, turn_of, turned_box
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.files import write_text
 
@@ -99,12 +99,17 @@ def _write_yolo(splits: dict[str, dict], root: Path, out: Path, bring: Bring) ->
     for split, content in splits.items():
         index = {category['id']: names.index(category['name']) for category in content['categories']}
         lines = defaultdict(list)
-        sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
+        sizes = [(image['width'], image['height']) for image in content['images']]
+        frames = {
+            image['id']: (size, turn_of(root / image['file_name'], size))
+            for image, size in zip(content['images'], sizes, strict=True)
+        }
         for annotation in content['annotations']:
             if annotation['iscrowd']:
                 crowds += 1
                 continue
-            line = _yolo_box(annotation['bbox'], sizes[annotation['image_id']])
+            box, size, turn = annotation['bbox'], *frames[annotation['image_id']]
+            line = _yolo_box(turned_box(box, size, turn), size[::-1]) if turn else _yolo_box(box, size)
             lines[annotation['image_id']].append(f'{index[annotation["category_id"]]} {line}')
         for image, name in zip(content['images'], _plain_names(content['images']), strict=True):
             bring(root / image['file_name'], out / 'images' / split / name)
@@ -132,7 +137,7 @@ def _plain_names(images: list[dict]) -> list[PurePosixPath]:
     return list(names.values())
 
 
-def _yolo_box(box: list[float], size: tuple[int, int]) -> str:
+def _yolo_box(box: Sequence[float], size: tuple[int, int]) -> str:
     """The centre and size of a box as shares of the image, cut at its border."""
     x, y, width, height = box
     (x1, x2), (y1, y2) = ((max(a, 0), min(a + b, end)) for a, b, end in zip((x, y), (width, height), size, strict=True))

@@ -1,7 +1,8 @@
 """YOLO's text files, as Ultralytics (data.yaml) and Darknet (obj.names) lay them out.
 
 A line is `class x_center y_center width height`, or `class x1 y1 x2 y2 ...` for the corners of a polygon, whose hull is
-taken. The coordinates are shares of the image's width and height (https://docs.ultralytics.com/datasets/detect/).
+taken. The coordinates are shares of the image's width and height (https://docs.ultralytics.com/datasets/detect/). Where
+data.yaml has a `kpt_shape`, the numbers of the keypoints follow the box, and are left out.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def read_ultralytics(folder: Folder, path: Path, content: dict) -> Found:
         common = set(names.get('test', ())) & set(names.get(other, ()))
         if common:
             raise UserError(f'{path}: {len(common)} images are in {other} and in test: the first is {min(common)}')
-    found = _read(folder, classes, [(name, split) for split, listed in names.items() for name in listed])
+    listed = [(name, split) for split, listed in names.items() for name in listed]
+    found = _read(folder, classes, listed, _keypoints(content.get('kpt_shape'), path))
     found.style, found.sources = f'YOLO ({path.name})', [path, *found.sources]
     if absent:
         found.notes.append(f'{path.name} names a test split that is not there')
@@ -157,17 +159,21 @@ def read_darknet(folder: Folder, path: Path) -> Found:
 
 
 def _listed_by_darknet(folder: Folder) -> list[tuple[str, str | None]]:
-    """The images, each with its split, of a `.data` file that names lists of both. Empty if there is none."""
+    """The images, each with its split, of a `.data` file that names lists of several. Empty if there is none."""
     for path in folder.files['.data']:
         values = _data_file(path)
         splits = {'train': values.get('train'), 'val': values.get('valid') or values.get('val')}
-        if all(splits.values()):
+        splits['test'] = values.get('test')
+        splits = {split: given for split, given in splits.items() if given}
+        if len(splits) > 1 and 'train' in splits:
             names = {split: _images_of(folder, given, None, path, split) for split, given in splits.items()}
             return [(name, split) for split, listed in names.items() for name in listed]
     return []
 
 
-def _read(folder: Folder, classes: tuple[str, ...], names: Iterable[tuple[str, str | None]]) -> Found:
+def _read(
+    folder: Folder, classes: tuple[str, ...], names: Iterable[tuple[str, str | None]], keypoints: int = 0
+) -> Found:
     images, sources, polygons, without = [], [], 0, 0
     for name, split in names:
         labels = _labels_of(folder, name)
@@ -178,7 +184,7 @@ def _read(folder: Folder, classes: tuple[str, ...], names: Iterable[tuple[str, s
             for number, line in enumerate(read_text(labels).splitlines(), start=1):
                 if line.strip():
                     try:
-                        label, corners, polygon = _object(line, classes)
+                        label, corners, polygon = _object(line, classes, keypoints)
                     except ValueError as error:
                         raise UserError(
                             f"annotation file {labels}, line {number} is not in YOLO's format: {brief(error)}."
@@ -194,6 +200,8 @@ def _read(folder: Folder, classes: tuple[str, ...], names: Iterable[tuple[str, s
             'images/NAME.jpg, or NAME.txt beside it'
         )
     found = Found('YOLO', by_split(images, classes, split_of), sources)
+    if keypoints:
+        found.notes.append('keypoints are left out')
     if polygons:
         found.notes.append(f'{polygons} polygons are taken as the boxes around them')
     if without:
@@ -201,10 +209,23 @@ def _read(folder: Folder, classes: tuple[str, ...], names: Iterable[tuple[str, s
     return found
 
 
-def _object(line: str, classes: tuple[str, ...]) -> tuple[str, list[float], bool]:
+def _keypoints(shape: object, path: Path) -> int:
+    """How many numbers of keypoints follow each box, by `kpt_shape`: their count, and 2 or 3 numbers each."""
+    if shape is None:
+        return 0
+    if isinstance(shape, list) and len(shape) == 2 and type(shape[0]) is int and shape[0] > 0 and shape[1] in (2, 3):
+        return shape[0] * shape[1]
+    raise UserError(f'{path}: kpt_shape is {brief(repr(shape))}, in place of the number of keypoints and 2 or 3')
+
+
+def _object(line: str, classes: tuple[str, ...], keypoints: int) -> tuple[str, list[float], bool]:
     """The class, x1, y1, x2, y2 as shares of the image, and whether it was a polygon."""
     label, *numbers = line.split()
     values = [float(number) for number in numbers]
+    if keypoints:
+        if len(values) not in (4, 4 + keypoints):
+            raise ValueError(f'{len(values)} numbers behind the class, in place of 4 and {keypoints} of keypoints')
+        values = values[:4]
     if len(values) != 4 and (len(values) < 6 or len(values) % 2):
         raise ValueError(f'{len(values)} numbers behind the class, in place of 4 for a box or the x, y of a polygon')
     if not all(-SLACK <= value <= 1 + SLACK for value in values):

@@ -647,3 +647,103 @@ def test_images_in_both_files_of_coco_are_named(tmp_path):
     (tmp_path / 'val.json').write_text(coco_of(['1.jpg', '2.jpg']))
     (line,) = duplicates(read_folder(tmp_path), tmp_path)
     assert line.startswith('1 images are in two splits') and '1.jpg (val) is 1.jpg (train)' in line
+
+
+def test_an_image_of_another_camera_is_not_taken_for_a_missing_one(tmp_path):
+    write_pictures(tmp_path, *(f'cam{c}/{i}.jpg' for c in (1, 2) for i in range(4) if (c, i) != (1, 0)))
+    names = [f'cam{c}/{i}.jpg' for c in (1, 2) for i in range(4)]
+    (tmp_path / 'train.json').write_text(coco_of(names))
+    found = read_folder(tmp_path)
+    assert sorted(i['file_name'] for content in all_of(found) for i in content['images']) == names[1:]
+    assert any(note.startswith('1 images that train.json lists are not there') for note in found.notes)
+
+
+def test_a_renamed_folder_of_images_is_said(tmp_path):
+    write_pictures(tmp_path, *(f'pictures/{i}.jpg' for i in range(3)))
+    (tmp_path / 'train.json').write_text(coco_of([f'/home/me/set/images/{i}.jpg' for i in range(3)]))
+    found = read_folder(tmp_path)
+    assert sum(len(content['images']) for content in all_of(found)) == 3
+    assert any('no images in a folder images/' in note and 'in pictures/ are taken' in note for note in found.notes)
+
+
+def test_an_xml_without_its_image_does_not_get_another_folders(tmp_path):
+    write_pictures(tmp_path, *(f'cam{c}/img/{i}.jpg' for c in (1, 2) for i in range(4) if (c, i) != (1, 0)))
+    box = '<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>'
+    for c, i in [(c, i) for c in (1, 2) for i in range(4) if (c, i) != (2, 0)]:
+        path = tmp_path / f'cam{c}/xml/{i}.xml'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'<annotation><object><name>cat</name>{box}</object></annotation>')
+    found = read_folder(tmp_path)
+    names = sorted(i['file_name'] for content in all_of(found) for i in content['images'])
+    assert names == [f'cam{c}/img/{i}.jpg' for c in (1, 2) for i in range(1, 4)]
+    assert any(note.startswith('1 .xml are left out') for note in found.notes)
+
+
+def test_image_sets_of_other_tasks_make_no_splits(tmp_path):
+    names = [f'{i:06d}' for i in range(8)]
+    voc_year(tmp_path, 'VOC2007', names, trainval=names[:5], test=names[5:])
+    for task in ('Segmentation', 'Layout'):
+        (tmp_path / 'VOC2007/ImageSets' / task).mkdir()
+        for name, members in dict(trainval=names[6:], test=names[:1]).items():
+            (tmp_path / f'VOC2007/ImageSets/{task}/{name}.txt').write_text('\n'.join(members))
+    found = read_folder(tmp_path)
+    assert [len(found.splits[split]['images']) for split in ('train', 'test')] == [5, 3]
+
+
+def test_keypoints_of_yolo_are_no_polygons(tmp_path):
+    write_pictures(tmp_path, 'images/0.jpg', 'images/1.jpg')
+    (tmp_path / 'labels').mkdir()
+    points = ' '.join('0.45 0.46' for _ in range(12))
+    for i in range(2):
+        (tmp_path / f'labels/{i}.txt').write_text(f'0 0.5 0.5 0.5 0.2 {points}\n')
+    text = 'train: images\nnames: [tiger]\n'
+    (tmp_path / 'data.yaml').write_text(f'{text}kpt_shape: [12, 2]\n')
+    found = read_folder(tmp_path)
+    assert all(a['bbox'] == [10, 12, 20, 6] for content in all_of(found) for a in content['annotations'])
+    assert 'keypoints are left out' in found.notes
+    for wrong, words in (('[12, 3]', 'in place of 4 and 36 of keypoints'), ('12', 'kpt_shape is 12')):
+        (tmp_path / 'data.yaml').write_text(f'{text}kpt_shape: {wrong}\n')
+        with pytest.raises(UserError, match=words):
+            read_folder(tmp_path)
+
+
+def test_darknets_lists_of_training_and_test(tmp_path):
+    write_pictures(tmp_path, *(f'obj_Train_data/{i}.jpg' for i in range(4)), 'obj_Test_data/4.jpg')
+    for image in [*tmp_path.glob('*/*.jpg')]:
+        image.with_suffix('.txt').write_text('0 0.5 0.5 0.5 0.5\n')
+    (tmp_path / 'obj.names').write_text('cat\n')
+    (tmp_path / 'obj.data').write_text('train = data/Train.txt\ntest = data/Test.txt\nnames = data/obj.names\n')
+    (tmp_path / 'Train.txt').write_text(''.join(f'data/obj_Train_data/{i}.jpg\n' for i in range(4)))
+    (tmp_path / 'Test.txt').write_text('data/obj_Test_data/4.jpg\n')
+    found = read_folder(tmp_path)
+    assert [image['file_name'] for image in found.splits['test']['images']] == ['obj_Test_data/4.jpg']
+    assert len(found.splits['train']['images']) == 4
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_boxes_of_a_stored_frame_are_turned_for_yolo(tmp_path, orientation):
+    """Against Pillow, which turns a picture in which the box is white."""
+    from PIL import Image, ImageOps
+
+    picture = np.zeros((48, 64), np.uint8)
+    picture[5:15, 8:32] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in 'ab':
+        Image.fromarray(picture).save(tmp_path / f'{name}.png', exif=exif)
+    content = json.loads(coco_of(['a.png', 'b.png']))
+    for image in content['images']:
+        image.update(width=64, height=48)
+    for annotation in content['annotations']:
+        annotation['bbox'] = [8, 5, 24, 10]
+    (tmp_path / 'train.json').write_text(json.dumps(content))
+    write_data_set(read_folder(tmp_path), tmp_path, tmp_path / 'yolo', 'yolo')
+    back = read_folder(tmp_path / 'yolo').splits['train']
+    box, image = back['annotations'][0]['bbox'], back['images'][0]
+    if orientation < 5:  # width and height do not say which frame is meant: it is left as it is
+        assert np.allclose(box, [8, 5, 24, 10], atol=1e-4)
+        return
+    turned = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / 'a.png')))
+    ys, xs = np.nonzero(turned)
+    assert (image['width'], image['height']) == turned.shape[::-1]
+    assert np.allclose(box, [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1], atol=1e-4)
