@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -16,7 +16,7 @@ from cbam_mmdet.utils.text import brief
 
 LARGEST = 1e9  # pixels: no coordinate is larger
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and the values that swap width and height
-TURNED_FORMATS = ('JPEG', 'PNG', 'TIFF')  # those that OpenCV turns, with which MMDetection reads images
+TURNED_FORMATS = ('JPEG', 'MPO', 'PNG', 'TIFF')  # those that OpenCV turns, with which MMDetection reads images
 HELD_OUT = 0.2
 
 
@@ -115,7 +115,7 @@ def by_split(
         if image.name in sources:
             raise UserError(f'{image.source}: {sources[image.name]} annotates {image.name}, too: remove one')
         sources[image.name] = image.source
-    splits = {image.name: image.split or split_of(image.name) for image in images}
+    splits = {image.name: image.split or _one_split(image.name, split_of) for image in images}
     without = [name for name, split in splits.items() if split is None]
     if without and len(without) < len(images):
         named = sorted({split for split in splits.values() if split})
@@ -135,6 +135,19 @@ def by_split(
                     f'annotation file {image.source}: an object of {image.name} is malformed: {brief(error)}'
                 ) from error
     return {split: content.as_coco() for split, content in contents.items()}
+
+
+def _one_split(name: str, split_of: Callable[[str], str | None]) -> str | None:
+    """The split that an image's folders name.
+
+    Raises:
+        UserError: if they name two.
+    """
+    path = PurePosixPath(name)
+    splits = {split_of(f'{folder}/{path.name}') for folder in (path.parent, *path.parent.parents)} - {None}
+    if len(splits) > 1:
+        raise UserError(f'{name} is in folders of two splits ({", ".join(sorted(splits))}): rename one of the folders')
+    return next(iter(splits), None)
 
 
 def hold_out(content: dict[str, list]) -> tuple[dict[str, list], dict[str, list]]:

@@ -57,7 +57,7 @@ def read_cvat(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
     if lost:
         found.notes.append(f'{lost} annotated images are not there: left out')
     if others:
-        found.notes.append(f'{others} points, lines and other shapes that are neither boxes nor polygons are left out')
+        found.notes.append(f'{others} points, lines and other shapes without area are left out')
     return found
 
 
@@ -66,6 +66,12 @@ def _corners(shape: ET.Element) -> Sequence[float] | None:
     if shape.tag == 'box':
         x1, y1, x2, y2 = (float(shape.get(key, '')) for key in ('xtl', 'ytl', 'xbr', 'ybr'))
         return _around_turned((x1, y1, x2, y2), float(shape.get('rotation', 0)))
+    if shape.tag == 'ellipse':
+        x, y, rx, ry = (float(shape.get(key, '')) for key in ('cx', 'cy', 'rx', 'ry'))
+        angle = math.radians(float(shape.get('rotation', 0)))
+        half_width = math.hypot(rx * math.cos(angle), ry * math.sin(angle))
+        half_height = math.hypot(rx * math.sin(angle), ry * math.cos(angle))
+        return x - half_width, y - half_height, x + half_width, y + half_height
     if shape.tag == 'polygon':
         points = [tuple(map(float, point.split(','))) for point in (shape.get('points') or '').split(';')]
         if any(len(point) != 2 for point in points):

@@ -24,6 +24,8 @@ SPLIT_NAMES = {
 }
 NOT_SPLITS = ('images', 'image', 'imgs', 'img', 'set', 'data', 'split')  # words beside: train_images, val_set
 
+MOST_LINKS = 8  # to one folder, that are followed
+
 
 class Folder:
     """A folder's images and the files that may be annotations. Hidden files and folders are left out.
@@ -122,6 +124,10 @@ class Folder:
             )
         return best[0] if best else None
 
+    def has_stem(self, stem: str) -> bool:
+        """Whether an image has this name without suffix."""
+        return stem in self._by_stem
+
     def __contains__(self, relative: str) -> bool:
         return relative in self._known
 
@@ -135,15 +141,18 @@ class Folder:
 
 
 def _files_below(root: Path) -> list[Path]:
-    """The regular files below a folder, sorted. Links to folders are followed, each folder is read once."""
-    found, seen = [], set()
+    """The regular files below a folder, sorted. Links to folders are followed, but not in a circle."""
+    found: list[Path] = []
+    real_parents: dict[str, tuple[str, ...]] = {}  # of each folder: the real paths of those around it, and its own
+    visits: Counter[str] = Counter()
     try:
         for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse):
-            real = os.path.realpath(folder)
-            if real in seen:
+            real, around = os.path.realpath(folder), real_parents.get(os.path.dirname(folder), ())
+            visits[real] += 1
+            if real in around or visits[real] > MOST_LINKS:
                 folders.clear()
                 continue
-            seen.add(real)
+            real_parents[folder] = (*around, real)
             folders[:] = sorted(name for name in folders if not name.startswith('.'))
             found += [Path(folder, name) for name in names if not name.startswith('.') and _is_file(Path(folder, name))]
     except OSError as error:

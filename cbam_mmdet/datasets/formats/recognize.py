@@ -80,7 +80,7 @@ def _recognize(folder: Folder) -> Found:
         return read_voc_folder(folder, of_voc)
     if of_labelme:
         return read_labelme(folder, of_labelme)
-    names = names_file(folder)
+    names = None if deeper_yaml(folder) else names_file(folder)
     if names:
         return read_darknet(folder, names)
     raise UserError(_none_of_these(folder, _what_is_missing(folder, roots)))

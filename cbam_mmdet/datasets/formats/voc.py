@@ -87,7 +87,8 @@ def _image_sets(folder: Folder) -> dict[tuple[Path, str], str]:
         # Beside Main/ there are sets of other tasks: Segmentation/, Layout/, Action/.
         of_boxes = path.parent.name == 'Main' and path.parent.parent.name == 'ImageSets'
         if of_boxes or path.parent.name == 'ImageSets':
-            years[path.parent.parent if of_boxes else path.parent][path.stem] = path
+            name = 'val' if path.stem == 'valid' else path.stem
+            years[path.parent.parent if of_boxes else path.parent][name] = path
     tested = any('test' in files and ('trainval' in files or 'train' not in files) for files in years.values())
     splits: dict[tuple[Path, str], str] = {}
     for year, files in years.items():

@@ -21,6 +21,7 @@ from cbam_mmdet.utils.text import brief
 
 SLACK = 0.01  # how far a coordinate may lie beyond the image, as Ultralytics has it
 LABELS = ('labels', 'Labels', 'LABELS')
+LISTS = dict(train='train', val='val', valid='val', test='test')  # Darknet's, without a .data file that names them
 NAMES = ('classes.txt', 'obj.names', 'labels.txt', 'names.txt')
 
 
@@ -102,6 +103,10 @@ def read_ultralytics(folder: Folder, path: Path, content: dict) -> Found:
     found.style, found.sources = f'YOLO ({path.name})', [path, *found.sources]
     if absent:
         found.notes.append(f'{path.name} names a test split that is not there')
+    lists = [other for other in folder.files['.txt'] if other.name in NAMES]
+    others = [other for other in lists if (*filter(None, map(str.strip, read_text(other).splitlines())),) != classes]
+    if others:
+        found.notes.append(f'{others[0].name} lists other classes, or another order: {path.name} is taken')
     if same:
         content = found.splits['train']
         found.splits['val'] = content
@@ -147,14 +152,15 @@ def read_darknet(folder: Folder, path: Path) -> Found:
         UserError: for a malformed file, and if no image has labels.
     """
     classes = _names(read_text(path).strip().splitlines(), path)
-    labelled = _listed_by_darknet(folder) or [(name, None) for name in folder.images if _labels_of(folder, name)]
+    listed = _listed_by_darknet(folder)
+    labelled = listed or [(name, None) for name in folder.images if _labels_of(folder, name)]
     if not labelled:
         raise UserError(f'{folder.root}: none of its {len(folder.images)} images has a .txt of its name')
     found = _read(folder, classes, labelled)
     found.style, found.sources = f'YOLO ({path.name})', [path, *found.sources]
     without = len(folder.images) - len(labelled)
     if without:
-        found.notes.append(f'{without} images without a .txt are left out')
+        found.notes.append(f'{without} images {"that no list names" if listed else "without a .txt"} are left out')
     return found
 
 
@@ -168,7 +174,25 @@ def _listed_by_darknet(folder: Folder) -> list[tuple[str, str | None]]:
         if len(splits) > 1 and 'train' in splits:
             names = {split: _images_of(folder, given, None, path, split) for split, given in splits.items()}
             return [(name, split) for split, listed in names.items() for name in listed]
-    return []
+    lists = {path.stem: path for path in folder.files['.txt'] if path.stem in LISTS and not folder.has_stem(path.stem)}
+    if len(lists) < 2 or 'train' not in lists:
+        return []
+    return [(name, LISTS[stem]) for stem, path in lists.items() for name in _listed(folder, path)]
+
+
+def _listed(folder: Folder, path: Path) -> list[str]:
+    """The images that a text file lists, one a line.
+
+    Raises:
+        UserError: for one that is not in the folder.
+    """
+    names = []
+    for line in filter(None, map(str.strip, read_text(path).splitlines())):
+        name = folder.find_image(line, path)
+        if name is None:
+            raise UserError(f'{path} lists {brief(line)}, and the folder {folder.root} has no such image')
+        names.append(name)
+    return names
 
 
 def _read(
@@ -273,12 +297,7 @@ def _images_of(folder: Folder, given: object, base: object, path: Path, split: s
                 f'{folder.root} ({folder.counts()})'
             )
         if place.is_file():
-            for line in read_text(place).splitlines():
-                if line.strip():
-                    name = folder.find_image(line.strip(), place)
-                    if name is None:
-                        raise UserError(f'{place} lists {brief(line)}, and the folder {folder.root} has no such image')
-                    names[name] = None
+            names |= dict.fromkeys(_listed(folder, place))
         else:
             below = place.relative_to(folder.root).as_posix()
             names |= dict.fromkeys(n for n in folder.images if below == '.' or n.startswith(f'{below}/'))

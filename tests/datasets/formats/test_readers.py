@@ -747,3 +747,79 @@ def test_boxes_of_a_stored_frame_are_turned_for_yolo(tmp_path, orientation):
     ys, xs = np.nonzero(turned)
     assert (image['width'], image['height']) == turned.shape[::-1]
     assert np.allclose(box, [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1], atol=1e-4)
+
+
+def test_folders_that_name_two_splits_are_refused(tmp_path):
+    write_pictures(tmp_path, 'train/cat/0.jpg', 'val/train/1.jpg')
+    for image in [*tmp_path.rglob('*.jpg')]:
+        image.with_suffix('.txt').write_text('0 0.5 0.5 0.5 0.5\n')
+    (tmp_path / 'classes.txt').write_text('cat\n')
+    with pytest.raises(UserError, match=r'val/train/1.jpg is in folders of two splits \(train, val\)'):
+        read_folder(tmp_path)
+
+
+def test_lists_of_darknet_without_a_data_file(tmp_path):
+    write_pictures(tmp_path, *(f'obj/{i}.jpg' for i in range(4)))
+    for image in [*tmp_path.rglob('*.jpg')]:
+        image.with_suffix('.txt').write_text('0 0.5 0.5 0.5 0.5\n')
+    (tmp_path / 'obj.names').write_text('cat\n')
+    (tmp_path / 'train.txt').write_text('obj/0.jpg\nobj/1.jpg\n')
+    (tmp_path / 'valid.txt').write_text('obj/2.jpg\n')
+    found = read_folder(tmp_path)
+    assert [len(found.splits[split]['images']) for split in ('train', 'val')] == [2, 1]
+    assert '1 images that no list names are left out' in found.notes
+
+
+def test_links_to_one_folder_of_images(tmp_path):
+    write_pictures(tmp_path, *(f'shared/{i}.jpg' for i in range(4)))
+    for split, numbers in dict(train=(0, 1, 2), val=(3,)).items():
+        (tmp_path / 'set' / split / 'labels').mkdir(parents=True)
+        (tmp_path / 'set' / split / 'images').symlink_to(tmp_path / 'shared')
+        for i in numbers:
+            box = '<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>'
+            text = f'<annotation><object><name>cat</name>{box}</object></annotation>'
+            (tmp_path / f'set/{split}/labels/{i}.xml').write_text(text)
+    (tmp_path / 'set/circle').symlink_to(tmp_path / 'set')
+    found = read_folder(tmp_path / 'set')
+    names = {split: [image['file_name'] for image in found.splits[split]['images']] for split in ('train', 'val')}
+    assert names == dict(train=[f'train/images/{i}.jpg' for i in range(3)], val=['val/images/3.jpg'])
+
+
+def test_a_list_of_classes_that_differs_from_the_yaml_is_named(tmp_path):
+    write_pictures(tmp_path, 'set/images/0.jpg', 'set/images/1.jpg')
+    for i in range(2):
+        (tmp_path / f'set/images/{i}.txt').write_text('0 0.5 0.5 0.5 0.5\n')
+    (tmp_path / 'set/data.yaml').write_text('train: images\nnames: [cat, dog]\n')
+    (tmp_path / 'set/classes.txt').write_text('dog\ncat\n')
+    notes = read_folder(tmp_path / 'set').notes
+    assert 'classes.txt lists other classes, or another order: data.yaml is taken' in notes
+    (tmp_path / 'set/classes.txt').rename(tmp_path / 'classes.txt')
+    with pytest.raises(UserError, match='give --data-root'):
+        read_folder(tmp_path)
+
+
+def test_an_ellipse_of_cvat_is_the_box_around_it(tmp_path):
+    write_pictures(tmp_path, '0.jpg', '1.jpg')
+    angle = np.linspace(0, 2 * np.pi, 100_000)
+    x, y = 9 * np.cos(angle), 4 * np.sin(angle)  # turned by 30 degrees about (20, 15)
+    cos, sin = np.cos(np.pi / 6), np.sin(np.pi / 6)
+    xs, ys = 20 + x * cos - y * sin, 15 + x * sin + y * cos
+    shape = '<ellipse label="cat" cx="20" cy="15" rx="9" ry="4" rotation="30"/>'
+    images = ''.join(f'<image name="{i}.jpg" width="40" height="30">{shape}</image>' for i in range(2))
+    (tmp_path / 'annotations.xml').write_text(f'<annotations>{images}</annotations>')
+    (box,) = (a['bbox'] for a in read_folder(tmp_path).splits['val']['annotations'])
+    assert np.allclose(box, [xs.min(), ys.min(), np.ptp(xs), np.ptp(ys)], atol=1e-4)
+
+
+def test_a_photograph_in_mpo_is_turned_as_it_is_displayed(tmp_path):
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in 'ab':
+        pictures = [Image.new('RGB', (40, 30), colour) for colour in ('red', 'blue')]
+        pictures[0].save(tmp_path / f'{name}.jpg', 'MPO', save_all=True, append_images=pictures[1:], exif=exif)
+        (tmp_path / f'{name}.txt').write_text('0 0.5 0.5 1 1')
+    (tmp_path / 'classes.txt').write_text('cat')
+    image = read_folder(tmp_path).splits['train']['images'][0]
+    assert (image['height'], image['width']) == cv2.imread(str(tmp_path / image['file_name'])).shape[:2] == (40, 30)
