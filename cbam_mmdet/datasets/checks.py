@@ -47,6 +47,7 @@ class Report:
     crowds: int = 0
     beyond: list = field(default_factory=list)
     repeated: list = field(default_factory=list)
+    too_large: list = field(default_factory=list)
     degenerate: list = field(default_factory=list)
     outside: list = field(default_factory=list)
     classes: Counter = field(default_factory=Counter)
@@ -316,6 +317,8 @@ def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split:
         seen.add(box)
         if _reads_as_corners(item.box, item.image_size):
             report.beyond.append(item.id)
+        if item.area > 1.01 * (item.box[2] - item.box[0]) * (item.box[3] - item.box[1]) + 1:
+            report.too_large.append(item.id)
         _count(report, item.id, item.image_id, item.name, item.box, item.image_size, item.area > 0)
     files = [image['file_name'] for image in images.values()]
     twice = [name for name, count in Counter(files).items() if count > 1]
@@ -641,6 +644,22 @@ def _log(report: Report) -> None:
         f'boxes by class: {abridge(most, 12)}',
         logger='current',
     )
+    names = Counter(name.casefold() for name in report.classes)
+    alike = [name for name in report.classes if names[name.casefold()] > 1]
+    if alike:
+        print_log(
+            f'{report.ann_file}: classes that differ in capitals only are different classes: '
+            f'{abridge(alike, quoted=True)}',
+            logger='current',
+            level=logging.WARNING,
+        )
+    if report.too_large:
+        print_log(
+            f'{report.ann_file}: {len(report.too_large)} objects have an area larger than their box (annotation ids '
+            f'{abridge([str(i) for i in report.too_large])}): the scores of small, medium and large objects go by it',
+            logger='current',
+            level=logging.WARNING,
+        )
     if report.repeated:
         print_log(
             f'{report.ann_file}: {len(report.repeated)} objects are annotated twice, with the same box and class: '

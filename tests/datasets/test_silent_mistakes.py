@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from conftest import DEMO, tiny
 from mmengine.config import ConfigDict
@@ -154,3 +156,25 @@ def test_a_forgotten_comma_in_the_classes(run_tool, shapes, tmp_path):
     """MMDetection would name the classes c, i, r, ..."""
     result = run_tool('train.py', DEMO, *tiny(tmp_path, shapes, 'train_dataloader.dataset.metainfo.classes=circle'))
     assert result.code == 2 and "classes=('circle',)" in result.err
+
+
+def test_an_area_larger_than_its_box_is_named(checked, capsys):
+    def grow(content):
+        content['annotations'][3]['area'] = 1e14
+
+    _, said = checked(grow, capsys)
+    assert '1 objects have an area larger than their box' in said
+    assert str(4) in said.split('larger than their box (annotation ids', 1)[1].split(')')[0]
+
+
+def test_classes_that_differ_in_capitals_only_are_named(tmp_path, capsys):
+    boxes = [dict(id=i, image_id=1, category_id=i, bbox=[1, 1, 9, 9], area=81, iscrowd=0) for i in (1, 2, 3)]
+    categories = [dict(id=i, name=name) for i, name in enumerate(('circle', 'Circle', 'square'), start=1)]
+    images = [dict(id=1, file_name='0.jpg', width=20, height=20)]
+    (tmp_path / 'val.json').write_text(json.dumps(dict(images=images, annotations=boxes, categories=categories)))
+    (tmp_path / '0.jpg').write_bytes(cv2.imencode('.jpg', np.zeros((20, 20, 3), np.uint8))[1].tobytes())
+    dataset = dict(type='CocoDataset', data_root=f'{tmp_path}/', ann_file='val.json', data_prefix=dict(img=''))
+    dataset['metainfo'] = dict(classes=('circle', 'Circle', 'square'))
+    check_data(ConfigDict(model=dict(), val_dataloader=dict(dataset=dataset)), ['val'])
+    said = capsys.readouterr()
+    assert "differ in capitals only are different classes: 'circle', 'Circle'" in said.out + said.err

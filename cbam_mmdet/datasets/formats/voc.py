@@ -57,6 +57,12 @@ def read_voc_folder(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
         absent = len(sets) - (len(roots) - unlisted)
         if absent:
             raise UserError(f'{folder.root}: {absent} images of the image sets have no .xml')
+    from_zero = sum(min(corners[:2]) < 0 for image in images for _, corners, _ in image.objects)
+    if from_zero:
+        found.notes.append(
+            f'{from_zero} boxes begin at pixel 0 or before, and VOC counts from 1: if these files count from 0, all '
+            'boxes are a pixel too far to the left and top'
+        )
     if lost:
         found.notes.append(f'{len(lost)} .xml are left out, whose image is not there: the first is {lost[0]}')
     without = len(folder.images) - len(images) - len(lost)

@@ -823,3 +823,11 @@ def test_a_photograph_in_mpo_is_turned_as_it_is_displayed(tmp_path):
     (tmp_path / 'classes.txt').write_text('cat')
     image = read_folder(tmp_path).splits['train']['images'][0]
     assert (image['height'], image['width']) == cv2.imread(str(tmp_path / image['file_name'])).shape[:2] == (40, 30)
+
+
+def test_coordinates_of_voc_that_begin_at_0_are_named(tmp_path):
+    voc_year(tmp_path, 'VOC2007', '01')
+    assert not any('pixel 0' in note for note in read_folder(tmp_path).notes)
+    path = tmp_path / 'VOC2007/Annotations/0.xml'
+    path.write_text(path.read_text().replace('<xmin>1', '<xmin>0'))
+    assert any(note.startswith('1 boxes begin at pixel 0 or before') for note in read_folder(tmp_path).notes)
