@@ -81,7 +81,9 @@ def _keep_no_workers(cfg: Config) -> None:
             loader.pop('prefetch_factor', None)
 
 
-def follow_checkpoint(cfg: Config, path: str, splits: Sequence[str], trust_checkpoint: bool) -> None:
+def follow_checkpoint(
+    cfg: Config, path: str, splits: Sequence[str], trust_checkpoint: bool, others: bool = False
+) -> None:
     """Number the classes of the data sets as a checkpoint does (see datasets.class_order.follow_class_order)."""
     if is_classifier(cfg) or '://' in path:
         return
@@ -92,7 +94,7 @@ def follow_checkpoint(cfg: Config, path: str, splits: Sequence[str], trust_check
             log(f'checkpoint {path} does not say its classes: they are taken for those of the config, in its order')
         else:
             make_work_dir(cfg)
-            follow_class_order(cfg, splits, classes, path, cfg.work_dir)
+            follow_class_order(cfg, splits, classes, path, cfg.work_dir, others)
         return {
             key: cfg[key] for split in splits for key in (f'{split}_dataloader', f'{split}_evaluator') if key in cfg
         }

@@ -99,8 +99,8 @@ def train(
         patches.enter_context(local_files_written_by(AtomicLocalBackend))
         resumes = _choose_checkpoint(cfg, resume, trust_checkpoint)
         splits = ['train', 'val'] if cfg.get('val_dataloader') else ['train']
-        if resumes:
-            follow_checkpoint(cfg, cfg.load_from, splits, trust_checkpoint)
+        if cfg.get('load_from'):
+            follow_checkpoint(cfg, cfg.load_from, splits, trust_checkpoint, others=not resumes)
         check_splits(cfg, splits)
         stop = StopSignalHook()
         late = [stop, *([ValidateResumedHook()] if resumes else [])]

@@ -33,10 +33,11 @@ def package_configs(prefix: str, resolve: Callable[[str], str]) -> Iterator[None
 @patch('mmengine.fileio.handlers.yaml_handler.Loader')
 def yaml_without_code() -> Iterator[None]:
     """Let MMEngine read YAML files as data. Its own loader calls what their tags name."""
-    import yaml
     from mmengine.fileio.handlers import yaml_handler
 
-    with replaced(yaml_handler, Loader=getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
+    from cbam_mmdet.compat.yaml import PlainLoader
+
+    with replaced(yaml_handler, Loader=PlainLoader):
         yield
 
 

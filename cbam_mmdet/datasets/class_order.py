@@ -23,7 +23,9 @@ from cbam_mmdet.utils.logging import log
 from cbam_mmdet.utils.text import abridge
 
 
-def follow_class_order(cfg: Config, splits: Sequence[str], classes: Sequence[str], name: str, folder: str) -> None:
+def follow_class_order(
+    cfg: Config, splits: Sequence[str], classes: Sequence[str], name: str, folder: str, others: bool = False
+) -> None:
     """Number the classes of the data sets as a checkpoint does, in place.
 
     A detector knows its classes by their numbers alone. With the same names in another order it would be scored, or
@@ -36,9 +38,10 @@ def follow_class_order(cfg: Config, splits: Sequence[str], classes: Sequence[str
         classes: the classes of the checkpoint, in its order.
         name: of the checkpoint, for messages.
         folder: for the copies of annotation files.
+        others: whether the config may have other classes, which are trained anew. One line says so.
 
     Raises:
-        UserError: if the config has other classes than the checkpoint.
+        UserError: if the config has other classes than the checkpoint, and may not.
     """
     classes = tuple(classes)
     for split in splits:
@@ -46,6 +49,10 @@ def follow_class_order(cfg: Config, splits: Sequence[str], classes: Sequence[str
             here = dataset_classes(dataset)
             if not here or here == classes:
                 continue
+            if sorted(here) != sorted(classes) and others:
+                if len(here) == len(classes):
+                    log(f'{name} was trained on other classes ({abridge(classes, 8)}): its head starts with theirs')
+                return
             if sorted(here) != sorted(classes):
                 raise UserError(
                     f'{name} detects the classes [{abridge(classes, 8, quoted=True)}], and the {split} data set has '

@@ -20,6 +20,7 @@ from cbam_mmdet.deploy.onnx_detector import paste
 from cbam_mmdet.deploy.onnx_file import open_session, run_session, write_onnx
 
 NEAR = 1e-3, 1.0  # scores, and pixels of boxes, that differ by more are not those of one detection
+NEAR_IN_HALF = 0.05, 4.0
 EQUAL = 1e-5  # of scores that differ by less either may be the last one of a full list
 
 
@@ -43,13 +44,13 @@ class Difference:
     scores: float
     masks: float
 
-    def within(self, boxes: float, scores: float, masks: float) -> bool:
-        """Whether the detections are the same within these tolerances, but for one in a hundred.
+    def within(self, boxes: float, scores: float, masks: float, unmatched: float = 0.01) -> bool:
+        """Whether the detections are the same within these tolerances, but for a share of them.
 
         Two boxes may overlap by the threshold of the suppression but for rounding, and then one of them is in one list.
         """
         close = self.boxes <= boxes and self.scores <= scores and self.masks <= masks
-        return close and self.unmatched <= 0.01 * self.detections
+        return close and self.unmatched <= unmatched * self.detections
 
 
 def export_detector(
@@ -78,10 +79,16 @@ def export_detector(
         if fixed_size:
             image = cv2.resize(image, fixed_size[::-1])
         images.append(image)
-    return compare(model, out, images, fixed_batch or 1)
+    return compare(model, out, images, fixed_batch or 1, NEAR_IN_HALF if half else NEAR)
 
 
-def compare(model: nn.Module, file: str | Path, images: Sequence[np.ndarray], batch: int = 1) -> Difference:
+def compare(
+    model: nn.Module,
+    file: str | Path,
+    images: Sequence[np.ndarray],
+    batch: int = 1,
+    near: tuple[float, float] = NEAR,
+) -> Difference:
     """Compare the detections of a file with PyTorch's in images (H, W, 3), BGR, 0 to 255, as the network takes them.
 
     Args:
@@ -89,6 +96,7 @@ def compare(model: nn.Module, file: str | Path, images: Sequence[np.ndarray], ba
         file: the ONNX file.
         images: the images. Those of a batch, which follow each other, have one size.
         batch: the number of images in a batch. The last batch is filled up with its last image.
+        near: see differences.
     """
     session = open_session(file)
     pairs = []
@@ -103,7 +111,7 @@ def compare(model: nn.Module, file: str | Path, images: Sequence[np.ndarray], ba
             if masks:
                 ours.masks = paste(masks[0], boxes, some[i].shape[:2], model.roi_head.test_cfg.mask_thr_binary)
             pairs.append((theirs, ours))
-    parts = [differences(*pair) for pair in pairs]
+    parts = [differences(*pair, near) for pair in pairs]
     boxes, scores, masks, unmatched = zip(*parts, strict=True)
     count = sum(len(theirs) for theirs, _ in pairs)
     return Difference(len(images), count, sum(unmatched), max(boxes), max(scores), max(masks))
@@ -121,23 +129,30 @@ def detect(model: nn.Module, images: Sequence[np.ndarray]) -> list[InstanceData]
         return [it.pred_instances for it in model.predict(data['inputs'], data['data_samples'], rescale=False)]
 
 
-def differences(theirs: InstanceData, ours: InstanceData) -> tuple[float, float, float, int]:
+def differences(
+    theirs: InstanceData, ours: InstanceData, near: tuple[float, float] = NEAR
+) -> tuple[float, float, float, int]:
     """The largest differences of boxes, scores and masks, and the number of detections without a counterpart.
 
     A counterpart has the same label and nearly the same score. Of several it is the one with the nearest box. Where
     both lists are as long, the last of either may lack one: equal scores compete for its place.
+
+    Args:
+        theirs: the detections of one image.
+        ours: those that they are compared with.
+        near: scores, and pixels of boxes, that differ by more are not those of one detection.
     """
     left, alone = list(range(len(ours))), []
     boxes, scores, masks = [0.0], [0.0], [0.0]
     for i in range(len(theirs)):
         gaps = (ours.scores - theirs.scores[i]).abs()
         distances = (ours.bboxes - theirs.bboxes[i]).abs().amax(1)
-        close = (ours.labels == theirs.labels[i]) & (gaps < NEAR[0]) & (distances < NEAR[1])
-        near = [j for j in left if close[j]]
-        if not near:
+        close = (ours.labels == theirs.labels[i]) & (gaps < near[0]) & (distances < near[1])
+        candidates = [j for j in left if close[j]]
+        if not candidates:
             alone.append(i)
             continue
-        j = min(near, key=lambda j: float(distances[j]))
+        j = min(candidates, key=lambda j: float(distances[j]))
         left.remove(j)
         boxes.append(float(distances[j]))
         scores.append(float(gaps[j]))

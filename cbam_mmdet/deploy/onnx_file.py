@@ -107,10 +107,13 @@ def _older_exporter() -> dict[str, Any]:
 
 def _in_half_precision(model: Any) -> Any:
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     # Pixels, coordinates and scores stay in float32.
     blocked = [*DEFAULT_OP_BLOCK_LIST, 'RoiAlign', 'NonMaxSuppression', 'TopK', 'Range', 'Cast', 'Where', 'ScatterND']
-    return convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked)
+    made = OnnxModel(convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked))
+    made.topological_sort()  # the conversion appends its casts at the end
+    return made.model
 
 
 def _facts(model: nn.Module, graph: DetectorGraph, half: bool) -> dict[str, Any]:

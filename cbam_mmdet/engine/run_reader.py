@@ -259,15 +259,16 @@ def _facts(cfg: Config, record: dict, log: str, config: Path, train: list[dict])
         'Batch': f'{processes} x {batch}' if processes > 1 else str(batch),
         'Optimizer': f'{optimizer.get("type", "")}, lr {optimizer.get("lr", "")}',
         'Seed': seed[1] if seed else str((cfg.get('randomness') or {}).get('seed') or ''),
-        'Training data': '; '.join(_data(cfg, 'train')),
-        'Test data': '; '.join(_data(cfg, 'test')),
+        'Training data': '; '.join(data_of(cfg, 'train')),
+        'Test data': '; '.join(data_of(cfg, 'test')),
         'Versions': ', '.join(f'{name} {version}' for name, version in versions.items()),
         'Machine': machine,
     }
     return {key: value for key, value in facts.items() if value}
 
 
-def _data(cfg: Config, split: str) -> list[str]:
+def data_of(cfg: Config, split: str) -> list[str]:
+    """The annotation files of a split's data sets, as a report names them."""
     return [os.path.join(d.get('data_root') or '', d.get('ann_file') or '') for d in split_datasets(cfg, split)]
 
 

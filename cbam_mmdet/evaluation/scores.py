@@ -100,11 +100,16 @@ class Scores:
 
     @property
     def num_objects(self) -> dict[str, int]:
-        """The number of objects of each class, without those that COCO ignores."""
+        """The number of objects of each class in the images that were scored, without those that COCO ignores."""
         counts = dict.fromkeys(self.classes, 0)
         names = dict(zip(self.coco.params.catIds, self.classes, strict=True))
+        scored = set(self.coco.params.imgIds)
         for annotation in self.coco.cocoGt.anns.values():
-            if annotation['category_id'] in names and not annotation.get('iscrowd'):
+            if (
+                annotation['image_id'] in scored
+                and annotation['category_id'] in names
+                and not annotation.get('iscrowd')
+            ):
                 counts[names[annotation['category_id']]] += 1
         return counts
 

@@ -51,16 +51,19 @@ class TimmFeatures(BaseModule):
         super().__init__(init_cfg)
         self.timm_model = _network(model_name, others)
         maps = self.timm_model.feature_info
-        chosen = tuple(out_indices)
-        if not chosen or not set(chosen) <= set(range(len(maps))) or not -1 <= frozen_stages <= max(chosen):
+        chosen = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
+        known, whole = range(len(maps)), all(type(i) is int for i in (*chosen, frozen_stages))
+        if not (whole and chosen and set(chosen) <= {*known} and list(chosen) == sorted(set(chosen))) or not (
+            -1 <= frozen_stages <= max(chosen)
+        ):
             strides = ', '.join(f'{i} (stride {each["reduction"]})' for i, each in enumerate(maps))
             raise UserError(
-                f'TimmFeatures: got out_indices={chosen}, frozen_stages={frozen_stages}, expected some of the maps of '
-                f'{model_name}, {strides}, and -1 or a map up to the last of them'
+                f'TimmFeatures: got out_indices={out_indices!r}, frozen_stages={frozen_stages!r}, expected some of the '
+                f'maps of {model_name}, {strides}, in ascending order, and -1 or a map up to the last of them'
             )
         self.out_indices, self.frozen_stages, self.norm_eval = chosen, frozen_stages, norm_eval
         self.channels = tuple(maps[i]['num_chs'] for i in chosen)
-        self._frozen = self._modules_up_to(maps[frozen_stages]['module']) if frozen_stages >= 0 else []
+        self._frozen = self._names_up_to(maps[frozen_stages]['module']) if frozen_stages >= 0 else {}
         self.timm_model.prune_intermediate_layers(chosen, prune_norm=True, prune_head=True)
         self._freeze()
 
@@ -89,16 +92,31 @@ class TimmFeatures(BaseModule):
         return self
 
     def _freeze(self) -> None:
-        for name in self._frozen:
-            for module in self.timm_model.get_submodule(name).modules():
-                module.training = False
-            self.timm_model.get_submodule(name).requires_grad_(False)
+        for name, whole in self._frozen.items():
+            module = self.timm_model.get_submodule(name)
+            if whole:  # with the plugins that were put into it
+                module.requires_grad_(False)
+                for inner in module.modules():
+                    inner.training = False
+            else:
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
 
-    def _modules_up_to(self, last: str) -> list[str]:
-        """The names of the modules with weights of their own, as registered, up to the end of this one."""
-        names = [name for name, module in self.timm_model.named_modules() if module._parameters or module._buffers]
+    def _names_up_to(self, last: str) -> dict[str, bool]:
+        """The modules, as registered, up to the end of this one, and whether they lie there as a whole.
+
+        Raises:
+            UserError: if timm names a module that is not there.
+        """
+        names = [name for name, _ in self.timm_model.named_modules()]
         inside = [i for i, name in enumerate(names) if f'{name}.'.startswith(f'{last}.')]
-        return names[: inside[-1] + 1]
+        if not inside:
+            raise UserError(
+                f'TimmFeatures: frozen_stages={self.frozen_stages}: this network cannot be frozen by stages'
+            )
+        after = names[inside[-1] + 1 :]
+        holds_later = {name for name in names if any(later.startswith(f'{name}.') or not name for later in after)}
+        return {name: name not in holds_later for name in names[: inside[-1] + 1]}
 
 
 def _network(model_name: str, others: dict[str, Any]) -> nn.Module:
@@ -110,8 +128,10 @@ def _network(model_name: str, others: dict[str, Any]) -> nn.Module:
         raise UserError(f'TimmFeatures: timm has no {model_name!r}{did_you_mean(model_name, timm.list_models())}')
     try:
         network = timm.create_model(model_name, num_classes=0, **others)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f'TimmFeatures: timm cannot build {model_name} with {others}: {brief(error)}') from error
+    except (AssertionError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f'TimmFeatures: timm cannot build {model_name} with {others}: {type(error).__name__}: {brief(error)}'
+        ) from error
     if not hasattr(network, 'forward_intermediates'):
         raise UserError(f'TimmFeatures: {model_name} returns no feature maps in this version of timm: choose another')
     return network

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import inspect
 import json
 import os.path as osp
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
@@ -128,10 +130,42 @@ def _merge(cfg: Config, cfg_options: dict, path: str) -> None:
             warnings.warn(
                 f'--cfg-options {key}: the config has no {first!r}, and no setting has this name', stacklevel=3
             )
+        _refuse_misspelt(cfg, key)
     try:
         cfg.merge_from_dict(cfg_options)
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f'--cfg-options {cfg_options} does not fit config {path!r}: {error}') from error
+
+
+def _refuse_misspelt(cfg: Config, key: str) -> None:
+    """Refuse a new key beside one of nearly the same name, in a group of settings that nobody else would miss it in.
+
+    A dict with a `type` is built, and what builds it refuses keys that it does not take. The names of modules in
+    `custom_keys` are the user's.
+
+    Raises:
+        UserError: which names the other key.
+    """
+    parts, node = key.split('.'), cfg
+    for depth, part in enumerate(parts):
+        if isinstance(node, (list, tuple)):
+            if not part.isdigit() or int(part) >= len(node):
+                return
+            node = node[int(part)]
+            continue
+        if not isinstance(node, Mapping) and not isinstance(node, Config):
+            return
+        if part not in node:
+            alike = difflib.get_close_matches(part, map(str, node), n=1, cutoff=0.85)
+            numbered = alike and re.sub(r'\d', '', part) == re.sub(r'\d', '', alike[0])  # stage3 beside stage2
+            if depth and alike and not numbered and 'type' not in node and parts[depth - 1] != 'custom_keys':
+                where = '.'.join(parts[:depth])
+                raise UserError(
+                    f'--cfg-options {key}: {where} has no {part!r}; did you mean {alike[0]!r}? A new setting that is '
+                    'called so can stand in the config file'
+                )
+            return
+        node = node[part]
 
 
 def set_default_scope(cfg: Config) -> None:

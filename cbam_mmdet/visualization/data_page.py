@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.files import write_text
 from cbam_mmdet.utils.tables import Column, Table
+from cbam_mmdet.utils.text import abridge
 from cbam_mmdet.version import __version__
 from cbam_mmdet.visualization.report.encoding import jpeg_uri
 
@@ -37,7 +39,7 @@ def write_data_page(found: Found, root: str | Path, out: str | Path, num_images:
     """Write the page.
 
     Args:
-        found: what a folder holds.
+        found: what a folder holds. A note on pictures of another size is added.
         root: the folder.
         out: the .html.
         num_images: how many pictures; evenly chosen from the splits, from each the ones with most boxes and others in
@@ -50,12 +52,15 @@ def write_data_page(found: Found, root: str | Path, out: str | Path, num_images:
         UserError: for malformed annotations.
     """
     root, splits = Path(root), found.distinct()
+    resized: list[str] = []
     try:
         tables = [_by_split(splits), _by_class(splits)]
         each = -(-num_images // len(splits))
-        pictures = [p for split, content in splits.items() for p in _pictures(split, content, root, each)][:num_images]
+        shown = [_pictures(split, content, root, each, resized) for split, content in splits.items()]
+        pictures = [*itertools.chain(*shown)][:num_images]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f'the annotations in {root} are malformed ({type(error).__name__}: {error})') from error
+    found.notes += _resized_note(resized)
     environment = Environment(loader=PackageLoader('cbam_mmdet.visualization', '.'), autoescape=True)
     page = environment.get_template('data_page.html').render(
         root=str(root),
@@ -67,6 +72,15 @@ def write_data_page(found: Found, root: str | Path, out: str | Path, num_images:
     )
     write_text(out, page)
     return tables
+
+
+def _resized_note(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [
+        f'{len(names)} of the pictures have another size than their annotation says, so their boxes lie elsewhere, and '
+        f'training will refuse them: {abridge(names, 3)}'
+    ]
 
 
 def _by_split(splits: dict[str, dict]) -> Table:
@@ -98,7 +112,7 @@ def _by_class(splits: dict[str, dict]) -> Table:
     return Table([Column('class'), *splits], rows, 'classes', 'Boxes by class, in the order that numbers the classes')
 
 
-def _pictures(split: str, content: dict, root: Path, count: int) -> list[Picture]:
+def _pictures(split: str, content: dict, root: Path, count: int, resized: list[str]) -> list[Picture]:
     objects = defaultdict(list)
     names = [category['name'] for category in content['categories']]
     index = {category['id']: i for i, category in enumerate(content['categories'])}
@@ -111,7 +125,11 @@ def _pictures(split: str, content: dict, root: Path, count: int) -> list[Picture
         found = objects[image['id']]
         counted = Counter(names[label] for label, _ in found)
         words = ', '.join(f'{number} {name}' for name, number in counted.items()) or 'no box'
-        uri = jpeg_uri(_drawn(read_image(str(root / image['file_name'])), image, found, len(names)), WIDTH)
+        size = image['height'], image['width']
+        pixels = read_image(str(root / image['file_name']), size=size)
+        if pixels.shape[:2] != size:
+            resized.append(image['file_name'])
+        uri = jpeg_uri(_drawn(pixels, image, found, len(names)), WIDTH)
         pictures.append(Picture(split, image['file_name'], words, uri))
     return pictures
 

@@ -149,6 +149,20 @@ def test_misspelt_cfg_option_is_refused(train):
     assert_refused(train('optim_wraper.optimizer.lr=1'), "no 'optim_wraper'; did you mean 'optim_wrapper'")
 
 
+@pytest.mark.parametrize(
+    ('option', 'words'),
+    [('model.test_cfg.rcnn.score_thresh=0.9', "did you mean 'score_thr'"), ('train_cfg.max_epoch=9', 'does not take')],
+)
+def test_misspelt_cfg_option_in_a_group_is_refused(train, option, words):
+    assert_refused(train(option), words)
+
+
+def test_cfg_options_that_only_look_misspelt():
+    keys = ('model.test_cfg.rcnn.mask_thr_binary', 'optim_wrapper.paramwise_cfg.custom_keys.backbone.lr_mult')
+    cfg = load_config(DEMO, {key: 0.5 for key in keys})
+    assert cfg.model.test_cfg.rcnn.mask_thr_binary == 0.5
+
+
 def test_cfg_option_that_nothing_reads_is_named():
     with pytest.warns(UserWarning, match="the config has no 'lr', and no setting has this name"):
         load_config(DEMO, {'lr': 0.1})

@@ -49,6 +49,21 @@ def test_reversed_categories(run_tool, trained, shapes, own_shapes, tmp_path, cl
         assert actual[key] == expected[key]
 
 
+def test_load_from_follows_the_order_too(run_tool, trained, own_shapes, tmp_path):
+    reverse_categories(own_shapes, 'train', 'val')
+    source = f'load_from={trained}/epoch_1.pth'
+    result = run_tool('train.py', DEMO, '--classes', 'auto', *tiny(tmp_path / 'out', own_shapes, source))
+    assert result.code == 0, result.err[-2000:]
+    for split in ('train', 'val'):
+        assert f'the {split} classes are put into the order of' in result.out + result.err
+    for split in ('train', 'val'):
+        path = own_shapes / ANNOTATIONS.format(split)
+        path.write_text(path.read_text().replace('"circle"', '"disc"'))
+    result = run_tool('train.py', DEMO, '--classes', 'auto', *tiny(tmp_path / 'others', own_shapes, source))
+    assert result.code == 0, result.err[-2000:]
+    assert 'was trained on other classes (circle, ' in result.out + result.err
+
+
 def test_other_names_are_refused(run_tool, trained, own_shapes, tmp_path):
     for split in ('train', 'val'):
         path = own_shapes / ANNOTATIONS.format(split)

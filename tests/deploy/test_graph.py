@@ -13,7 +13,7 @@ from mmengine.registry import init_default_scope
 
 from cbam_mmdet.datasets.classes import _set_num_classes
 from cbam_mmdet.deploy import onnx_file
-from cbam_mmdet.deploy.export import compare
+from cbam_mmdet.deploy.export import NEAR_IN_HALF, compare
 from cbam_mmdet.deploy.graph import DetectorGraph
 from cbam_mmdet.errors import UserError
 
@@ -139,3 +139,18 @@ def test_padding_that_depends_on_the_size(tmp_path):
     with pytest.raises(UserError, match='pad_size_divisor=32'):
         onnx_file.write_onnx(model, tmp_path / 'unpadded.onnx')
     onnx_file.write_onnx(model, tmp_path / 'fixed.onnx', fixed_size=(75, 133))
+
+
+def test_half_precision(tmp_path):
+    """A graph that onnxruntime takes, with weights in float16, and nearly the same detections.
+
+    With random weights many scores are nearly equal, so others of them are among the best hundred.
+    """
+    model = tiny(write('RetinaNet', tmp_path))
+    onnx_file.write_onnx(model, tmp_path / 'half.onnx', half=True)
+    made = onnx.load(tmp_path / 'half.onnx')
+    kinds = [weights.data_type for weights in made.graph.initializer if len(weights.dims) == 4]
+    assert kinds and set(kinds) == {onnx.TensorProto.FLOAT16}
+    images = [draw(*size, seed) for seed, size in enumerate([(160, 224), (96, 128)])]
+    seen = compare(model, tmp_path / 'half.onnx', images, near=NEAR_IN_HALF)
+    assert seen.within(boxes=4, scores=0.05, masks=0, unmatched=0.25), seen

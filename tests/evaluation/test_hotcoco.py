@@ -21,6 +21,7 @@ from pycocotools.cocoeval import COCOeval
 
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.metrics import HotCocoMetric
+from cbam_mmdet.evaluation.scores import Scores
 
 CLASSES = ('often', 'rare', 'never there', 'never found')
 CATEGORIES = (3, 4, 8, 20)
@@ -392,3 +393,19 @@ def test_a_config_that_replaces_our_imports_finds_the_metric(tmp_path, data):
     metric = METRICS.build(Config.fromfile(path).val_evaluator)
     assert type(metric) is HotCocoMetric
     assert metric.proposal_nums == [1, 10, 100] and metric.classwise
+
+
+def test_objects_are_counted_in_the_images_that_were_tested(tmp_path):
+    """A test of some images (`indices`) is scored by the file of all."""
+    boxes = [dict(id=i, image_id=image, category_id=1, bbox=[1, i, 9, 9]) for i, image in enumerate((1, 2, 2), start=1)]
+    images = [dict(id=i, file_name=f'{i}.jpg', width=40, height=30) for i in (1, 2)]
+    annotations = [dict(box, area=81, iscrowd=0) for box in boxes]
+    content = dict(images=images, annotations=annotations, categories=[dict(id=1, name='cat')])
+    (tmp_path / 'all.json').write_text(json.dumps(content))
+    found = dict(bboxes=torch.tensor([[1.0, 1, 10, 10]]), scores=torch.tensor([0.9]), labels=torch.tensor([0]))
+    metric = HotCocoMetric(ann_file=str(tmp_path / 'all.json'))
+    metric.dataset_meta = dict(classes=('cat',))
+    metric.process({}, [dict(img_id=1, ori_shape=(30, 40), pred_instances=found)])
+    scores = Scores(metric.evaluation(metric.results), {}, 'area', ('cat',), {})
+    assert scores.num_objects == {'cat': 1}
+    assert scores.figures['mAP'] == pytest.approx(1)

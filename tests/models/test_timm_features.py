@@ -59,6 +59,16 @@ def test_frozen_stages(frozen_stages, first_that_trains):
         assert module.training == module.weight.requires_grad
 
 
+def test_frozen_stages_with_weights_of_their_own():
+    """ConvNeXt's blocks have a scale of their own, beside modules with weights."""
+    model = TimmFeatures('convnext_atto', (2, 3), frozen_stages=1)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {
+        name for name, _ in model.named_parameters() if name.startswith(('timm_model.stages.2', 'timm_model.stages.3'))
+    }
+    assert any(name.endswith('.gamma') for name, _ in model.named_parameters())
+
+
 def test_norm_eval_holds_the_statistics():
     model = TimmFeatures(LITE, norm_eval=True).train()
     before = {key: value.clone() for key, value in model.state_dict().items() if 'running' in key}
@@ -109,7 +119,13 @@ def test_imagenet_weights_know_a_unicycle():
         (dict(model_name=LITE, out_indices=(2, 7)), r'out_indices=\(2, 7\).*4 \(stride 32\)'),
         (dict(model_name=LITE, out_indices=()), 'expected some of the maps'),
         (dict(model_name=LITE, out_indices=(2,), frozen_stages=3), 'frozen_stages=3'),
+        (dict(model_name=LITE, out_indices=(4, 2)), 'in ascending order'),
+        (dict(model_name=LITE, out_indices=(2, 2)), 'in ascending order'),
+        (dict(model_name=LITE, out_indices=4, frozen_stages=9), 'out_indices=4, frozen_stages=9'),
+        (dict(model_name=LITE, frozen_stages='1'), "frozen_stages='1'"),
         (dict(model_name=LITE, no_such_argument=1), 'no_such_argument'),
+        (dict(model_name=LITE, act_layer='nosuch'), 'cannot build'),
+        (dict(model_name='hrnet_w18_small', frozen_stages=1), 'cannot be frozen'),
     ],
 )
 def test_mistakes(arguments, words):

@@ -74,6 +74,9 @@ def compared(trained, shapes, tmp_path_factory):
     run_once('train.py', PLAIN, *tiny(plain, shapes, 'model.test_cfg.rcnn.score_thr=0.0'))
     write_detections(shapes, cbam / 'results.pkl')
     pretend_tested(cbam)
+    other = shutil.copy(shapes / 'annotations/instances_val2017.json', folder / 'other.json')
+    for config in cbam.glob('29990101_000000/*.py'):
+        config.write_text(re.sub("'[^']*/instances_val2017.json'", repr(str(other)), config.read_text()))
     run_once('report.py', plain, cbam, '--num-images', 3, '--score-thr', 0.05, '--device', 'cpu')
     return folder
 
@@ -200,7 +203,7 @@ def test_misses_are_counted_and_the_worst_come_first(compared, page, truth):
     assert counts['missed'] == counts['objects'] - found == len(truth.cocoGt.anns) - found
 
 
-def test_what_was_run(compared, page):
+def test_what_was_run(compared, page, shapes):
     settings = {row['setting']: row for row in table(compared, 'settings')}
     assert settings['model.backbone.plugins.0.cfg.type']['cbam'] == "'CBAM'"
     facts = {row['']: row for row in table(compared, 'runs')}
@@ -209,6 +212,11 @@ def test_what_was_run(compared, page):
     assert facts['Seed']['plain'] and facts['Machine']['plain'] and facts['Training data']['plain']
     assert facts['Detections']['plain'] == 'made for this report'
     assert facts['Detections']['cbam'].startswith('results.pkl')
+    assert facts['Test data'] == {
+        **facts['Test data'],
+        'plain': f'{shapes}/annotations/instances_val2017.json',
+        'cbam': f'{compared}/other.json',  # what the detections are of, not what the run was to be tested on
+    }
     base = table(compared, 'settings-1')
     assert any(row['setting'] == 'train_cfg.max_epochs' and row['cbam'] == '1' for row in base), (
         '--cfg-options are seen'

@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cbam_mmdet.datasets.checks import complete, require_coco
-from cbam_mmdet.datasets.formats.content import Found
-from cbam_mmdet.datasets.formats.folder import Folder, split_of_file
+from cbam_mmdet.datasets.formats.content import Found, one_split, part
+from cbam_mmdet.datasets.formats.folder import Folder, split_of, split_of_file
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import abridge, brief
 
@@ -40,7 +40,32 @@ def read_coco_files(folder: Folder, contents: dict[Path, dict], chosen: dict[str
             content['categories'] = [category for category in content['categories'] if category['name'] != empty]
         notes.append(f'category {empty!r} is left out: it has no box, and the others belong to it (Roboflow adds such)')
     _require_same_categories(files, splits)
+    if (
+        not chosen
+        and [*splits] == ['train']
+        and split_of_file(files['train'].relative_to(folder.root).as_posix()) is None
+    ):
+        splits = _by_folders(splits['train'])
     return Found(STYLE, splits, [*files.values()], notes)
+
+
+def _by_folders(content: dict) -> dict[str, dict]:
+    """The content of one file divided by the folders of its images, where these name splits.
+
+    Raises:
+        UserError: if they do for some of the images only.
+    """
+    named = {image['id']: one_split(image['file_name'], split_of) for image in content['images']}
+    splits = set(named.values())
+    if len(splits) < 2:
+        return dict(train=content)
+    if None in splits:
+        first = next(image['file_name'] for image in content['images'] if named[image['id']] is None)
+        raise UserError(
+            f'some images are in folders of splits ({", ".join(sorted(filter(None, splits)))}), {first} and others '
+            'are not: move them into one, or all images into one folder'
+        )
+    return {split: part(content, lambda image_id, split=split: named[image_id] == split) for split in sorted(splits)}
 
 
 def _choose(folder: Folder, contents: dict[Path, dict]) -> dict[str, Path]:

@@ -93,6 +93,7 @@ class LabelledImage:
         objects: each with its class, its box x1, y1, x2, y2 in pixels counted from 0, and whether it is a crowd.
         source: the file that says so, for messages.
         split: the split that the format names for it, if it does.
+        source_split: the split that the file's place or name says.
     """
 
     name: str
@@ -100,6 +101,7 @@ class LabelledImage:
     objects: list[tuple[str, Sequence[float], bool]]
     source: Path
     split: str | None = None
+    source_split: str | None = None
 
 
 def by_split(
@@ -115,7 +117,9 @@ def by_split(
         if image.name in sources:
             raise UserError(f'{image.source}: {sources[image.name]} annotates {image.name}, too: remove one')
         sources[image.name] = image.source
-    splits = {image.name: image.split or _one_split(image.name, split_of) for image in images}
+    splits = {image.name: image.split or one_split(image.name, split_of) for image in images}
+    if not any(splits.values()):  # the images are in one folder, but perhaps their annotations are not
+        splits = {image.name: image.source_split for image in images}
     without = [name for name, split in splits.items() if split is None]
     if without and len(without) < len(images):
         named = sorted({split for split in splits.values() if split})
@@ -137,7 +141,7 @@ def by_split(
     return {split: content.as_coco() for split, content in contents.items()}
 
 
-def _one_split(name: str, split_of: Callable[[str], str | None]) -> str | None:
+def one_split(name: str, split_of: Callable[[str], str | None]) -> str | None:
     """The split that an image's folders name.
 
     Raises:
@@ -160,7 +164,7 @@ def hold_out(content: dict[str, list]) -> tuple[dict[str, list], dict[str, list]
     count = sum(_share_of(image['file_name']) < HELD_OUT for image in images)
     count = min(max(count, 1), len(images) - 1)
     held = {image['id'] for image in images[:count]}
-    return _part(content, lambda image_id: image_id not in held), _part(content, lambda image_id: image_id in held)
+    return part(content, lambda image_id: image_id not in held), part(content, lambda image_id: image_id in held)
 
 
 def _share_of(name: str) -> float:
@@ -169,7 +173,7 @@ def _share_of(name: str) -> float:
     return int.from_bytes(digest[:8], 'big') / 2**64
 
 
-def _part(content: dict[str, list], belongs: Callable[[Any], bool]) -> dict[str, list]:
+def part(content: dict[str, list], belongs: Callable[[Any], bool]) -> dict[str, list]:
     return dict(
         content,
         images=[image for image in content['images'] if belongs(image['id'])],

@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, class_name, size_from
-from cbam_mmdet.datasets.formats.folder import SPLIT_NAMES, Folder, split_of
+from cbam_mmdet.datasets.formats.folder import SPLIT_NAMES, Folder, split_of, split_of_file
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import brief
 
@@ -31,6 +31,7 @@ def read_cvat(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
             raise UserError(
                 f"{path} holds the tracks of a video: export the task from CVAT as 'CVAT for images', with its images"
             )
+        of_file = split_of_file(path.relative_to(folder.root).as_posix())
         try:
             labels |= dict.fromkeys(class_name(item.text) for item in root.iterfind('meta//labels/label/name'))
             for node in root.iterfind('image'):
@@ -44,7 +45,7 @@ def read_cvat(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
                 shapes = [(_corners(shape), shape) for shape in node if shape.tag != 'tag']
                 objects = [(class_name(s.get('label')), corners, False) for corners, s in shapes if corners]
                 others += len(shapes) - len(objects)
-                images.append(LabelledImage(name, size, objects, path, split))
+                images.append(LabelledImage(name, size, objects, path, split, of_file))
         except UserError:
             raise
         except (TypeError, ValueError) as error:

@@ -50,7 +50,7 @@ def read_labelme(folder: Folder, contents: dict[Path, dict]) -> Found:
                 f"annotation file {path} is not in LabelMe's format ({type(error).__name__}: {brief(error)})."
             ) from error
         others += len(shapes) - len(objects)
-        images.append(LabelledImage(name, size, objects, path))
+        images.append(LabelledImage(name, size, objects, path, source_split=split))
     for i in reversed(astray([(image.source, image.name) for image in images])):
         lost.append(images.pop(i).source)
     if not images:

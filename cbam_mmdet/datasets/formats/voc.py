@@ -11,7 +11,7 @@ from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, 
 from cbam_mmdet.datasets.formats.folder import Folder, astray, read_text, split_of
 from cbam_mmdet.datasets.inputs import IMAGES
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.text import brief
+from cbam_mmdet.utils.text import abridge, brief
 
 STYLE = 'Pascal VOC'
 
@@ -19,8 +19,8 @@ STYLE = 'Pascal VOC'
 def read_voc_folder(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
     """Read the XML files of a folder.
 
-    A file's image is the one with the file's name, else the one that the file names. Image sets
-    (`ImageSets/Main/train.txt`, ...) make the splits where there are any, else folders do that are called so.
+    A file's image is the one that it names, if that has the file's own name, else the one with the file's name. Image
+    sets (`ImageSets/Main/train.txt`, ...) make the splits where there are any, else folders do that are called so.
 
     Args:
         folder: the folder.
@@ -31,19 +31,23 @@ def read_voc_folder(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
     """
     sets = _image_sets(folder)
     years = {year for year, _ in sets}
-    images, lost, unlisted = [], [], 0
+    images, lost, others, unlisted = [], [], [], 0
     for path, root in roots.items():
         split = _in_its_year(path, years, sets)
         if sets and split is None:
             unlisted += 1
             continue
         near = split_of(path.relative_to(folder.root).as_posix())
-        name = folder.find_image(path.stem, path, near)
-        name = name or folder.find_image(root.findtext('filename') or '', path, near)
+        given = (root.findtext('filename') or '').strip()
+        # With its suffix, if it is the .xml's name: masks and the like may have the same name with another one.
+        names = [given, path.stem] if PurePosixPath(given).stem == path.stem else [path.stem, given]
+        name = next(filter(None, (folder.find_image(name, path, near) for name in names)), None)
         if name is None:
             lost.append(path)
         else:
             images.append(_image(folder, path, root, name, split))
+            if names[0] == path.stem and folder.has_stem(PurePosixPath(given).stem):
+                others.append(f'{path.name} names {given}')
     for i in reversed(astray([(image.source, image.name) for image in images])):
         lost.append(images.pop(i).source)
     if not images:
@@ -63,6 +67,10 @@ def read_voc_folder(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
             f'{from_zero} boxes begin at pixel 0 or before, and VOC counts from 1: if these files count from 0, all '
             'boxes are a pixel too far to the left and top'
         )
+    if others:
+        found.notes.append(
+            f'{len(others)} .xml name another image than the one of their own name, which is taken: {abridge(others, 3)}'
+        )
     if lost:
         found.notes.append(f'{len(lost)} .xml are left out, whose image is not there: the first is {lost[0]}')
     without = len(folder.images) - len(images) - len(lost)
@@ -80,7 +88,7 @@ def _image(folder: Folder, path: Path, root: ET.Element, name: str, split: str |
         objects = [(o.name, (o.box[0] - 1, o.box[1] - 1, o.box[2], o.box[3]), o.difficult) for o in voc_objects(root)]
     except (TypeError, ValueError) as error:
         raise UserError(f"annotation file {path} is not in Pascal VOC's format: {brief(error)}.") from error
-    return LabelledImage(name, size, objects, path, split)
+    return LabelledImage(name, size, objects, path, split, split_of(path.relative_to(folder.root).as_posix()))
 
 
 def _image_sets(folder: Folder) -> dict[tuple[Path, str], str]:

@@ -95,7 +95,7 @@ def _write_voc(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> 
 
 def _write_yolo(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> list[str]:
     names = [category['name'] for category in next(iter(splits.values()))['categories']]
-    crowds = 0
+    crowds = outside = 0
     for split, content in splits.items():
         index = {category['id']: names.index(category['name']) for category in content['categories']}
         lines = defaultdict(list)
@@ -108,6 +108,9 @@ def _write_yolo(splits: dict[str, dict], root: Path, out: Path, bring: Bring) ->
             if annotation['iscrowd']:
                 crowds += 1
                 continue
+            if not _is_inside(annotation['bbox'], frames[annotation['image_id']][0]):
+                outside += 1
+                continue
             box, size, turn = annotation['bbox'], *frames[annotation['image_id']]
             line = _yolo_box(turned_box(box, size, turn), size[::-1]) if turn else _yolo_box(box, size)
             lines[annotation['image_id']].append(f'{index[annotation["category_id"]]} {line}')
@@ -118,7 +121,13 @@ def _write_yolo(splits: dict[str, dict], root: Path, out: Path, bring: Bring) ->
     places = {split: f'images/{split}' for split in splits}
     described = {'path': str(out.absolute()), **places, 'names': dict(enumerate(names))}
     write_text(out / 'data.yaml', yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
-    return [f'{crowds} crowds and difficult objects are left out, for which YOLO has no place'] if crowds else []
+    notes = [f'{crowds} crowds and difficult objects are left out, for which YOLO has no place'] if crowds else []
+    return notes + ([f'{outside} boxes without size or outside their image are left out'] if outside else [])
+
+
+def _is_inside(box: Sequence[float], size: tuple[int, int]) -> bool:
+    """Whether a part of a box x, y, width, height lies in an image of this (width, height)."""
+    return all(a < end and a + length > 0 and length > 0 for a, length, end in zip(box[:2], box[2:], size, strict=True))
 
 
 def _plain_names(images: list[dict]) -> list[PurePosixPath]:

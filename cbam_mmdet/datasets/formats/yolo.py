@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
+from cbam_mmdet.compat.yaml import load_yaml
 from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, class_name, displayed_size
 from cbam_mmdet.datasets.formats.folder import Folder, read_text, split_of
 from cbam_mmdet.errors import UserError
@@ -56,7 +57,7 @@ def _describes_data(content: object) -> bool:
 
 def _yaml(path: Path) -> object:
     try:
-        return yaml.safe_load(read_text(path))
+        return load_yaml(read_text(path))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f'{path} is not valid YAML, or more than data: {brief(error)}') from error
 

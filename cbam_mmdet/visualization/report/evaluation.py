@@ -22,7 +22,7 @@ from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.apis.test import test
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
-from cbam_mmdet.engine.run_reader import RESULTS, TrainingRecord, read_results, was_made_of
+from cbam_mmdet.engine.run_reader import RESULTS, TrainingRecord, data_of, read_results, was_made_of
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.scores import Outcome, Scores, score
 from cbam_mmdet.models.gates import RecordedGates, find_cbams
@@ -68,6 +68,7 @@ def evaluate(
         cost = measure(copy.deepcopy(record.trained), record.name, device='cpu')
     except UserError as error:
         no_cost = str(error)
+    record.facts['Test data'] = '; '.join(data_of(cfg, 'test'))
     record.facts['Checkpoint'] = Path(checkpoint).name
     return EvaluatedRun(record, checkpoint, scores, scores.outcomes(score_thr), cost, no_cost)
 

@@ -831,3 +831,118 @@ def test_coordinates_of_voc_that_begin_at_0_are_named(tmp_path):
     path = tmp_path / 'VOC2007/Annotations/0.xml'
     path.write_text(path.read_text().replace('<xmin>1', '<xmin>0'))
     assert any(note.startswith('1 boxes begin at pixel 0 or before') for note in read_folder(tmp_path).notes)
+
+
+def test_aliases_of_yaml_that_multiply_are_refused(tmp_path):
+    """Printing such a list needs gigabytes; the file has 12 lines."""
+    write_pictures(tmp_path, 'images/0.jpg', 'images/1.jpg')
+    lines = ['a0: &a0 [x, x, x, x, x, x, x, x, x, x]']
+    lines += [f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 10)}]' for i in range(1, 9)]
+    for names in ('{0: *a8}', '*a8', '&me [cat, *me]'):
+        (tmp_path / 'data.yaml').write_text('\n'.join([*lines, 'train: images', f'names: {names}']))
+        with pytest.raises(UserError, match='holds'):
+            read_folder(tmp_path)
+    (tmp_path / 'data.yaml').write_text('all: &all images\ntrain: *all\nnames: [cat]\n')
+    (tmp_path / 'images/0.txt').write_text('0 0.5 0.5 0.5 0.5\n')
+    assert read_folder(tmp_path).splits['train']['images']
+
+
+def test_pictures_of_the_page_have_their_boxes_where_the_annotation_means_them(tmp_path):
+    """A turned photograph with boxes of its stored frame is drawn as stored; a resized one is named."""
+    from PIL import Image
+
+    from cbam_mmdet.visualization import data_page
+
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[8:16, 16:48] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture).save(tmp_path / '0.png', exif=exif)
+    Image.fromarray(picture).resize((32, 24)).save(tmp_path / '1.png')
+    content = json.loads(coco_of(['0.png', '1.png']))
+    for image in content['images']:
+        image.update(width=64, height=48)
+    (tmp_path / 'train.json').write_text(json.dumps(content))
+    found = read_folder(tmp_path)
+    drawn = {}
+    original = data_page._drawn
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            data_page,
+            '_drawn',
+            lambda pixels, image, *more: drawn.update({image['file_name']: pixels}) or original(pixels, image, *more),
+        )
+        data_page.write_data_page(found, tmp_path, tmp_path / 'page.html')
+    assert np.array_equal(drawn['0.png'], picture)
+    assert [note for note in found.notes if 'another size' in note and '1.png' in note and '0.png' not in note]
+
+
+def test_masks_beside_the_images_are_not_taken_for_them(tmp_path):
+    """Oxford-IIIT Pet's layout: the annotations' folder holds pictures of the same names, with another suffix."""
+    write_pictures(
+        tmp_path, *(f'images/{i}.jpg' for i in range(4)), *(f'annotations/trimaps/{i}.png' for i in range(4))
+    )
+    (tmp_path / 'annotations/xmls').mkdir()
+    box = '<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>'
+    for i in range(4):
+        text = f'<annotation><filename>{i}.jpg</filename><object><name>cat</name>{box}</object></annotation>'
+        (tmp_path / f'annotations/xmls/{i}.xml').write_text(text)
+    found = read_folder(tmp_path)
+    names = sorted(image['file_name'] for content in all_of(found) for image in content['images'])
+    assert names == [f'images/{i}.jpg' for i in range(4)]
+
+
+@pytest.mark.parametrize('named', ['{split}/{i}.jpg', '{i}.jpg'])
+def test_one_file_of_coco_for_folders_that_are_splits(tmp_path, named):
+    places = [('train', 0), ('train', 1), ('val', 2), ('val', 3)]
+    write_pictures(tmp_path, *(f'{split}/{i}.jpg' for split, i in places))
+    (tmp_path / 'annotations.json').write_text(coco_of([named.format(split=split, i=i) for split, i in places]))
+    found = read_folder(tmp_path)
+    for split in ('train', 'val'):
+        content = found.splits[split]
+        assert [i['file_name'] for i in content['images']] == [f'{s}/{i}.jpg' for s, i in places if s == split]
+        assert {a['image_id'] for a in content['annotations']} == {i['id'] for i in content['images']}
+    write_pictures(tmp_path, 'more/4.jpg')
+    (tmp_path / 'annotations.json').write_text(coco_of([*(f'{split}/{i}.jpg' for split, i in places), 'more/4.jpg']))
+    with pytest.raises(UserError, match=r'more/4.jpg and others are not'):
+        read_folder(tmp_path)
+
+
+def test_splits_by_the_folders_of_the_annotations(tmp_path):
+    write_pictures(tmp_path, *(f'images/{i}.jpg' for i in range(4)))
+    box = '<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>'
+    for i in range(4):
+        path = tmp_path / f'annotations/{"train" if i < 3 else "val"}/{i}.xml'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'<annotation><object><name>cat</name>{box}</object></annotation>')
+    found = read_folder(tmp_path)
+    assert [len(found.splits[split]['images']) for split in ('train', 'val')] == [3, 1]
+    for path in [*tmp_path.rglob('*.xml')]:
+        path.unlink()
+    for split, numbers in dict(train=(0, 1, 2), val=(3,)).items():
+        shape = '<box label="cat" xtl="1" ytl="1" xbr="9" ybr="9"/>'
+        nodes = ''.join(f'<image name="{i}.jpg" width="40" height="30">{shape}</image>' for i in numbers)
+        (tmp_path / f'{split}.xml').write_text(f'<annotations>{nodes}</annotations>')
+    found = read_folder(tmp_path)
+    assert [len(found.splits[split]['images']) for split in ('train', 'val')] == [3, 1]
+
+
+def test_an_xml_that_names_another_image_is_named(tmp_path):
+    voc_year(tmp_path, 'VOC2007', '012')
+    path = tmp_path / 'VOC2007/Annotations/1.xml'
+    path.write_text(path.read_text().replace('<annotation>', '<annotation><filename>0.jpg</filename>'))
+    (note,) = (note for note in read_folder(tmp_path).notes if 'another image' in note)
+    assert note.startswith('1 .xml name') and '1.xml names 0.jpg' in note
+
+
+def test_boxes_outside_their_image_are_not_written_for_yolo(tmp_path):
+    write_pictures(tmp_path, '0.jpg', '1.jpg')
+    content = json.loads(coco_of(['0.jpg', '1.jpg']))
+    for annotation, box in zip(content['annotations'], ([50, 3, 9, 9], [9, 9, -4, 5], [35, 3, 9, 9]), strict=False):
+        annotation['bbox'] = box
+    (tmp_path / 'train.json').write_text(json.dumps(content))
+    notes = write_data_set(read_folder(tmp_path), tmp_path, tmp_path / 'yolo', 'yolo')
+    assert '2 boxes without size or outside their image are left out' in notes
+    written = [a['bbox'] for c in all_of(read_folder(tmp_path / 'yolo')) for a in c['annotations']]
+    assert len(written) == len(content['annotations']) - 2
+    assert any(np.allclose(box, [35, 3, 5, 9], atol=1e-4) for box in written)
