@@ -13,11 +13,13 @@ from torch import Tensor
 from cbam_mmdet.engine.checkpoint.content import meta_of
 from cbam_mmdet.engine.checkpoint.efficientnet import from_efficientnet
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint, write_checkpoint
-from cbam_mmdet.engine.checkpoint.keys import from_network, to_official, translate
+from cbam_mmdet.engine.checkpoint.keys import Conversion, from_network, to_official, translate
 from cbam_mmdet.engine.checkpoint.loading import download, load_checkpoint
 from cbam_mmdet.engine.checkpoint.variants import PAPER, add_variants, cbams_in, set_variant
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.variant import KEY
+
+PLAIN = ('epoch', 'arch', 'best_prec1', 'best_prec')  # what the authors' checkpoints hold beside the weights
 
 
 def convert_checkpoint(
@@ -48,7 +50,28 @@ def convert_checkpoint(
     state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else None
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise UserError(f'{source} holds no weights (a dict of tensors, or one with the key state_dict)')
-    plain = {key: checkpoint[key] for key in ('epoch', 'arch', 'best_prec1', 'best_prec') if key in checkpoint}
+    try:
+        made, out = _converted(checkpoint, state_dict, source, official, in_norm)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        raise UserError(
+            f'{source} holds weights of shapes or names that no CBAM has ({type(error).__name__}: {error})'
+        ) from error
+    if sum(old is not None for old in made.origins.values()) < len(state_dict):
+        raise UserError(f'{source}: several of its keys mean the same weight here. Convert the original file')
+    write_checkpoint(out, target)
+    lines = [
+        f'{origin or "(zeros)"} -> {key} {tuple(made.state_dict[key].shape)}' for key, origin in made.origins.items()
+    ]
+    left = sorted(map(str, {*checkpoint} - {*PLAIN, 'state_dict', 'meta'})) if checkpoint is not state_dict else []
+    notes = [*made.notes, *([f'not carried over: {", ".join(left)}'] if left else [])]
+    return [*lines, *(f'note: {note}' for note in notes), f'{target}: {len(lines)} keys, none left over']
+
+
+def _converted(
+    checkpoint: Mapping, state_dict: Mapping, source: str, official: bool, in_norm: bool | None
+) -> tuple[Conversion, dict]:
+    """The conversion, and what the file of it holds."""
+    plain = {key: checkpoint[key] for key in PLAIN if key in checkpoint}
     if official:
         notes = _refuse_other_variants(state_dict, meta_of(checkpoint), source)
         made = to_official(state_dict)
@@ -75,13 +98,7 @@ def convert_checkpoint(
             )
         made = modules
         out = dict(meta={}, state_dict=_of_the_paper(made.state_dict))
-    write_checkpoint(out, target)
-    lines = [
-        f'{origin or "(zeros)"} -> {key} {tuple(made.state_dict[key].shape)}' for key, origin in made.origins.items()
-    ]
-    left = sorted(set(checkpoint) - {*plain, 'state_dict', 'meta'}) if checkpoint is not state_dict else []
-    notes = [*made.notes, *([f'not carried over: {", ".join(left)}'] if left else [])]
-    return [*lines, *(f'note: {note}' for note in notes), f'{target}: {len(lines)} keys, none left over']
+    return made, out
 
 
 def _in_package(source: str) -> str | None:

@@ -43,6 +43,9 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     except Stopped as stop:
         _say(str(stop), int(os.environ.get('RANK', 0)) == 0)
         _end(stop.code)
+    except BrokenPipeError:  # what reads the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end(FAILED)
     except KeyboardInterrupt:
         _say('interrupted', int(os.environ.get('RANK', 0)) == 0)
         _end(INTERRUPTED)

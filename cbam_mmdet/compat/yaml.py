@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+MERGE = 'tag:yaml.org,2002:merge'
 MOST = 1_000_000  # values of a file, each alias counted as what it stands for
 
 _Loader: Any = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
@@ -27,6 +28,18 @@ class PlainLoader(_Loader):
         if node is not None and _count(node, {}) > MOST:
             raise yaml.YAMLError(f'it holds more than {MOST} values, with what its aliases stand for')
         return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """A mapping.
+
+        Raises:
+            yaml.YAMLError: if a key is given twice: the last one would win without a word.
+        """
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
+        made = super().construct_mapping(node, deep)
+        if len({*keys}) < len(keys):
+            raise yaml.YAMLError(f'a key is given twice, among {", ".join(map(str, keys[:8]))}')
+        return made
 
 
 def load_yaml(text: str) -> Any:

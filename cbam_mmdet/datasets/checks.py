@@ -374,15 +374,20 @@ def _coco_images_and_names(path: str, content: dict) -> tuple[dict[Any, dict], d
         names = {category['id']: category['name'] for category in content['categories']}
         for image in images.values():
             for value in (image['width'], image['height']):
-                _number(value)
+                if _number(value) < 1:
+                    raise TypeError(f'{image["width"]} x {image["height"]} is not the size of an image')
             _text(image['file_name'])
         for name in names.values():
-            _text(name)
+            if not _text(name).isprintable():  # it would reach the terminal
+                raise TypeError(f'{name!r} is not a name')
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'annotation file {path}: an image or category is malformed ({type(error).__name__}: {error}). '
             'Each image needs id, file_name, width and height, each category id and name.'
         ) from error
+    alike = [key for key, count in Counter(map(str, images)).items() if count > 1]
+    if alike:
+        raise UserError(f'annotation file {path}: several images have the id {alike[0]}, as a number and as a text')
     if len(images) < len(content['images']):
         raise UserError(
             f'annotation file {path}: {len(content["images"]) - len(images)} images share their id with another'

@@ -76,7 +76,7 @@ def voc_to_coco(image_set: str) -> dict:
     for image_id in tqdm(read_voc_ids(image_set), desc='converting', disable=None):
         size, objects = read_voc(dataset, image_set, image_id)
         file_name = files.get(image_id, f'{image_id}.jpg')
-        if float('inf') in size:
+        if float('inf') in size or min(size) < 1:  # some tools write 0
             size = read_image(osp.join(images_dir, file_name)).shape[1::-1]
         images.append(
             dict(id=len(images) + 1, file_name=file_name, width=_as_integer(size[0]), height=_as_integer(size[1]))

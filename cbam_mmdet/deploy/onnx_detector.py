@@ -68,6 +68,8 @@ class OnnxDetector(nn.Module):
             raise UserError(
                 f'{self.file} gives label {int(labels.max())}, and names {len(self.facts["classes"])} classes'
             )
+        if not (torch.isfinite(boxes[there]).all() and torch.isfinite(scores[there]).all()):
+            raise UserError(f'{self.file} gives boxes or scores that are not numbers: export the detector again')
         boxes = boxes[there] / boxes.new_tensor(sample.scale_factor).repeat(2)
         found = InstanceData(bboxes=boxes, scores=scores[there], labels=labels[there])
         if masks:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from mmdet.datasets.api_wrappers import COCO, COCOeval, COCOevalMP
 from mmdet.evaluation import CocoMetric, VOCMetric
 from mmdet.evaluation.functional.mean_ap import tpfp_default
@@ -68,6 +69,11 @@ class VOCDetectionMetric(VOCMetric):
             raise UserError(f'VOCDetectionMetric: eval_mode={eval_mode!r}: expected one of {MODES}')
         super().__init__(iou_thrs=float(iou_thr), eval_mode=eval_mode, collect_device=collect_device, prefix=prefix)
 
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        """As VOCMetric. Raises a UserError for detections that are not numbers."""
+        require_numbers(data_samples)
+        super().process(data_batch, data_samples)
+
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Compute the metrics from the results that `process` collected.
 
@@ -96,6 +102,26 @@ class VOCDetectionMetric(VOCMetric):
             **{f'mAP_{mode}': means[mode] for mode in MODES},
             **{f'AP_{name}': curve.ap(self.eval_mode) for name, curve in scored.items()},
         }
+
+
+def require_numbers(data_samples: Sequence[dict]) -> None:
+    """Refuse detections with a box or a score that is not finite.
+
+    An IoU that is not a number counts as a match, in pycocotools and in others: such a detector would seem perfect.
+
+    Raises:
+        UserError: which names the image.
+    """
+    for sample in data_samples:
+        found = sample['pred_instances']
+        for key in ('bboxes', 'scores'):
+            values = getattr(found.get(key), 'tensor', found.get(key))  # boxes may be a box type of MMDetection's
+            if values is not None and not torch.isfinite(torch.as_tensor(values)).all():
+                image = sample.get('img_path', sample['img_id'])
+                raise UserError(
+                    f'the detector gives {key} that are not numbers, in image {image}: '
+                    'its training has diverged. Take an earlier checkpoint, or a lower learning rate'
+                )
 
 
 @dataclass
@@ -178,6 +204,11 @@ class HotCocoMetric(CocoMetric):
 
     In a config it is `type='cbam_mmdet.HotCocoMetric'`.
     """
+
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        """As CocoMetric. Raises a UserError for detections that are not numbers."""
+        require_numbers(data_samples)
+        super().process(data_batch, data_samples)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Compute the figures from the results that `process` collected.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmengine.model import BaseModule
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cbam_mmdet.errors import UserError, did_you_mean
-from cbam_mmdet.utils.text import brief
+from cbam_mmdet.utils.text import abridge, brief
 
 
 @MODELS.register_module()
@@ -49,7 +49,7 @@ class TimmFeatures(BaseModule):
         **others: Any,
     ):
         super().__init__(init_cfg)
-        self.timm_model = _network(model_name, others)
+        self.model_name, self.timm_model = model_name, _network(model_name, others)
         maps = self.timm_model.feature_info
         chosen = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
         known, whole = range(len(maps)), all(type(i) is int for i in (*chosen, frozen_stages))
@@ -64,7 +64,9 @@ class TimmFeatures(BaseModule):
         self.out_indices, self.frozen_stages, self.norm_eval = chosen, frozen_stages, norm_eval
         self.channels = tuple(maps[i]['num_chs'] for i in chosen)
         self._frozen = self._names_up_to(maps[frozen_stages]['module']) if frozen_stages >= 0 else {}
+        self._whole = {*self.timm_model.state_dict()}
         self.timm_model.prune_intermediate_layers(chosen, prune_norm=True, prune_head=True)
+        self._own = [name for name, _ in self.timm_model.named_parameters()]  # plugins will be put into it
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -76,10 +78,36 @@ class TimmFeatures(BaseModule):
         )
 
     def init_weights(self) -> None:
-        """As `init_cfg` says. The keys of a file are those of the network inside."""
+        """As `init_cfg` says. The keys of a file are those of the network inside.
+
+        Raises:
+            UserError: if the weights of a file are another network's.
+        """
         if self.init_cfg:
-            initialize(self.timm_model, self.init_cfg)
+            self._require_all(lambda: initialize(self.timm_model, self.init_cfg))
         self._is_init = True
+
+    def _require_all(self, load: Callable[[], None]) -> None:
+        """Load, and compare what was in the file, if there was one, with this network's weights."""
+        given: set[str] = set()
+        hook = self.timm_model._register_load_state_dict_pre_hook(lambda weights, *_: given.update(weights))
+        before = {name: weight._version for name, weight in self.timm_model.named_parameters()}  # counts the changes
+        load()
+        hook.remove()
+        if not given:
+            return
+        weights = dict(self.timm_model.named_parameters())
+        left = [name for name in self._own if weights[name]._version == before[name]]
+        classifier = self.timm_model.default_cfg.get('classifier') or ()
+        heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+        known = self._whole | {*self.timm_model.state_dict()}
+        others = [name for name in given if name not in known and not name.startswith(heads)]
+        for names, what in ((left, 'lacks'), (others, 'holds, beside those,')):
+            if names:
+                raise UserError(
+                    f'the file of weights {what} {len(names)} weights ({abridge(names, 3)}), which do not fit '
+                    f"{self.model_name}: it is another network's, or has keys that are not timm's"
+                )
 
     def train(self, mode: bool = True) -> TimmFeatures:
         """As for every module, but for what is frozen."""

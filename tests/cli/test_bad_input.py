@@ -159,7 +159,7 @@ def test_misspelt_cfg_option_in_a_group_is_refused(train, option, words):
 
 def test_cfg_options_that_only_look_misspelt():
     keys = ('model.test_cfg.rcnn.mask_thr_binary', 'optim_wrapper.paramwise_cfg.custom_keys.backbone.lr_mult')
-    cfg = load_config(DEMO, {key: 0.5 for key in keys})
+    cfg = load_config(DEMO, dict.fromkeys(keys, 0.5))
     assert cfg.model.test_cfg.rcnn.mask_thr_binary == 0.5
 
 

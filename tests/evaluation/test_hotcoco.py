@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.evaluation.metrics import HotCocoMetric
+from cbam_mmdet.evaluation.metrics import HotCocoMetric, SampleCocoMetric, VOCDetectionMetric
 from cbam_mmdet.evaluation.scores import Scores
 
 CLASSES = ('often', 'rare', 'never there', 'never found')
@@ -278,10 +278,6 @@ def annotations_of_one_id(truth, samples):
     truth['annotations'][1]['id'] = truth['annotations'][0]['id']
 
 
-def score_of_nan(truth, samples):
-    next(s['pred_instances']['scores'] for s in samples if len(s['pred_instances']['scores']))[0] = torch.nan
-
-
 def box_of_nan(truth, samples):
     truth['annotations'][0]['bbox'][0] = float('nan')
 
@@ -296,7 +292,6 @@ def area_of_nan(truth, samples):
     [
         (annotation_of_id_0, 'ids of the annotations'),
         (annotations_of_one_id, 'ids of the annotations'),
-        (score_of_nan, 'not finite'),
         (box_of_nan, 'not finite'),
         (area_of_nan, 'not finite'),
     ],
@@ -409,3 +404,20 @@ def test_objects_are_counted_in_the_images_that_were_tested(tmp_path):
     scores = Scores(metric.evaluation(metric.results), {}, 'area', ('cat',), {})
     assert scores.num_objects == {'cat': 1}
     assert scores.figures['mAP'] == pytest.approx(1)
+
+
+@pytest.mark.parametrize('key', ['bboxes', 'scores'])
+@pytest.mark.parametrize('kind', [HotCocoMetric, SampleCocoMetric, VOCDetectionMetric])
+def test_detections_that_are_not_numbers_are_refused(kind, key):
+    """pycocotools takes an IoU that is not a number for a match: the score would be perfect."""
+    found = dict(bboxes=torch.tensor([[1.0, 1, 10, 10]]), scores=torch.tensor([0.9]), labels=torch.tensor([0]))
+    truth = dict(bboxes=found['bboxes'].clone(), labels=found['labels'])
+    none = dict(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    sample = dict(img_id=1, ori_shape=(30, 40), gt_instances=truth, ignored_instances=none, pred_instances=found)
+    metric = kind()
+    metric.dataset_meta = dict(classes=('cat',), dataset_type='VOC2007')
+    if kind is not HotCocoMetric:  # which would want a file
+        metric.process({}, [sample])
+    found[key] = found[key] * float('nan')
+    with pytest.raises(UserError, match=f'gives {key} that are not numbers, in image 1'):
+        metric.process({}, [sample])

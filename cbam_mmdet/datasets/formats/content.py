@@ -253,6 +253,6 @@ def class_name(value: object) -> str:
     Raises:
         ValueError: if it is none.
     """
-    if not isinstance(value, str) or not value.strip() or '\0' in value:
+    if not isinstance(value, str) or not value.strip() or not value.strip().isprintable():
         raise ValueError(f'{value!r} is not the name of a class')
     return value.strip()

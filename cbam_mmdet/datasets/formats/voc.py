@@ -69,7 +69,7 @@ def read_voc_folder(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
         )
     if others:
         found.notes.append(
-            f'{len(others)} .xml name another image than the one of their own name, which is taken: {abridge(others, 3)}'
+            f'{len(others)} .xml name another image than that of their own name, which is taken: {abridge(others, 3)}'
         )
     if lost:
         found.notes.append(f'{len(lost)} .xml are left out, whose image is not there: the first is {lost[0]}')

@@ -87,12 +87,12 @@ def read_ultralytics(folder: Folder, path: Path, content: dict) -> Found:
     }
     absent = [split for split, listed in names.items() if not listed]  # of a test split alone: exports name it always
     names = {split: listed for split, listed in names.items() if listed}
-    twice = [name for name in names.get('train', ()) if name in set(names.get('val', ()))]
+    twice = set(names.get('train', ())) & set(names.get('val', ()))
     same = bool(twice) and names['train'] == names.get('val')
     if same:
         del names['val']  # Ultralytics' small examples validate on what they train on
     elif twice:
-        raise UserError(f'{path}: {len(twice)} images are trained on and validated on: the first is {twice[0]}')
+        raise UserError(f'{path}: {len(twice)} images are trained on and validated on: the first is {min(twice)}')
     if names.get('test') in (names.get('val'), names.get('train')):
         names.pop('test', None)  # it is the validation split
     for other in ('train', 'val'):
@@ -275,6 +275,9 @@ def _names(given: object, path: Path) -> tuple[str, ...]:
             given = [numbered[i] for i in range(len(given))]
         if not isinstance(given, list):
             raise ValueError(f'{given!r} is not a list of classes')
+        booleans = [name for name in given if isinstance(name, bool)]
+        if booleans:
+            raise ValueError('YAML reads yes, no, on and off as true and false: put quotes around such a class')
         names = [class_name(str(name) if type(name) is int else name) for name in given]
         if not names or len(set(names)) < len(names):
             raise ValueError('each class needs a name of its own')

@@ -37,7 +37,7 @@ def find_checkpoint(path: str, onnx: bool = False) -> str:
     if '://' in path:
         return path
     if os.path.isdir(path):
-        newest = find_latest_checkpoint(path)
+        newest = _latest(path)
         inside = os.path.join(path, os.path.basename(newest or ''))
         if os.path.isfile(inside):  # the folder may have been moved or copied
             newest = inside
@@ -68,6 +68,14 @@ def find_checkpoint(path: str, onnx: bool = False) -> str:
     if head != b'PK' and not head.startswith(b'\x80'):  # zip, and the pickle of torch before 1.6
         raise UserError(f'{path} is not a checkpoint of PyTorch.')
     return path
+
+
+def _latest(folder: str) -> str | None:
+    """What the file last_checkpoint of a folder says, whatever that is worth."""
+    try:
+        return find_latest_checkpoint(folder)
+    except (OSError, UnicodeDecodeError):  # it is no file, or no text
+        return None
 
 
 def is_onnx(path: str) -> bool:
@@ -123,7 +131,7 @@ def _named_by_last_checkpoint(folders: Sequence[str]) -> Path | None:
     for folder in folders:
         try:
             name = Path(folder, 'last_checkpoint').read_text().strip()
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             continue
         for place in folders:
             if name and Path(place, os.path.basename(name)).is_file():

@@ -23,6 +23,7 @@ from cbam_mmdet.compat.mmengine import checkpoints_loaded_by, prefixes_keep_meta
 from cbam_mmdet.compat.torch import load_without_code, unpickle_without_code
 from cbam_mmdet.engine.checkpoint.content import meta_of, weights_of
 from cbam_mmdet.engine.checkpoint.keys import from_network
+from cbam_mmdet.engine.checkpoint.sound import require_sound
 from cbam_mmdet.engine.checkpoint.variants import PAPER, add_variants, cbams_in, set_variant
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.logging import log
@@ -48,8 +49,11 @@ def load_checkpoint(path: str, map_location: str | torch.device | None = None, t
     try:
         file = _unpacked(path)
         if trust:
-            return torch.load(file, map_location=map_location, weights_only=False)
-        return load_without_code(file, map_location, _harmless_globals())
+            made = torch.load(file, map_location=map_location, weights_only=False)
+        else:
+            made = load_without_code(file, map_location, _harmless_globals())
+        require_sound(made, path)
+        return made
     except UserError:
         raise
     except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, pickle.UnpicklingError) as error:
@@ -80,6 +84,11 @@ def _unpacked(path: str) -> str | io.BytesIO:
     with zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if not member.is_dir()]
         if any(PurePosixPath(member.filename).name == 'data.pkl' for member in members):
+            size = sum(member.file_size for member in members)
+            if size > MAX_COMPRESSION * os.path.getsize(path):  # torch stores them as they are
+                raise UserError(
+                    f'checkpoint {path} has {os.path.getsize(path)} bytes and would unpack to {size}: it was not read'
+                )
             return path
         found = [member for member in members if member.filename.endswith('.pth')]
         if len(found) != 1:

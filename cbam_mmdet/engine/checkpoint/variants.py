@@ -56,7 +56,8 @@ def variants_in(config: object) -> list[dict[str, str]]:
         if given.get('type') not in ('CBAM', 'mmengine.CBAM'):
             continue
         pools = given.get('pools') or ('avg', 'max')
-        pools = ', '.join(sorted([pools] if isinstance(pools, str) else pools))
+        pools = [pools] if not isinstance(pools, (list, tuple)) else pools
+        pools = ', '.join(sorted(map(str, pools)))
         order = given.get('order') or PAPER['order']
         variant = dict(PAPER, gate=given.get('gate') or PAPER['gate'], pools=pools, order=order)
         if variant not in variants:

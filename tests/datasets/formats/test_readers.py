@@ -946,3 +946,19 @@ def test_boxes_outside_their_image_are_not_written_for_yolo(tmp_path):
     written = [a['bbox'] for c in all_of(read_folder(tmp_path / 'yolo')) for a in c['annotations']]
     assert len(written) == len(content['annotations']) - 2
     assert any(np.allclose(box, [35, 3, 5, 9], atol=1e-4) for box in written)
+
+
+@pytest.mark.parametrize('name', ['"\\e[31mred"', '"a\\nb"', 'yes'])
+def test_names_of_classes_that_cannot_be_printed_or_are_no_text(tmp_path, name):
+    write_pictures(tmp_path, 'images/0.jpg', 'images/1.jpg')
+    (tmp_path / 'images/0.txt').write_text('0 0.5 0.5 0.5 0.5\n')
+    (tmp_path / 'data.yaml').write_text(f'train: images\nnames: [{name}, dog]\n')
+    with pytest.raises(UserError, match='put quotes around|is not the name of a class'):
+        read_folder(tmp_path)
+
+
+def test_a_class_that_has_two_names_is_refused(tmp_path):
+    write_pictures(tmp_path, 'images/0.jpg', 'images/1.jpg')
+    (tmp_path / 'data.yaml').write_text('train: images\nnames: {0: cat, 1: dog, 1.0: bird}\n')
+    with pytest.raises(UserError, match='a key is given twice'):
+        read_folder(tmp_path)
