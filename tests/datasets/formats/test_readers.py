@@ -424,7 +424,7 @@ def test_lists_of_darknet_make_the_splits(tmp_path):
 def test_names_that_yaml_does_not_read_as_text_are_refused(tmp_path):
     small_yolo(tmp_path)
     (tmp_path / 'data.yaml').write_text('train: images/train\nval: images/val\nnames: [yes, no]')
-    with pytest.raises(UserError, match='True is not the name of a class'):
+    with pytest.raises(UserError, match='put quotes around'):
         read_folder(tmp_path)
 
 
