@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os.path as osp
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
@@ -17,6 +17,7 @@ from cbam_mmdet.apis.runner import build_runner, check_splits, follow_checkpoint
 from cbam_mmdet.apis.smoke import make_small
 from cbam_mmdet.compat.mmcv_ops import unserved_layers
 from cbam_mmdet.compat.mmengine import hooks_of_class, local_files_written_by
+from cbam_mmdet.compat.patches import replaced
 from cbam_mmdet.engine.checkpoint.content import meta_of
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint, newest_checkpoint
 from cbam_mmdet.engine.checkpoint.loading import load_checkpoint, safe_loading
@@ -107,11 +108,34 @@ def train(
         runner = build_runner(cfg, [*_hooks(cfg, resumes), *late])
         patches.enter_context(hooks_of_class(runner.hooks, CheckpointHook, SafeCheckpointHook))
         _warn_of_unserved_operators(runner.model)
+        if resumes:
+            patches.enter_context(_explained_resumption(runner))
         if is_first_process():
             for folder in _checkpoint_folders(cfg):
                 remove_unfinished(folder)
         _run(runner, stop)
     return runner
+
+
+@contextlib.contextmanager
+def _explained_resumption(runner: Runner) -> Iterator[None]:
+    """One message for a state of a run that MMEngine cannot take up."""
+    original = runner.load_or_resume
+
+    def load_or_resume() -> None:
+        try:
+            original()
+        except UserError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f'the run cannot be resumed from {runner._load_from}: what it holds beside the weights is damaged, or '
+                f'of another config ({type(error).__name__}: {error}). Resume from an earlier one, or take its weights '
+                'alone: --cfg-options load_from=FILE'
+            ) from error
+
+    with replaced(runner, load_or_resume=load_or_resume):
+        yield
 
 
 def _warn_of_unserved_operators(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ class TimmFeatures(BaseModule):
             statistics. -1 freezes nothing.
         norm_eval: every BatchNorm keeps its running statistics, as in MMDetection's ResNet.
         init_cfg: of MMEngine. `Pretrained` takes a file with timm's keys. Its classifier is left out.
-        **others: of timm.create_model.
+        **others: of timm.create_model. Files of weights are left to `init_cfg`, which runs no code from them.
 
     Attributes:
         channels: of each map that is returned.
@@ -152,8 +152,10 @@ def _network(model_name: str, others: dict[str, Any]) -> nn.Module:
         import timm
     except ImportError as error:
         raise UserError(f"TimmFeatures: {error}. Its networks are timm's: pip install timm") from error
-    if not timm.is_model(model_name):
-        raise UserError(f'TimmFeatures: timm has no {model_name!r}{did_you_mean(model_name, timm.list_models())}')
+    if files := {'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay'} & {*others}:
+        raise UserError(f"TimmFeatures takes no {min(files)}: init_cfg=dict(type='Pretrained', checkpoint=FILE)")
+    if not isinstance(model_name, str) or not timm.is_model(model_name):
+        raise UserError(f'TimmFeatures: timm has no {model_name!r}{did_you_mean(str(model_name), timm.list_models())}')
     try:
         network = timm.create_model(model_name, num_classes=0, **others)
     except (AssertionError, KeyError, RuntimeError, TypeError) as error:

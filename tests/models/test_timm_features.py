@@ -135,6 +135,8 @@ def test_imagenet_weights_know_a_unicycle():
         (dict(model_name=LITE, frozen_stages='1'), "frozen_stages='1'"),
         (dict(model_name=LITE, no_such_argument=1), 'no_such_argument'),
         (dict(model_name=LITE, act_layer='nosuch'), 'cannot build'),
+        (dict(model_name=LITE, checkpoint_path='a.pth'), 'takes no checkpoint_path: init_cfg'),
+        (dict(model_name=5), 'timm has no 5'),
         (dict(model_name='hrnet_w18_small', frozen_stages=1), 'cannot be frozen'),
     ],
 )

@@ -40,10 +40,7 @@ class AnnotatedFrameHook(Hook):
         self.changes.enter_context(replaced(runner.visualizer, add_datasample=draw_in_frame))
 
     def _own_file(self, file: str, image: str) -> str:
-        """The file for the picture of an image. MMDetection names it by the image, of which several folders may have one.
-
-        With more of the image's path in the name, where another image has it.
-        """
+        """The file for the picture of an image, with more of its path in the name where another image has that name."""
         parts = PurePath(image).parts
         names = ['_'.join(parts[-count:]) for count in range(1, len(parts))]
         files = [str(PurePath(file).with_name(name)) for name in names]

@@ -953,7 +953,7 @@ def test_names_of_classes_that_cannot_be_printed_or_are_no_text(tmp_path, name):
     write_pictures(tmp_path, 'images/0.jpg', 'images/1.jpg')
     (tmp_path / 'images/0.txt').write_text('0 0.5 0.5 0.5 0.5\n')
     (tmp_path / 'data.yaml').write_text(f'train: images\nnames: [{name}, dog]\n')
-    with pytest.raises(UserError, match='put quotes around|is not the name of a class'):
+    with pytest.raises(UserError, match=r'put quotes around|is not the name of a class'):
         read_folder(tmp_path)
 
 

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 from conftest import DEMO, tiny
 
 
@@ -25,3 +26,13 @@ def test_the_same_settings_are_not_spoken_of(run_tool, trained, shapes, tmp_path
     work = shutil.copytree(trained, tmp_path / 'work')
     result = run_tool('train.py', DEMO, '--resume', *tiny(work, shapes, 'train_cfg.max_epochs=2'))
     assert result.code == 0 and 'has no effect' not in result.out + result.err
+
+
+@pytest.mark.parametrize(('key', 'value'), [('message_hub', 5), ('param_schedulers', [5])])
+def test_a_state_that_cannot_be_taken_up_is_one_message(run_tool, trained, shapes, tmp_path, key, value):
+    work = shutil.copytree(trained, tmp_path / 'work')
+    checkpoint = torch.load(work / 'epoch_1.pth', weights_only=False)
+    torch.save({**checkpoint, key: value}, work / 'epoch_1.pth')
+    result = run_tool('train.py', DEMO, '--resume', *tiny(work, shapes, 'train_cfg.max_epochs=2'))
+    assert result.code == 2, result.err[-2000:]
+    assert 'the run cannot be resumed from' in result.err and 'Traceback' not in result.err
