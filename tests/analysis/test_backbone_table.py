@@ -52,6 +52,8 @@ def give_usable_weights(backbone):
 
 @pytest.mark.parametrize('name', BACKBONES)
 def test_backbone(name):
+    if 'Timm' in BACKBONES[name][0]['type']:
+        pytest.importorskip('timm', reason="an optional extra: pip install '.[backbones]'")
     if 'mmpretrain' in BACKBONES[name][0]['type']:
         pytest.importorskip('mmpretrain', reason="an optional extra: pip install '.[backbones]'")
         pytest.importorskip('timm')
