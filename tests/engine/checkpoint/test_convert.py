@@ -1,0 +1,46 @@
+"""Weights that nobody's CBAM has are refused by one message, and no key is lost in a conversion."""
+
+import pytest
+import torch
+from test_keys import official
+
+from cbam_mmdet.apis.convert import convert_checkpoint
+from cbam_mmdet.errors import UserError
+
+TIMM = {
+    'a.channel.fc1.weight': torch.ones(4, 8, 1, 1),
+    'a.channel.fc2.weight': torch.ones(8, 4, 1, 1),
+    'a.spatial.conv.conv.weight': torch.ones(1, 2, 7, 7),
+    'a.spatial.conv.bn.weight': torch.ones(1),
+}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'a.spatial.conv.weight': torch.zeros(1, 2, 7, 7)}, 'several of its keys mean the same weight'),
+        ({'a.channel.fc1.weight': torch.zeros(0, 8, 1, 1)}, 'ZeroDivisionError'),
+        ({'a.channel.fc1.weight': torch.full((4, 8, 1, 1), float('nan'))}, 'not finite'),
+        ({'module.a.spatial.conv.bn.weight': torch.zeros(1)}, 'twice, with and without module'),
+    ],
+)
+def test_modules(tmp_path, changes, words):
+    torch.save(TIMM, tmp_path / 'a.pth')
+    convert_checkpoint(str(tmp_path / 'a.pth'), str(tmp_path / 'sound.pth'))
+    torch.save({**TIMM, **changes}, tmp_path / 'a.pth')
+    with pytest.raises(UserError, match=words):
+        convert_checkpoint(str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth'))
+    assert not (tmp_path / 'b.pth').exists()
+
+
+def test_networks(tmp_path):
+    weights = official(18)
+    torch.save({**weights, 'module.fc.bias': torch.tensor(1.0)}, tmp_path / 'a.pth')
+    with pytest.raises(UserError, match='shapes or names that no CBAM has'):
+        convert_checkpoint(str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth'))
+    torch.save(weights, tmp_path / 'a.pth')
+    convert_checkpoint(str(tmp_path / 'a.pth'), str(tmp_path / 'ours.pth'))
+    ours = torch.load(tmp_path / 'ours.pth')['state_dict']
+    torch.save({**ours, 'conv1.weight': ours['backbone.conv1.weight'] * 0}, tmp_path / 'both.pth')
+    with pytest.raises(UserError, match='several of its keys mean the same weight'):
+        convert_checkpoint(str(tmp_path / 'both.pth'), str(tmp_path / 'b.pth'), official=True)
