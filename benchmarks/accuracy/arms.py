@@ -93,7 +93,7 @@ class ResidualCBAM(CBAM):
 class TrainGateNorms(Hook):
     """The norms of CBAM use the statistics of the batch, while norm_eval holds all others of the backbone."""
 
-    def before_train_iter(self, runner: Runner, *_: object) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         for cbam in find_cbams(runner.model).values():
             cbam.spatial.bn.train()
 

@@ -120,6 +120,7 @@ def _measured(run: Path, batch_size: int) -> dict:
 def run(args: argparse.Namespace) -> None:
     record = _read(args.record)
     done = {(row['data'], row['arm'], row['seed']) for row in record['trainings'] if 'scores' in row}
+    lost = []
     for seed in args.seeds:
         for arm in args.arms:
             if (args.data, arm, seed) in done:
@@ -136,7 +137,9 @@ def run(args: argparse.Namespace) -> None:
             write_text(args.record, json.dumps(record, indent=1) + '\n')
             print({key: row.get(key) for key in ('data', 'arm', 'seed', 'scores', 'exit_code', 'minutes')}, flush=True)
             if 'exit_code' in row:
-                sys.exit(f'{folder}/log: exit code {row["exit_code"]}\n{(folder / "log").read_text()[-2000:]}')
+                lost.append(f'{folder}/log: exit code {row["exit_code"]}')
+    if lost:
+        sys.exit('\n'.join(lost))
 
 
 def _read(record: Path) -> dict:

@@ -77,7 +77,7 @@ def test_hooks_hold_what_they_say(start):
     assert trained == {name for name, parameter in detector.backbone.named_parameters() if parameter.requires_grad}
     norms = [cbam.spatial.bn for cbam in find_cbams(detector).values()]
     assert not any(norm.training for norm in norms)  # norm_eval
-    arms.TrainGateNorms().before_train_iter(runner)
+    arms.TrainGateNorms().before_train_iter(runner, batch_idx=0, data_batch=None)  # as MMEngine calls it
     assert all(norm.training for norm in norms)
     assert not detector.backbone.timm_model.blocks[3][0].bn1.training
 
