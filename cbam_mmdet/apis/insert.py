@@ -155,7 +155,7 @@ def _trained_places(backbone: nn.Module) -> list[str]:
     if 1 <= frozen < 4 and all(pattern.startswith('layer*.') for pattern in patterns):
         return [pattern.replace('layer*', f'layer[{frozen + 1}-4]', 1) for pattern in patterns]
     names = [name for name in names_of(backbone) if any(matches(pattern, name) for pattern in patterns)]
-    trained = [name for name in names if name == OUTPUTS or _trains(backbone.get_submodule(name))]
+    trained = [name for name in names if name == OUTPUTS or _trains(backbone, name)]
     if not trained:
         raise UserError(
             f'every stage is frozen (frozen_stages={frozen}): CBAM would never train. Set model.backbone.frozen_stages '
@@ -164,6 +164,7 @@ def _trained_places(backbone: nn.Module) -> list[str]:
     return patterns if trained == names else trained
 
 
-def _trains(module: nn.Module) -> bool:
-    parameters = [*module.parameters()]
+def _trains(backbone: nn.Module, name: str) -> bool:
+    """Whether a place is in a block that trains. The norm itself may be frozen, as in networks of Caffe's."""
+    parameters = [*backbone.get_submodule(name.rpartition('.')[0]).parameters()]
     return not parameters or any(parameter.requires_grad for parameter in parameters)
