@@ -49,8 +49,9 @@ class TimmFeatures(BaseModule):
         **others: Any,
     ):
         super().__init__(init_cfg)
-        self.model_name, self.timm_model = model_name, _network(model_name, others)
-        maps = self.timm_model.feature_info
+        self.model_name = model_name
+        self.timm_model = _network(model_name, others)
+        maps: Any = self.timm_model.feature_info
         chosen = tuple(out_indices) if isinstance(out_indices, Sequence) else (out_indices,)
         known, whole = range(len(maps)), all(type(i) is int for i in (*chosen, frozen_stages))
         if not (whole and chosen and set(chosen) <= {*known} and list(chosen) == sorted(set(chosen))) or not (

@@ -63,7 +63,7 @@ def from_efficientnet(state_dict: Mapping[str, Tensor]) -> Conversion | None:
     return Conversion({new: state_dict[old] for new, old in origins.items()}, origins, (NOTE,))
 
 
-def _their_key(key: str, blocks: list[tuple[str, str]]) -> str:
+def _their_key(key: str, blocks: list[tuple[str, ...]]) -> str:
     module, _, kind = key.rpartition('.')
     if not key.startswith('blocks.'):
         return f'{ENDS[module]}.{kind}'
