@@ -66,7 +66,7 @@ BAD_WEIGHTS = [
     ({'module.0.bias': torch.zeros(2)}, 'twice, with and without module'),
     ({'0.bias': 'text'}, '0.bias is a str'),
     ({'0.bias': torch.zeros(2, dtype=torch.complex64)}, 'complex64'),
-    ({'0.bias': torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8)}, 'qint8'),
+    ({'0.bias': torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8)}, 'qint8|_rebuild_qtensor'),
     ({'0.bias': torch.full((2,), 1e300, dtype=torch.float64)}, 'not finite'),
     ({'0.bias': torch.zeros(1).expand(10**7, 10**7)}, 'fewer values'),
     ({'bn.running_var': torch.tensor([1.0, -1.0])}, 'variance below 0'),
