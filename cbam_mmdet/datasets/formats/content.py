@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -139,6 +140,28 @@ def by_split(
                     f'annotation file {image.source}: an object of {image.name} is malformed: {brief(error)}'
                 ) from error
     return {split: content.as_coco() for split, content in contents.items()}
+
+
+def take_strays(images: list[LabelledImage]) -> list[Path]:
+    """Take out the images that were found by their names alone and belong to other annotations.
+
+    Usually the annotations of one folder have their images in one folder. One whose image is not there must not get the
+    image of the same name that belongs to another folder's annotations.
+
+    Returns:
+        The annotation files of those that were taken out.
+    """
+    counts: dict[Path, Counter[PurePosixPath]] = defaultdict(Counter)
+    for image in images:
+        counts[image.source.parent][PurePosixPath(image.name).parent] += 1
+    usual = {folder: places.most_common(1)[0][0] for folder, places in counts.items()}
+    strays, kept = [], []
+    for image in images:
+        place = PurePosixPath(image.name).parent
+        strayed = place != usual[image.source.parent] and place in usual.values()
+        (strays if strayed else kept).append(image)
+    images[:] = kept
+    return [image.source for image in strays]
 
 
 def one_split(name: str, split_of: Callable[[str], str | None]) -> str | None:

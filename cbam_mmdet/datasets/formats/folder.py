@@ -160,26 +160,6 @@ def _files_below(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def astray(places: Sequence[tuple[Path, str]]) -> list[int]:
-    """Which of the pairs of an annotation file and its image, found by its name, belong to other files' images.
-
-    Usually the annotations of one folder have their images in one folder. One whose image is not there must not get the
-    image of the same name that belongs to another folder's annotations.
-
-    Returns:
-        The indices of those pairs.
-    """
-    counts: dict[Path, Counter[PurePosixPath]] = defaultdict(Counter)
-    for path, image in places:
-        counts[path.parent][PurePosixPath(image).parent] += 1
-    usual = {folder: images.most_common(1)[0][0] for folder, images in counts.items()}
-    return [
-        i
-        for i, (path, image) in enumerate(places)
-        if (there := PurePosixPath(image).parent) != usual[path.parent] and there in usual.values()
-    ]
-
-
 def _refuse(error: OSError) -> None:
     raise error
 

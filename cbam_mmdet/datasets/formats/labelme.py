@@ -6,8 +6,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, class_name, displayed_size, size_from
-from cbam_mmdet.datasets.formats.folder import Folder, astray, split_of
+from cbam_mmdet.datasets.formats.content import (
+    Found,
+    LabelledImage,
+    by_split,
+    class_name,
+    displayed_size,
+    size_from,
+    take_strays,
+)
+from cbam_mmdet.datasets.formats.folder import Folder, split_of
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import brief
 
@@ -51,8 +59,7 @@ def read_labelme(folder: Folder, contents: dict[Path, dict]) -> Found:
             ) from error
         others += len(shapes) - len(objects)
         images.append(LabelledImage(name, size, objects, path, source_split=split))
-    for i in reversed(astray([(image.source, image.name) for image in images])):
-        lost.append(images.pop(i).source)
+    lost += take_strays(images)
     if not images:
         raise UserError(f"{folder.root}: no image that LabelMe's files name is there ({folder.counts()})")
     classes = sorted({label for image in images for label, _, _ in image.objects})

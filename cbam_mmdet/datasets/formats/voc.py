@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree as ET
 
 from cbam_mmdet.datasets.checks import voc_objects
-from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, displayed_size, size_from
-from cbam_mmdet.datasets.formats.folder import Folder, astray, read_text, split_of
+from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, displayed_size, size_from, take_strays
+from cbam_mmdet.datasets.formats.folder import Folder, read_text, split_of
 from cbam_mmdet.datasets.inputs import IMAGES
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import abridge, brief
@@ -48,8 +48,7 @@ def read_voc_folder(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
             images.append(_image(folder, path, root, name, split))
             if names[0] == path.stem and folder.has_stem(PurePosixPath(given).stem):
                 others.append(f'{path.name} names {given}')
-    for i in reversed(astray([(image.source, image.name) for image in images])):
-        lost.append(images.pop(i).source)
+    lost += take_strays(images)
     if not images:
         raise UserError(f'{folder.root}: the images of its {len(roots)} .xml are not there ({folder.counts()})')
     classes = sorted({label for image in images for label, _, _ in image.objects})
