@@ -90,19 +90,19 @@ class TimmFeatures(BaseModule):
 
     def _require_all(self, load: Callable[[], None]) -> None:
         """Load, and compare what was in the file, if there was one, with this network's weights."""
-        given: set[str] = set()
-        hook = self.timm_model._register_load_state_dict_pre_hook(lambda weights, *_: given.update(weights))
+        files: list[list[str]] = []  # the keys of each
+        hook = self.timm_model._register_load_state_dict_pre_hook(lambda weights, *_: files.append([*weights]))
         before = {name: weight._version for name, weight in self.timm_model.named_parameters()}  # counts the changes
         load()
         hook.remove()
-        if not given:
+        if not files:
             return
         weights = dict(self.timm_model.named_parameters())
         left = [name for name in self._own if weights[name]._version == before[name]]
         classifier = self.timm_model.default_cfg.get('classifier') or ()
         heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
         known = self._whole | {*self.timm_model.state_dict()}
-        others = [name for name in given if name not in known and not name.startswith(heads)]
+        others = [name for keys in files for name in keys if name not in known and not name.startswith(heads)]
         for names, what in ((left, 'lacks'), (others, 'holds, beside those,')):
             if names:
                 raise UserError(

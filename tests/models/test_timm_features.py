@@ -97,9 +97,9 @@ def test_pretrained_takes_timms_keys(tmp_path):
             assert torch.equal(a, b)  # the unit gate is the identity
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'tf_efficientnet_lite1'])
+@pytest.mark.parametrize('name', ['resnet18', 'tf_efficientnet_lite1', None])
 def test_weights_of_another_network_are_refused(tmp_path, name):
-    torch.save(timm.create_model(name).state_dict(), tmp_path / 'weights.pth')
+    torch.save(timm.create_model(name).state_dict() if name else {}, tmp_path / 'weights.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'weights.pth'))
     backbone = dict(type='TimmFeatures', model_name=LITE, init_cfg=init_cfg)
     for model in (MODELS.build(backbone), PluginBackbone(backbone, [dict(cfg=dict(type='CBAM', reduction=4))])):

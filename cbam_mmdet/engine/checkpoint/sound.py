@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -32,19 +32,28 @@ def require_sound(checkpoint: object, name: str) -> None:
     Raises:
         UserError: which says what is wrong.
     """
-    fault = _fault_of_meta(meta_of(checkpoint))
-    given = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else None
-    if fault is None and isinstance(given, Mapping):
-        twice = [key for key in given if isinstance(key, str) and f'module.{key}' in given]
-        fault = f'the weight {twice[0]} is in it twice, with and without module. before it' if twice else None
-        fault = fault or _fault_of_metadata(getattr(given, '_metadata', {}))
-        for key, value in given.items():
-            fault = fault or (f'a weight is called {key!r}' if not isinstance(key, str) else None)
-            fault = fault or (_fault_of(key, value) if isinstance(value, Tensor) else None)
-        strange = [key for key, value in given.items() if 'state_dict' in checkpoint and not isinstance(value, Tensor)]
-        fault = fault or (f'{strange[0]} is a {type(given[strange[0]]).__name__}, no weight' if strange else None)
+    fault = next(filter(None, _faults(checkpoint)), None)
     if fault:
         raise UserError(f'checkpoint {name}: {fault}. Use an earlier one.')
+
+
+def _faults(checkpoint: object) -> Iterator[str | None]:
+    yield _fault_of_meta(meta_of(checkpoint))
+    if not isinstance(checkpoint, Mapping):
+        return
+    weights = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(weights, Mapping):
+        return
+    yield _fault_of_metadata(getattr(weights, '_metadata', {}))
+    for key, value in weights.items():
+        if not isinstance(key, str):
+            yield f'a weight is called {key!r}'
+        elif f'module.{key}' in weights:
+            yield f'the weight {key} is in it twice, with and without module. before it'
+        elif isinstance(value, Tensor):
+            yield _fault_of(key, value)
+        elif weights is not checkpoint and not key.endswith('_extra_state'):  # which torch lets be anything
+            yield f'{key} is a {type(value).__name__}, no weight'
 
 
 def _fault_of(key: str, value: Tensor) -> str | None:
@@ -94,9 +103,8 @@ def _fault_of_meta(meta: Mapping) -> str | None:
         return 'it names its classes twice, and differently'
     for names in lists:
         listed = _listed(names)
-        if any(isinstance(name, str) and not name.strip() for name in listed) or len({*map(repr, listed)}) < len(
-            listed
-        ):
+        distinct = len({*map(repr, listed)}) == len(listed)
+        if not distinct or any(isinstance(name, str) and not name.strip() for name in listed):
             return f'its classes are not a name for each: {brief(repr(names))}'
     return None
 
