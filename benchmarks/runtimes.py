@@ -2,9 +2,9 @@
 
     python benchmarks/runtimes.py --out benchmarks/results/runtimes_cpu
 
-The detectors have random weights, of which a few detections reach any score, so both of a pair do the same work behind
-the backbone. All variants take turns, one image each; the figures are medians. OpenVINO is left out where it is not
-installed.
+The detectors of a pair have the same random weights, and CBAM's gates start as 1: they find the same proposals, so both
+do the same work behind the backbone. All variants take turns, one image each; the figures are medians. OpenVINO is left
+out where it is not installed.
 """
 
 import argparse
@@ -34,13 +34,17 @@ PAIRS = {
 }
 
 
-def build(name: str) -> torch.nn.Module:
+def build(name: str, weights: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
+    """The detector of a shipped config, with random weights or, but for CBAM's, with those of its plain twin."""
     cfg = Config.fromfile(cbam_mmdet.config_path(f'{name}.py'))
     for part in (cfg.model.backbone, cfg.model.backbone.get('backbone') or {}):
         part.update(init_cfg=None) if part else None
     init_default_scope('mmdet')
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).eval()
+    if weights:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        assert not unexpected and all('cbam' in name for name in missing), (missing, unexpected)
     model.cfg, model.dataset_meta = cfg, dict(classes=tuple(str(i) for i in range(80)))
     return model
 
@@ -94,12 +98,13 @@ def main() -> None:
     )
     for label, (name, size) in PAIRS.items():
         image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
-        functions = {}
+        functions, weights = {}, None
         with tempfile.TemporaryDirectory() as folder:
             for kind in ('plain', 'CBAM'):
                 place = Path(folder, kind)
                 place.mkdir()
-                model = build(name if kind == 'plain' else f'{name}_cbam')
+                model = build(name if kind == 'plain' else f'{name}_cbam', weights)
+                weights = model.state_dict()
                 functions.update({(runtime, kind): f for runtime, f in runtimes(model, image, place).items()})
             times = measure(functions, args.rounds)
         for runtime in dict.fromkeys(runtime for runtime, _ in functions):

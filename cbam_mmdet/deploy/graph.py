@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms, roi_align
 
+from cbam_mmdet.deploy.pixels import Pixels
 from cbam_mmdet.errors import UserError
 
 NONE = -1.0  # the score of a place in a list that holds no detection
@@ -49,13 +50,7 @@ class DetectorGraph(nn.Module):
         super().__init__()
         require_exportable(model)
         self.model = model
-        preprocessor = model.data_preprocessor
-        self.swaps_channels = bool(getattr(preprocessor, '_channel_conversion', False))
-        self.divisor = int(getattr(preprocessor, 'pad_size_divisor', 1))
-        self.pad_value = float(getattr(preprocessor, 'pad_value', 0))
-        normalizes = getattr(preprocessor, '_enable_normalize', False)
-        self.register_buffer('mean', preprocessor.mean if normalizes else torch.zeros(3, 1, 1))
-        self.register_buffer('std', preprocessor.std if normalizes else torch.ones(3, 1, 1))
+        self.pixels = Pixels(model.data_preprocessor)
         self.has_masks = bool(getattr(getattr(model, 'roi_head', None), 'with_mask', False))
 
     @property
@@ -74,8 +69,8 @@ class DetectorGraph(nn.Module):
             is no detection; labels (B, K), -1 there; and for a detector with masks their probabilities within the
             boxes, (B, K, h, w).
         """
-        limits = torch._shape_as_tensor(images)[[2, 1, 2, 1]].to(self.mean)  # W, H, W, H
-        features = self.model.extract_feat(self.normalized(images))
+        limits = torch._shape_as_tensor(images)[[2, 1, 2, 1]].to(self.pixels.mean)  # W, H, W, H
+        features = self.model.extract_feat(self.pixels(images))
         if hasattr(self.model, 'roi_head'):
             proposals = propose(self.model.rpn_head, features, limits)
             head = self.model.roi_head
@@ -92,15 +87,6 @@ class DetectorGraph(nn.Module):
         if not self.has_masks:
             return boxes, scores, labels
         return boxes, scores, labels, masks_in(self.model.roi_head, features, boxes, labels)
-
-    def normalized(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) -> (B, 3, H', W'), as the data preprocessor does it: the input of the network."""
-        x = images.permute(0, 3, 1, 2).to(self.mean.dtype)
-        x = x[:, [2, 1, 0]] if self.swaps_channels else x
-        x = (x - self.mean) / self.std
-        height, width = x.shape[-2:]
-        below, beside = ((self.divisor - size % self.divisor) % self.divisor for size in (height, width))
-        return F.pad(x, (0, beside, 0, below), value=self.pad_value)
 
 
 def require_exportable(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from cbam_mmdet.deploy.graph import DetectorGraph
 from cbam_mmdet.deploy.packages import require_packages
+from cbam_mmdet.deploy.pixels import Pixels
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.files import AtomicLocalBackend
 from cbam_mmdet.version import __version__
@@ -81,7 +82,8 @@ def write_onnx(
         )
     made = onnx.load_from_string(content.getvalue())
     made = _in_half_precision(made) if half else made
-    onnx.helper.set_model_props(made, {key: json.dumps(value) for key, value in _facts(model, graph, half).items()})
+    facts = dict(**facts_of_model(model), mask_threshold=_mask_threshold(model), half=half)
+    onnx.helper.set_model_props(made, {key: json.dumps(value) for key, value in facts.items()})
     onnx.checker.check_model(made)
     AtomicLocalBackend().put(made.SerializeToString(), out)
 
@@ -93,11 +95,11 @@ def _require_any_size(graph: DetectorGraph) -> None:
     """
     strides = [max(m.stride) for m in graph.model.modules() if type(m).__name__ in ('Conv2dSame', 'Conv2dSameExport')]
     stride = math.prod(strides)
-    if graph.divisor % stride:
+    if graph.pixels.divisor % stride:
         raise UserError(
-            f"the backbone's convolutions pad by the size of the image, which a graph for any size cannot do: set "
-            f'model.data_preprocessor.pad_size_divisor={stride} (it is {graph.divisor}), as for the training, or give '
-            '--fixed-size'
+            "the backbone's convolutions pad by the size of the image, which a graph for any size cannot do: set "
+            f'model.data_preprocessor.pad_size_divisor={stride} (it is {graph.pixels.divisor}), as for the training, '
+            'or give --fixed-size'
         )
 
 
@@ -116,16 +118,16 @@ def _in_half_precision(model: Any) -> Any:
     return made.model
 
 
-def _facts(model: nn.Module, graph: DetectorGraph, half: bool) -> dict[str, Any]:
+def facts_of_model(model: nn.Module) -> dict[str, Any]:
+    """What a program must know that runs an exported file: class names, how to resize an image, and more."""
+    pixels = Pixels(model.data_preprocessor)
     return dict(
         classes=list(model.dataset_meta['classes']),
-        mean=graph.mean.flatten().tolist(),
-        std=graph.std.flatten().tolist(),
-        channels='RGB' if graph.swaps_channels else 'BGR',
+        mean=pixels.mean.flatten().tolist(),
+        std=pixels.std.flatten().tolist(),
+        channels='RGB' if pixels.swaps_channels else 'BGR',
         config=Path(model.cfg.filename or 'config').name,
         **resize_of(model.cfg),
-        mask_threshold=_mask_threshold(model),
-        half=half,
         cbam_mmdet=__version__,
     )
 
