@@ -299,11 +299,15 @@ class CBAM(BaseModule):
                 nn.init.zeros_(parameter)
 
     @property
-    def variant(self) -> dict[str, str]:
+    def variant(self) -> dict[str, str | float]:
         """The arguments that change what the same weights compute."""
-        gate = 'unit' if self.unit else 'sigmoid'
-        order = {} if self.spatial is None else dict(order=self.order)
-        return dict(gate=gate, pools=', '.join(sorted(self.channel.pools)), **order)
+        variant: dict[str, str | float] = dict(gate='unit' if self.unit else 'sigmoid')
+        variant['pools'] = ', '.join(sorted(self.channel.pools))
+        if self.spatial is not None:
+            variant['order'] = self.order
+            if isinstance(self.spatial.bn, _BatchNorm):
+                variant['norm_cfg.eps'] = self.spatial.bn.eps
+        return variant
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
         if f'{prefix}channel.fc1.weight' in state_dict:

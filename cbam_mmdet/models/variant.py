@@ -28,6 +28,11 @@ def any_variant_loaded() -> Iterator[None]:
         _ANY.reset(token)
 
 
+def is_any_variant_loaded() -> bool:
+    """Whether this runs inside any_variant_loaded."""
+    return _ANY.get()
+
+
 def write_variant(module: nn.Module, state_dict: Mapping, prefix: str, local_metadata: dict) -> None:
     """A state dict hook of CBAM."""
     local_metadata[KEY] = module.variant

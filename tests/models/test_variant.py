@@ -12,6 +12,7 @@ from mmengine.runner.checkpoint import get_state_dict, load_checkpoint, save_che
 from torch import nn
 
 from cbam_mmdet import CBAM
+from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
 from cbam_mmdet.engine.checkpoint.content import weights_of
 from cbam_mmdet.engine.checkpoint.loading import safe_loading
 from cbam_mmdet.engine.checkpoint.variants import variants_in
@@ -80,6 +81,30 @@ def test_the_config_in_an_older_checkpoint_says_it(text, gate, tmp_path):
         load_checkpoint(net(gate=gate), str(tmp_path / 'a.pth'))
         with pytest.raises(UserError, match=f"trained with gate='{gate}'"):
             load_checkpoint(net(gate='unit' if gate == 'sigmoid' else 'sigmoid'), str(tmp_path / 'a.pth'))
+
+
+def test_another_position_in_the_block_is_refused():
+    """after_conv1 and after_conv2 of a bottleneck give the same keys and shapes."""
+
+    def backbone(position):
+        plugins = [dict(cfg=dict(type='CBAM'), position=position)]
+        return dict(type='ResNet', depth=50, base_channels=8, plugins=plugins)
+
+    weights = MODELS.build(backbone('after_conv1')).state_dict()
+    checkpoint = dict(meta=dict(cfg=f'model = dict(backbone={backbone("after_conv1")!r})'), state_dict=weights)
+    compare_state_dicts(checkpoint, MODELS.build(backbone('after_conv1')), True, 'a.pth')
+    other = MODELS.build(backbone('after_conv2'))
+    with pytest.raises(UserError, match=r"with CBAM at position='after_conv1' .* the config says 'after_conv2'"):
+        compare_state_dicts(checkpoint, other, True, 'a.pth')
+    with any_variant_loaded():
+        compare_state_dicts(checkpoint, other, True, 'a.pth')
+    compare_state_dicts(weights, other, True, 'a.pth')  # which does not say it
+
+
+def test_another_eps_is_refused():
+    coarse = dict(type='BN', eps=0.1)
+    with pytest.raises(UserError, match=r'trained with norm_cfg\.eps=0\.1 in its CBAM cbam'):
+        net().load_state_dict(net(norm_cfg=coarse).state_dict())
 
 
 @pytest.mark.parametrize('text', ['', '(', 'x' * 10 + '(' * 5000, 3, None, "dict(type='CBAM', **a)", 'a = [CBAM]'])

@@ -6,10 +6,15 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from cbam_mmdet.engine.checkpoint.content import weights_of
+from cbam_mmdet.engine.checkpoint.content import meta_of, weights_of
 from cbam_mmdet.engine.checkpoint.sound import require_sound
+from cbam_mmdet.engine.checkpoint.variants import positions_in
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.models.cbam import CBAM
+from cbam_mmdet.models.variant import is_any_variant_loaded
 from cbam_mmdet.utils.text import abridge
+
+POSITIONS = 'after_conv1', 'after_conv2', 'after_conv3'  # of a plugin in a residual block
 
 
 def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, name: str) -> None:
@@ -23,7 +28,7 @@ def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, nam
 
     Raises:
         UserError: if the checkpoint does not fit. The message names keys that are missing, unexpected, or of another
-            shape.
+            shape, or the positions of CBAM in the blocks.
     """
     given = weights_of(checkpoint)
     if given is None:
@@ -31,6 +36,7 @@ def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, nam
             f'{name} holds no weights (a dict of tensors, or one with the key state_dict): it is not a checkpoint'
         )
     require_sound(given, name)
+    _require_same_positions(checkpoint, model, name)
     expected = model.state_dict()
     missing = [key for key in expected if key not in given]
     unexpected = [key for key in given if key not in expected]
@@ -52,3 +58,20 @@ def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, nam
         f'checkpoint {name} is of another architecture than the config: {fitting} of {len(expected)} keys fit; '
         f'{"; ".join(details)}. Give the config that it was trained with (a copy lies in its work dir).'
     )
+
+
+def _require_same_positions(checkpoint: Mapping, model: nn.Module, name: str) -> None:
+    """Refuse a CBAM that was trained elsewhere in its block: its weights have the same names and shapes there."""
+    there = positions_in(meta_of(checkpoint).get('cfg'))
+    here = {
+        position
+        for block in model.modules()
+        for position in POSITIONS
+        if any(isinstance(getattr(block, it), CBAM) for it in getattr(block, f'{position}_plugin_names', ()))
+    }
+    if there and here - there and not is_any_variant_loaded():
+        raise UserError(
+            f'checkpoint {name} was trained with CBAM at position={abridge(sorted(there), quoted=True)} of the blocks, '
+            f'and the config says {abridge(sorted(here), quoted=True)}: the same weights would compute something else. '
+            'Set that position in the plugins of the config. To load them all the same: --any-variant'
+        )

@@ -13,6 +13,7 @@ from typing import Any
 from cbam_mmdet.models.variant import KEY
 
 PAPER = dict(gate='sigmoid', pools='avg, max', order='channel-spatial')  # the defaults of CBAM
+NAMES = ('CBAM', 'mmengine.CBAM')  # the type in a config
 FC1, FC2 = 'channel.fc1.weight', 'channel.fc2.weight'
 
 
@@ -46,14 +47,10 @@ def add_variants(state_dict: Any, meta: Mapping) -> list[str]:
 
 def variants_in(config: object) -> list[dict[str, str]]:
     """The different variants of CBAM in the text of a config. Empty if it is none that can be parsed."""
-    try:
-        tree = ast.parse(config) if isinstance(config, str) else ast.Module([], [])
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
     variants: list[dict[str, str]] = []
-    for node in ast.walk(tree):
+    for node in ast.walk(_parsed(config)):
         given = _arguments(node)
-        if given.get('type') not in ('CBAM', 'mmengine.CBAM'):
+        if given.get('type') not in NAMES:
             continue
         pools = given.get('pools') or ('avg', 'max')
         pools = [pools] if not isinstance(pools, (list, tuple)) else pools
@@ -63,6 +60,23 @@ def variants_in(config: object) -> list[dict[str, str]]:
         if variant not in variants:
             variants.append(variant)
     return variants
+
+
+def positions_in(config: object) -> set[str]:
+    """Where the plugins in the text of a config put CBAM into residual blocks: 'after_conv1', ... Maybe empty."""
+    positions = set()
+    for node in ast.walk(_parsed(config)):
+        position = _arguments(node).get('position')
+        if isinstance(position, str) and any(_arguments(part).get('type') in NAMES for part in ast.walk(node)):
+            positions.add(position)
+    return positions
+
+
+def _parsed(config: object) -> ast.AST:
+    try:
+        return ast.parse(config) if isinstance(config, str) else ast.Module([], [])
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ast.Module([], [])
 
 
 def _arguments(node: ast.AST) -> dict[Any, Any]:
