@@ -21,10 +21,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('source', help='folder of a data set; or an image set of VOC, or a .json of COCO')
     parser.add_argument('target', help='new folder; or the other of the two files, to be written')
     parser.add_argument('--to', choices=['coco', 'voc', 'yolo'], help='the format of the new folder')
+    parser.add_shared('--train-ann', '--val-ann')
     parser.add_argument('--copy', action='store_true', help='copy the images into the new folder, in place of links')
     args = parser.parse_args()
     if Path(args.source).is_dir() != bool(args.to):
         parser.error('--to FORMAT goes with the folder of a data set, and is needed there')
+    if (args.train_ann or args.val_ann) and not args.to:
+        parser.error('--train-ann and --val-ann go with the folder of a data set')
     return args
 
 
@@ -46,7 +49,7 @@ def convert_folder(args: argparse.Namespace) -> None:
     from cbam_mmdet.datasets.formats.recognize import read_folder  # MMDetection takes seconds to import
     from cbam_mmdet.datasets.formats.write import write_data_set
 
-    found = read_folder(args.source)
+    found = read_folder(args.source, args.train_ann, args.val_ann)
     notes = write_data_set(found, args.source, args.target, args.to, args.copy)
     for note in (f'{args.source} is in the format of {found.style}', *found.notes, *notes):
         print(note)

@@ -4,6 +4,7 @@ The training curve, and images with predicted and true boxes.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from arguments import Parser, run
@@ -21,7 +22,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from cbam_mmdet.engine.run_reader import RESULTS, find_config, find_tested_config, require_results, require_work_dir
+    from cbam_mmdet.engine.checkpoint.files import newest_checkpoint
+    from cbam_mmdet.engine.run_reader import (
+        RESULTS,
+        find_config,
+        find_tested_config,
+        require_results,
+        require_work_dir,
+        was_made_of,
+    )
     from cbam_mmdet.utils.config import load_config
 
     work_dir = Path(args.work_dir)
@@ -29,6 +38,13 @@ def main(args: argparse.Namespace) -> None:
     require_work_dir(work_dir)
     config = find_config(work_dir)
     require_results(results)
+    newest, _ = newest_checkpoint(str(work_dir))
+    if newest and not was_made_of(results, work_dir, newest):
+        print(
+            f'warning: {results} is not known to hold the detections of the newest checkpoint, {newest}: to write '
+            f'them, tools/test.py CONFIG {newest} --work-dir {work_dir} --out {results}',
+            file=sys.stderr,
+        )
     config = find_tested_config(work_dir, results) or config
     cfg = load_config(str(config))
     from cbam_mmdet.visualization import draw_curve, draw_sheet  # MMDetection takes seconds to import

@@ -152,7 +152,13 @@ def read_results(path: str | Path) -> list[dict]:
     require_results(path)
     try:
         samples = load_plain_pickle(path)
-        samples[0]['img_id'], samples[0]['pred_instances']['bboxes']
+        images = [sample['img_id'] for sample in samples]
+        labels = [label for sample in samples for label in sample['pred_instances']['labels'].tolist()]
+        samples[0]['pred_instances']['bboxes']
+        if len(set(images)) < len(images):
+            raise ValueError('an image is in it twice')
+        if any(type(label) is not int or label < 0 for label in labels):
+            raise ValueError('a label is not the index of a class')
     except UserError:
         raise
     except Exception as error:  # a pickle may raise anything

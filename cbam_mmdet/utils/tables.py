@@ -103,8 +103,7 @@ class Table:
         columns = self.columns
         rows = [[column.name for column in columns]]
         rows += [['---:' if self._numeric(i) else '---' for i in range(len(columns))]]
-        rows += [[self._text(i, cell).replace('|', '\\|').replace('\n', ' ') for i, cell in enumerate(row)]
-                 for row in self.rows]  # fmt: skip
+        rows += [[self._markdown(i, cell) for i, cell in enumerate(row)] for row in self.rows]
         return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
     def csv(self) -> str:
@@ -119,6 +118,11 @@ class Table:
         """Write NAME.csv, and NAME.md with the caption, into an existing folder."""
         write_text(folder / f'{self.name}.csv', self.csv())
         (folder / f'{self.name}.md').write_text(f'{self.caption}\n\n{self.markdown()}', encoding='utf-8')
+
+    def _markdown(self, index: int, cell: Cell) -> str:
+        text = self._text(index, cell).replace('|', '\\|').replace('\n', ' ')
+        # Names come from data sets. In code nothing is HTML.
+        return text if self.columns[index].style is code else text.replace('&', '&amp;').replace('<', '&lt;')
 
     def _text(self, index: int, cell: Cell) -> str:
         return self.nothing if cell is None else self.columns[index].text(cell)

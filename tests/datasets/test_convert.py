@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -143,3 +144,16 @@ def test_other_names_come_back(name):
     )
     ((stem, root),) = coco_to_voc(content).items()
     assert stem == 'a b.c' and ET.fromstring(ET.tostring(root)).findtext('object/name') == name
+
+
+def test_a_folder_of_several_annotation_files(run_tool, shapes, tmp_path):
+    """The message that refuses it names two options, which this tool has."""
+    source = shutil.copytree(shapes, tmp_path / 'source')
+    for name in ('a', 'b'):
+        shutil.copy(source / 'annotations/instances_train2017.json', source / f'{name}.json')
+    refused = run_tool('convert_annotations.py', source, tmp_path / 'new', '--to', 'yolo')
+    assert refused.code == 2 and 'choose with --train-ann FILE and --val-ann FILE' in refused.err
+    chosen = ['--train-ann', source / 'a.json', '--val-ann', source / 'annotations/instances_val2017.json']
+    made = run_tool('convert_annotations.py', source, tmp_path / 'new', '--to', 'yolo', *chosen)
+    assert made.code == 0, made.err
+    assert 'images: 8 (train), 4 (val)' in made.out

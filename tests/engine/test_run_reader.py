@@ -118,6 +118,18 @@ def test_detections_of_another_checkpoint_are_not_taken_for_those_of_this_one(tr
     assert was_made_of(moved / 'results.pkl', moved, moved / 'epoch_1.pth')
 
 
+@pytest.mark.parametrize(
+    ('images', 'label', 'words'), [([1, 1], 0, 'an image is in it twice'), ([1, 2], -1, 'not the index of a class')]
+)
+def test_detections_that_cannot_be_are_refused(tmp_path, images, label, words):
+    samples = [
+        dict(img_id=i, pred_instances=dict(bboxes=torch.ones(1, 4), labels=torch.tensor([label]))) for i in images
+    ]
+    (tmp_path / 'a.pkl').write_bytes(pickle.dumps(samples))
+    with pytest.raises(UserError, match=words):
+        read_results(tmp_path / 'a.pkl')
+
+
 @pytest.mark.parametrize('tool', ['report.py', 'draw_run.py'])
 def test_detections_that_hold_code_are_refused(run_tool, trained, tmp_path, tool):
     work = shutil.copytree(trained, tmp_path / 'work')

@@ -123,6 +123,8 @@ def test_draw_run(run_tool, trained, shapes, tmp_path):
     for name in ('curve.png', 'detections.png'):
         assert str(trained / name) in result.out
         assert cv2.imread(str(trained / name)).std() > 10, 'something is drawn'
+    # The test's record lies elsewhere, so whose detections they are is not known.
+    assert 'is not known to hold the detections of the newest checkpoint' in result.err
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,11 @@ def test_markdown_and_csv_of_the_same_cells():
     ]
 
 
+def test_names_are_no_html_in_markdown():
+    table = Table(['name', Column('as code', code)], [['<img src=x>&', '<b>']])
+    assert table.markdown().splitlines()[2] == '| &lt;img src=x>&amp; | `<b>` |'
+
+
 def test_floats_have_three_decimals_and_changes_their_sign():
     table = Table(
         ['', 'before', 'after', 'difference'], [['x', 0.5, 0.25, change(0.5, 0.25)], ['y', 1.0, 1.0, Change()]]

@@ -231,7 +231,18 @@ def _read(
         found.notes.append(f'{polygons} polygons are taken as the boxes around them')
     if without:
         found.notes.append(f'{without} images have no label file: they are taken for images without objects')
+    alone = _labels_alone(folder)
+    if alone:
+        found.notes.append(f'{len(alone)} label files belong to no image: the first is {alone[0]}')
     return found
+
+
+def _labels_alone(folder: Folder) -> list[str]:
+    """The files in folders of labels that are those of no image, relative to the folder."""
+    texts = [(path, path.relative_to(folder.root)) for path in folder.files['.txt']]
+    labels = {path: name for path, name in texts if {*name.parts[:-1]} & {*LABELS} and path.name not in NAMES}
+    of_images = {_labels_of(folder, name) for name in folder.images} if labels else set()
+    return sorted(name.as_posix() for path, name in labels.items() if path not in of_images)
 
 
 def _keypoints(shape: object, path: Path) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch import Tensor
 
 from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
 from cbam_mmdet.engine.checkpoint.content import run_state_lacking
@@ -68,6 +69,7 @@ def _compare_optimizers(state: object, wrapper: Any, name: str) -> None:
             'Give the optimizer that it was trained with, or start from its weights, without --resume: '
             f'--cfg-options load_from={name}'
         )
+    _require_fitting_state(state, ours, name)
     changed: dict[str, str] = {}
     for before, now in zip(theirs, ours, strict=True):
         for key in (*OWN, 'lr', 'weight_decay'):
@@ -80,3 +82,19 @@ def _compare_optimizers(state: object, wrapper: Any, name: str) -> None:
             f'settings of its optimizer. To train on with others, without --resume: --cfg-options load_from={name}',
             logging.WARNING,
         )
+
+
+def _require_fitting_state(state: dict, groups: list[dict], name: str) -> None:
+    """Refuse averages of gradients that are not those of these parameters. They are kept in the parameters' order."""
+    parameters = [parameter for group in groups for parameter in group['params']]
+    numbers = [number for group in state['param_groups'] for number in group['params']]
+    kept = state.get('state')
+    for number, parameter in zip(numbers, parameters, strict=False):
+        values = kept.get(number) if isinstance(kept, dict) else None
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise UserError(
+                    f"--resume: {name} holds an optimizer's state for other parameters: {key} of the parameter "
+                    f'{number} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}. To start from its '
+                    f'weights, without --resume: --cfg-options load_from={name}'
+                )

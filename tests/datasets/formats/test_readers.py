@@ -597,6 +597,16 @@ def test_a_yaml_one_folder_deeper_is_named(tmp_path):
         read_folder(tmp_path)
 
 
+def test_label_files_without_an_image_are_named(tmp_path):
+    write_pictures(tmp_path, 'images/0.jpg', 'images/1.jpg')
+    (tmp_path / 'labels').mkdir()
+    for name in ('0', 'cafe\u0301', 'classes'):  # the picture of the second may be called caf\u00e9
+        (tmp_path / f'labels/{name}.txt').write_text('cat\n' if name == 'classes' else '0 0.5 0.5 0.5 0.5\n')
+    (tmp_path / 'data.yaml').write_text('train: images\nnames: [cat]\n')
+    notes = read_folder(tmp_path).notes
+    assert '1 label files belong to no image: the first is labels/cafe\u0301.txt' in notes
+
+
 def test_label_files_in_capitals(tmp_path):
     write_pictures(tmp_path, 'images/0.jpg', 'images/1.jpg')
     (tmp_path / 'labels').mkdir()
