@@ -45,6 +45,9 @@ class Report:
     images_with_boxes: set = field(default_factory=set)
     sizes: Counter = field(default_factory=Counter)
     crowds: int = 0
+    ignored: int = 0
+    small_images: int = 0  # that the training's filter leaves out
+    other_classes: Counter = field(default_factory=Counter)  # the boxes of classes that the config does not name
     beyond: list = field(default_factory=list)
     repeated: list = field(default_factory=list)
     too_large: list = field(default_factory=list)
@@ -302,11 +305,15 @@ class COCOObject(NamedTuple):
 def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
     content = read_coco(path)
     images, names = _coco_images_and_names(path, content)
+    require_distinct_names(path, list(names.values()))
     _compare_classes(path, list(names.values()), classes)
     report = Report(path, split, images=len(images))
+    report.ignored = sum(bool(annotation.get('ignore')) for annotation in content['annotations'])
+    report.small_images = _count_small(dataset, split, [(i['width'], i['height']) for i in images.values()])
     seen: set = set()
     for item in _coco_objects(path, content['annotations'], images, names, needs_iscrowd=split != 'train'):
         if item.name not in classes:
+            report.other_classes[item.name] += 1
             continue
         if item.crowd:
             report.crowds += 1
@@ -315,7 +322,7 @@ def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split:
         if box in seen:
             report.repeated.append(item.id)
         seen.add(box)
-        if _reads_as_corners(item.box, item.image_size):
+        if reads_as_corners(item.box, item.image_size):
             report.beyond.append(item.id)
         if item.area > 1.01 * (item.box[2] - item.box[0]) * (item.box[3] - item.box[1]) + 1:
             report.too_large.append(item.id)
@@ -336,7 +343,13 @@ def _warn_of_repeated_files(path: str, names: list[str]) -> None:
     print_log(message, logger='current', level=logging.WARNING)
 
 
-def _reads_as_corners(box: tuple[float, float, float, float], size: tuple[float, float]) -> bool:
+def _count_small(dataset: ConfigDict, split: str, sizes: Sequence[tuple[float, float]]) -> int:
+    """How many images of these (width, height) the data set's filter leaves out of the training."""
+    least = (dataset.get('filter_cfg') or {}).get('min_size', 0)
+    return sum(min(size) < least for size in sizes) if split == 'train' else 0
+
+
+def reads_as_corners(box: tuple[float, float, float, float], size: tuple[float, float]) -> bool:
     """Whether a box reaches far beyond its image, and would not if its bbox were [x1, y1, x2, y2]."""
     x1, y1, x2, y2 = box
     far = x2 > 1.02 * size[0] + 2 or y2 > 1.02 * size[1] + 2
@@ -354,6 +367,17 @@ def _check_masks(path: str, dataset: ConfigDict, annotations: list[dict]) -> Non
             'loads masks (with_mask=True): take a detector of boxes, such as configs/faster_rcnn_r50_cbam.py, or '
             'annotate masks'
         )
+
+
+def require_distinct_names(path: str, names: Sequence[str]) -> None:
+    """Refuse categories of one name, or of names that differ in blanks at their ends only.
+
+    Raises:
+        UserError: for the first such name.
+    """
+    twice = [name for name, count in Counter(map(str.strip, names)).items() if count > 1]
+    if twice:
+        raise UserError(f'annotation file {path}: several categories are called {twice[0]!r}: each needs its own name')
 
 
 def require_coco(path: str, content: dict) -> None:
@@ -424,7 +448,9 @@ def _coco_objects(
 
 def _coco_object(annotation: dict, images: dict[Any, dict], names: dict[Any, str], needs_iscrowd: bool) -> COCOObject:
     if needs_iscrowd:
-        _number(annotation['iscrowd'])  # the metric reads it
+        annotation['iscrowd']  # the metric reads it
+    if _number(annotation.get('iscrowd', 0)) not in (0, 1):
+        raise ValueError(f'its iscrowd is {annotation["iscrowd"]}')
     if not _is_id(annotation['id']):
         raise TypeError(f'its id {annotation["id"]!r} is no whole number below 2**53')
     if annotation['image_id'] not in images:
@@ -546,12 +572,17 @@ def _check_voc(path: str, dataset: ConfigDict, classes: tuple[str, ...], split: 
 def _count_voc_objects(report: Report, dataset: ConfigDict, ids: list[str], classes: tuple[str, ...]) -> list[str]:
     """Count the objects of the images, and return the names of all classes that occur."""
     found: dict[str, None] = {}
+    sizes = []
     for image_id in tqdm(ids, desc='reading annotations', disable=None):
         size, objects = read_voc(dataset, report.ann_file, image_id)
         for name, (x1, y1, x2, y2), _ in objects:
             found[name] = None
             if name in classes:
                 _count(report, image_id, image_id, name, (x1 - 1, y1 - 1, x2 - 1, y2 - 1), size, True)
+            else:
+                report.other_classes[name] += 1
+        sizes.append(size)
+    report.small_images = _count_small(dataset, report.split, sizes)
     return list(found)
 
 
@@ -649,15 +680,36 @@ def _log(report: Report) -> None:
         f'boxes by class: {abridge(most, 12)}',
         logger='current',
     )
-    names = Counter(name.casefold() for name in report.classes)
-    alike = [name for name in report.classes if names[name.casefold()] > 1]
+    every = [*report.classes, *report.other_classes]
+    names = Counter(name.strip().casefold() for name in every)
+    alike = [name for name in every if names[name.strip().casefold()] > 1]
     if alike:
-        print_log(
-            f'{report.ann_file}: classes that differ in capitals only are different classes: '
-            f'{abridge(alike, quoted=True)}',
-            logger='current',
-            level=logging.WARNING,
+        _warn(
+            report, f'classes that differ in capitals or blanks only are different ones: {abridge(alike, quoted=True)}'
         )
+    if report.other_classes:
+        others = [f'{name!r} {count}' for name, count in report.other_classes.most_common()]
+        _warn(
+            report,
+            f'{report.other_classes.total()} boxes are left out, whose classes the config does not name: '
+            f'{abridge(others, 8)}. --classes auto takes all classes of the training annotations',
+        )
+    if report.ignored:
+        _warn(
+            report,
+            f'{report.ignored} objects have ignore=1: MMDetection trains as if they were not there, and the score '
+            'counts them. Give them iscrowd=1 to leave them out of both',
+        )
+    if report.small_images:
+        _warn(
+            report,
+            f'{report.small_images} of {report.images} images are not trained on: they are smaller than the min_size '
+            "of the data set's filter_cfg",
+        )
+
+
+def _warn(report: Report, message: str) -> None:
+    print_log(f'{report.ann_file}: {message}', logger='current', level=logging.WARNING)
     if report.too_large:
         print_log(
             f'{report.ann_file}: {len(report.too_large)} objects have an area larger than their box (annotation ids '

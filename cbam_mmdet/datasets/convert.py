@@ -42,6 +42,11 @@ def convert(source: str, target: str) -> int:
             f'{source} to {target}: expected an image set of VOC (DIR/ImageSets/Main/NAME.txt) and a .json of COCO, '
             'or the reverse'
         )
+    image_set = source if suffixes[0] == '.txt' else target
+    if Path(image_set).absolute().parts[-3:-1] != ('ImageSets', 'Main'):
+        raise UserError(
+            f"{image_set}: VOC's image sets are DIR/ImageSets/Main/NAME.txt, and their XML files DIR/Annotations"
+        )
     if not osp.isfile(source):
         raise UserError(f'{source} does not exist')
     if osp.exists(target):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cbam_mmdet.datasets.checks import complete, require_coco
+from cbam_mmdet.datasets.checks import complete, require_coco, require_distinct_names
 from cbam_mmdet.datasets.formats.content import Found, one_split, part
 from cbam_mmdet.datasets.formats.folder import Folder, split_of, split_of_file
 from cbam_mmdet.errors import UserError
@@ -37,9 +38,11 @@ def read_coco_files(folder: Folder, contents: dict[Path, dict], chosen: dict[str
     empty = _empty_parent([*splits.values()])
     if empty is not None:
         for content in splits.values():
-            content['categories'] = [category for category in content['categories'] if category['name'] != empty]
+            content['categories'] = [it for it in content['categories'] if not _is_parent(it, empty)]
         notes.append(f'category {empty!r} is left out: it has no box, and the others belong to it (Roboflow adds such)')
     _require_same_categories(files, splits)
+    for split, content in splits.items():
+        require_distinct_names(str(files[split]), [category['name'] for category in content['categories']])
     if (
         not chosen
         and [*splits] == ['train']
@@ -104,6 +107,9 @@ def _with_places(folder: Folder, path: Path, content: dict, notes: list[str]) ->
     if lost:
         names = brief(', '.join(image['file_name'] for image in lost[:3]))
         notes.append(f'{len(lost)} images that {path.name} lists are not there and are left out: {names}')
+    twice = [name for name, count in Counter(image['file_name'] for image in images).items() if count > 1]
+    if twice:
+        notes.append(f'{path.name} lists {len(twice)} files as several images: {abridge(twice)}')
     ids = {image['id'] for image in images}
     return dict(content, images=images, annotations=[a for a in content['annotations'] if a['image_id'] in ids])
 
@@ -136,10 +142,14 @@ def _empty_parent(contents: list[dict]) -> str | None:
     parents = {str(category.get('supercategory')) for category in categories}
     used = {annotation['category_id'] for content in contents for annotation in content['annotations']}
     for category in categories:
-        is_parent = category.get('supercategory') == 'none' and parents == {'none', category['name']}
+        is_parent = _is_parent(category, category['name']) and parents == {'none', category['name']}
         if is_parent and len(categories) > 1 and category['id'] not in used:
             return category['name']
     return None
+
+
+def _is_parent(category: dict[str, Any], name: str) -> bool:
+    return category['name'] == name and category.get('supercategory') == 'none'
 
 
 def _require_same_categories(files: dict[str, Path], splits: dict[str, dict]) -> None:

@@ -26,6 +26,8 @@ NOT_SPLITS = ('images', 'image', 'imgs', 'img', 'set', 'data', 'split')  # words
 
 MOST_LINKS = 8  # to one folder, that are followed
 
+MASKS = {'mask', 'masks', 'segmentationclass', 'segmentationobject', 'segmentation', 'segmentations'}
+
 
 class Folder:
     """A folder's images and the files that may be annotations. Hidden files and folders are left out.
@@ -47,7 +49,10 @@ class Folder:
                 self.images.append(path.relative_to(self.root).as_posix())
             else:
                 self.files[suffix].append(path)
+        photographs = [image for image in self.images if not MASKS & {*map(str.lower, PurePosixPath(image).parts[:-1])}]
+        self.images = photographs or self.images
         self._known = set(self.images)
+        self._folders = {part for image in self.images for part in PurePosixPath(image).parts[:-1]}
         self._by_name: dict[str, list[str]] = defaultdict(list)
         self._by_stem: dict[str, list[str]] = defaultdict(list)
         self._with_images = {PurePosixPath(image).parent.name for image in self.images}
@@ -62,7 +67,8 @@ class Folder:
         Args:
             named: the path that the file gives, from this or another system. The image is the one that shares most of
                 its last parts; without suffix it is compared with the names without suffix. An image in a folder of
-                another name is taken only if the folder that is named has no images at all.
+                another name is taken only if the folder that is named has no images at all. Folders of masks
+            (`SegmentationClass/`, ...) are no images, unless there are no others.
             source: the annotation file.
             split: prefer an image of this split, if several have the name.
 
@@ -80,6 +86,8 @@ class Folder:
         folders, name = relative.split('/')[:-1], parts[-1]
         candidates = self._by_name.get(name) or self._by_stem.get(name) or []
         for i in range(len(folders)):
+            if i and folders[i - 1] in self._folders:
+                return None  # that folder is here, without the image: one of its name in another is not it
             tail = '/' + '/'.join(folders[i:])
             if deeper := [image for image in candidates if f'/{PurePosixPath(image).parent}'.endswith(tail)]:
                 return self.nearest(deeper, named, source, split)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -14,7 +15,7 @@ from cbam_mmdet.datasets.formats.labelme import is_labelme, read_labelme
 from cbam_mmdet.datasets.formats.voc import read_voc_folder
 from cbam_mmdet.datasets.formats.yolo import data_yaml, deeper_yaml, names_file, read_darknet, read_ultralytics
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.text import brief
+from cbam_mmdet.utils.text import abridge, brief
 
 KNOWN = (
     "COCO (also Roboflow's export), Pascal VOC (with and without ImageSets), YOLO (Ultralytics' data.yaml, Darknet's "
@@ -46,8 +47,19 @@ def read_folder(root: str, train_ann: str | None = None, val_ann: str | None = N
         found = read_coco_files(folder, {path: _coco(path) for path in chosen.values()}, chosen)
     else:
         found = _recognize(folder)
-    found.notes += folder.moved()
+    found.notes += [*folder.moved(), *_places(found)]
     return _complete_splits(found)
+
+
+def _places(found: Found) -> list[str]:
+    """A line for each split whose images come from several folders: one of them may be none of images."""
+    notes = []
+    for split, content in found.distinct().items():
+        places = Counter(str(PurePosixPath(image['file_name']).parent) for image in content['images'])
+        if len(places) > 1:
+            counts = [f'{place}/ {count}' for place, count in places.most_common()]
+            notes.append(f'the images ({split}) come from {len(places)} folders: {abridge(counts, 6)}')
+    return notes
 
 
 def _recognize(folder: Folder) -> Found:

@@ -7,7 +7,15 @@ from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree as ET
 
 from cbam_mmdet.datasets.checks import voc_objects
-from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, displayed_size, size_from, take_strays
+from cbam_mmdet.datasets.formats.content import (
+    Found,
+    LabelledImage,
+    by_split,
+    class_name,
+    displayed_size,
+    size_from,
+    take_strays,
+)
 from cbam_mmdet.datasets.formats.folder import Folder, read_text, split_of
 from cbam_mmdet.datasets.inputs import IMAGES
 from cbam_mmdet.errors import UserError
@@ -84,7 +92,10 @@ def _image(folder: Folder, path: Path, root: ET.Element, name: str, split: str |
         known = width and height and (float(width), float(height)) != (0, 0)  # some tools write 0
         size = size_from(width, height) if known else displayed_size(folder.root / name)
         # VOC's pixels count from 1, and the last one belongs to the box.
-        objects = [(o.name, (o.box[0] - 1, o.box[1] - 1, o.box[2], o.box[3]), o.difficult) for o in voc_objects(root)]
+        objects = [
+            (class_name(o.name), (o.box[0] - 1, o.box[1] - 1, o.box[2], o.box[3]), o.difficult)
+            for o in voc_objects(root)
+        ]
     except (TypeError, ValueError) as error:
         raise UserError(f"annotation file {path} is not in Pascal VOC's format: {brief(error)}.") from error
     return LabelledImage(name, size, objects, path, split, split_of(path.relative_to(folder.root).as_posix()))
@@ -96,8 +107,9 @@ def _image_sets(folder: Folder) -> dict[tuple[Path, str], str]:
     The sets are trainval and test if both are there in any year, else train and val.
     """
     years: dict[Path, dict[str, Path]] = defaultdict(dict)
-    for path in folder.files['.txt']:
-        # Beside Main/ there are sets of other tasks: Segmentation/, Layout/, Action/.
+    # Beside Main/ there are sets of other tasks: Segmentation/, Layout/, Action/. A set in Main/ is taken before one
+    # of its name in ImageSets/ itself.
+    for path in sorted(folder.files['.txt'], key=lambda path: path.parent.name == 'Main'):
         of_boxes = path.parent.name == 'Main' and path.parent.parent.name == 'ImageSets'
         if of_boxes or path.parent.name == 'ImageSets':
             name = 'val' if path.stem == 'valid' else path.stem

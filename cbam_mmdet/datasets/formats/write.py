@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
+from cbam_mmdet.datasets.checks import MANY, reads_as_corners
 from cbam_mmdet.datasets.convert import coco_to_voc
-from cbam_mmdet.datasets.formats.content import Found, turn_of, turned_box
+from cbam_mmdet.datasets.formats.content import Found, displayed_size, turn_of, turned_box
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.files import write_text
 
@@ -38,7 +39,23 @@ def write_data_set(found: Found, root: str | Path, out: str | Path, style: str, 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f'{out} exists already and is not an empty folder: name another one')
     bring = _copy if copy else _link
+    _require_no_corners(found.distinct())
     return _WRITERS[style](found.distinct(), Path(root), out, bring)
+
+
+def _require_no_corners(splits: dict[str, dict]) -> None:
+    boxes = corners = 0
+    for content in splits.values():
+        sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
+        for annotation in content['annotations']:
+            x, y, width, height = annotation['bbox']
+            boxes += 1
+            corners += reads_as_corners((x, y, x + width, y + height), sizes[annotation['image_id']])
+    if corners > MANY * boxes:
+        raise UserError(
+            f'{corners} of {boxes} boxes reach beyond their image, and would not if their bbox were [x1, y1, x2, y2]. '
+            "In COCO's format it is [x, y, width, height]: convert them"
+        )
 
 
 def _link(source: Path, target: Path) -> None:
@@ -95,13 +112,13 @@ def _write_voc(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> 
 
 def _write_yolo(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> list[str]:
     names = [category['name'] for category in next(iter(splits.values()))['categories']]
-    crowds = outside = 0
+    crowds = outside = cut = 0
     for split, content in splits.items():
         index = {category['id']: names.index(category['name']) for category in content['categories']}
         lines = defaultdict(list)
         sizes = [(image['width'], image['height']) for image in content['images']]
         frames = {
-            image['id']: (size, turn_of(root / image['file_name'], size))
+            image['id']: (size, _turn(root / image['file_name'], size))
             for image, size in zip(content['images'], sizes, strict=True)
         }
         for annotation in content['annotations']:
@@ -111,6 +128,7 @@ def _write_yolo(splits: dict[str, dict], root: Path, out: Path, bring: Bring) ->
             if not _is_inside(annotation['bbox'], frames[annotation['image_id']][0]):
                 outside += 1
                 continue
+            cut += _is_cut(annotation['bbox'], frames[annotation['image_id']][0])
             box, size, turn = annotation['bbox'], *frames[annotation['image_id']]
             line = _yolo_box(turned_box(box, size, turn), size[::-1]) if turn else _yolo_box(box, size)
             lines[annotation['image_id']].append(f'{index[annotation["category_id"]]} {line}')
@@ -122,7 +140,24 @@ def _write_yolo(splits: dict[str, dict], root: Path, out: Path, bring: Bring) ->
     described = {'path': str(out.absolute()), **places, 'names': dict(enumerate(names))}
     write_text(out / 'data.yaml', yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
     notes = [f'{crowds} crowds and difficult objects are left out, for which YOLO has no place'] if crowds else []
-    return notes + ([f'{outside} boxes without size or outside their image are left out'] if outside else [])
+    notes += [f'{outside} boxes without size or outside their image are left out'] if outside else []
+    return notes + ([f'{cut} boxes that reach beyond their image are cut at its border'] if cut else [])
+
+
+def _turn(path: Path, size: tuple[int, int]) -> int | None:
+    """See turn_of. A box of another size than the image's cannot be written as shares of it."""
+    turn, shown = turn_of(path, size), displayed_size(path)
+    if not turn and size != shown:
+        raise UserError(
+            f'image {path} has {shown[0]} x {shown[1]} pixels, and its annotations say {size[0]} x {size[1]}: '
+            "YOLO's boxes are shares of the image, and of which of both is not known. Mend the annotations"
+        )
+    return turn
+
+
+def _is_cut(box: Sequence[float], size: tuple[int, int]) -> bool:
+    """Whether a box x, y, width, height loses more than a pixel at the border of an image of this (width, height)."""
+    return any(a < -1 or a + length > end + 1 for a, length, end in zip(box[:2], box[2:], size, strict=True))
 
 
 def _is_inside(box: Sequence[float], size: tuple[int, int]) -> bool:

@@ -166,19 +166,24 @@ def read_darknet(folder: Folder, path: Path) -> Found:
 
 
 def _listed_by_darknet(folder: Folder) -> list[tuple[str, str | None]]:
-    """The images, each with its split, of a `.data` file that names lists of several. Empty if there is none."""
+    """The images, each with its split, of the lists that a `.data` file names, or of train.txt. Maybe empty."""
     for path in folder.files['.data']:
         values = _data_file(path)
         splits = {'train': values.get('train'), 'val': values.get('valid') or values.get('val')}
         splits['test'] = values.get('test')
         splits = {split: given for split, given in splits.items() if given}
-        if len(splits) > 1 and 'train' in splits:
+        if 'train' in splits and (len(splits) > 1 or _place(folder, splits['train'], '')):
             names = {split: _images_of(folder, given, None, path, split) for split, given in splits.items()}
-            return [(name, split) for split, listed in names.items() for name in listed]
+            return _with_splits(names)
     lists = {path.stem: path for path in folder.files['.txt'] if path.stem in LISTS and not folder.has_stem(path.stem)}
-    if len(lists) < 2 or 'train' not in lists:
+    if 'train' not in lists:
         return []
-    return [(name, LISTS[stem]) for stem, path in lists.items() for name in _listed(folder, path)]
+    return _with_splits({LISTS[stem]: _listed(folder, path) for stem, path in lists.items()})
+
+
+def _with_splits(names: dict[str, list[str]]) -> list[tuple[str, str | None]]:
+    """Each image with its split. Images to train on alone have none: some of them will be held out."""
+    return [(name, split if len(names) > 1 else None) for split, listed in names.items() for name in listed]
 
 
 def _listed(folder: Folder, path: Path) -> list[str]:
