@@ -46,6 +46,8 @@ def convert_checkpoint(
         UserError: if the source is none of these, or a key of it is left over, missing or misshapen.
     """
     path = download(source) if '://' in source else find_checkpoint(_in_package(source) or source)
+    if Path(target).exists() and Path(target).samefile(path):
+        raise UserError(f'{target} is the source itself: name another file to write')
     checkpoint = load_checkpoint(path, 'cpu', trust_checkpoint)
     state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else None
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):

@@ -34,6 +34,7 @@ from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import split_datasets
 from cbam_mmdet.utils.devices import choose_device
 from cbam_mmdet.utils.files import AtomicLocalBackend, write_text
+from cbam_mmdet.utils.logging import log
 from cbam_mmdet.utils.text import abridge, brief
 
 WHOLE = 0.95  # of a video's frames: what containers say of their number is not exact
@@ -110,6 +111,7 @@ def _load_onnx(cfg: Config, file: str) -> nn.Module:
 
     model = OnnxDetector(file)
     require_same_resize(cfg, model.facts, file)
+    log(f'{file} detects as it was exported: the settings of the model in the config have no effect')
     model.cfg = cfg
     return model
 

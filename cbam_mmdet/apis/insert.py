@@ -71,10 +71,13 @@ def insert_cbam(
         trust_checkpoint: load the checkpoint by full unpickling, which runs code from the file.
 
     Raises:
-        UserError: if the detector has CBAM already or no backbone that takes it, or the checkpoint does not fit the
-            plain config.
+        UserError: if another file has the new config's name, the detector has CBAM already or no backbone that takes
+            it, or the checkpoint does not fit the plain config.
     """
     name = f'{Path(cfg.filename).stem}_cbam'
+    new_config, new_checkpoint = Path(out_dir, f'{name}.py'), Path(out_dir, f'{name}.pth')
+    if new_config.exists() and str(new_checkpoint) not in new_config.read_text(encoding='utf-8', errors='replace'):
+        raise UserError(f'{new_config} exists already, and is not what an insertion wrote: name another --out-dir')
     set_default_scope(cfg)
     if not cfg.get('model', {}).get('backbone'):
         raise UserError(f'{cfg.filename} has no model.backbone to put CBAM into')
@@ -87,8 +90,6 @@ def insert_cbam(
     torch.manual_seed(seed)
     model = MODELS.build(copy.deepcopy(cfg.model))
     modules = _load_plain_weights(model, given)
-    folder = Path(out_dir)
-    new_config, new_checkpoint = folder / f'{name}.py', folder / f'{name}.pth'
     meta = {key: value for key, value in meta_of(given).items() if key == 'dataset_meta'}
     write_checkpoint(dict(meta=meta, state_dict=model.state_dict()), new_checkpoint)
     _write_config(cfg, new_config, load_from=new_checkpoint)

@@ -23,11 +23,12 @@ from mmengine.logging import print_log
 from tqdm import tqdm
 
 from cbam_mmdet.datasets.formats.folder import read_json
+from cbam_mmdet.datasets.inputs import IMAGES
 from cbam_mmdet.datasets.layouts import HELP, expected_layout, require_data_root
 from cbam_mmdet.datasets.voc import AnySuffixVOCDataset, image_names_by_stem, voc_folder, voc_image_folder
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.utils.config import class_of, evaluators_of, split_datasets
-from cbam_mmdet.utils.files import write_by_content
+from cbam_mmdet.utils.files import copies, write_by_content
 from cbam_mmdet.utils.text import abridge
 
 MANY = 0.1  # of the boxes: so many do not reach beyond their image by a slip of the hand
@@ -91,10 +92,12 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
 
 
 def _name_common_images(reports: Sequence[Report]) -> None:
-    """Say which images are both trained on and scored."""
-    trained = {path for report in reports if report.split == 'train' for path in report.files}
+    """Say which images are both trained on and scored, as the same file or as a copy of it."""
+    trained = [path for report in reports if report.split == 'train' for path in report.files]
     for report in reports:
-        common = [osp.basename(path) for path in report.files if path in trained] if report.split != 'train' else []
+        if report.split == 'train':
+            continue
+        common = [osp.basename(path) for (_, path), _ in copies({'trained on': trained, 'scored': report.files})]
         if common:
             print_log(
                 f'{report.ann_file}: {len(common)} of {report.images} images are trained on, too, so the score is not '
@@ -566,6 +569,10 @@ def _check_voc(path: str, dataset: ConfigDict, classes: tuple[str, ...], split: 
     twice = [name for name, count in Counter(files).items() if count > 1]
     if twice:
         _warn_of_repeated_files(path, twice)
+    stems = Counter(osp.splitext(name)[0] for name in os.listdir(folder) if name.lower().endswith(IMAGES))
+    twins = [name for name in files if stems[osp.splitext(name)[0]] > 1]
+    if twins:
+        _warn(report, f'{len(twins)} images are there in several formats, of which these are read: {abridge(twins)}')
     return report
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from cbam_mmdet.errors import UserError
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')  # the suffixes, everywhere in the package
+MOST_LINKS = 8  # to one folder, that are followed
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.mpg', '.mpeg')
 
 
@@ -34,13 +37,43 @@ def expand_inputs(given: str | Path) -> list[Path]:
         raise UserError('an input is empty: give image files, folders or videos')
     source = Path(given)
     if source.is_dir():
-        files = sorted(p for p in source.rglob('*') if p.suffix.lower() in IMAGES + VIDEOS)
+        files = [path for path in files_below(source) if path.suffix.lower() in IMAGES + VIDEOS]
         if not files:
             raise UserError(f'folder {source} holds no image and no video ({", ".join(IMAGES + VIDEOS)})')
         return files
     if not source.exists():
         raise UserError(f'input {source} does not exist: give image files, folders or videos')
     return [source]
+
+
+def files_below(root: Path) -> list[Path]:
+    """What is below a folder, but folders, sorted. Links to folders are followed, but not in a circle.
+
+    Hidden files and folders are left out.
+
+    Raises:
+        UserError: for a folder that cannot be read.
+    """
+    found: list[Path] = []
+    real_parents: dict[str, tuple[str, ...]] = {}  # of each folder: the real paths of those around it, and its own
+    visits: Counter[str] = Counter()
+    try:
+        for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse):
+            real, around = os.path.realpath(folder), real_parents.get(os.path.dirname(folder), ())
+            visits[real] += 1
+            if real in around or visits[real] > MOST_LINKS:
+                folders.clear()
+                continue
+            real_parents[folder] = (*around, real)
+            folders[:] = sorted(name for name in folders if not name.startswith('.'))
+            found += [Path(folder, name) for name in names if not name.startswith('.')]
+    except OSError as error:
+        raise UserError(f'{error.filename}: cannot be read ({error.strerror})') from error
+    return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def unique_names(files: list[Path]) -> list[str]:

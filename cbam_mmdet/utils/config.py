@@ -130,11 +130,40 @@ def _merge(cfg: Config, cfg_options: dict, path: str) -> None:
             warnings.warn(
                 f'--cfg-options {key}: the config has no {first!r}, and no setting has this name', stacklevel=3
             )
+        elif first not in RUNNER_SETTINGS:
+            _refuse_variable(cfg, key)
         _refuse_misspelt(cfg, key)
     try:
         cfg.merge_from_dict(cfg_options)
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f'--cfg-options {cfg_options} does not fit config {path!r}: {error}') from error
+
+
+def _refuse_variable(cfg: Config, key: str) -> None:
+    """Refuse a name that the config file uses for other settings: they have their values by now.
+
+    Raises:
+        UserError: which names settings that are called so.
+    """
+    last = key.split('.')[-1]
+    settings = {name: cfg[name] for name in cfg if name in RUNNER_SETTINGS}
+    meant = [place for place in _places_of(settings) if place.split('.')[-1] == last][:3]
+    raise UserError(
+        f'--cfg-options {key}: no setting is called {key.split(".")[0]!r}. The config file uses the name for others, '
+        f'which have their values by now. Set those{": " + ", ".join(meant) if meant else " by their own names"}'
+    )
+
+
+def _places_of(node: object, place: str = '') -> Iterator[str]:
+    """The dotted keys of everything in a config."""
+    if isinstance(node, Mapping):
+        pairs = [(str(key), value) for key, value in node.items()]
+    else:
+        pairs = [(str(i), value) for i, value in enumerate(node)] if isinstance(node, (list, tuple)) else []
+    for key, value in pairs:
+        inner = f'{place}.{key}' if place else key
+        yield inner
+        yield from _places_of(value, inner)
 
 
 def _refuse_misspelt(cfg: Config, key: str) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from mmengine.fileio import LocalBackend
+
+START = 2**14  # bytes in which two different photographs differ
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -52,6 +56,37 @@ def write_by_content(folder: str | Path, files: dict[str, bytes]) -> Path:
         if not (target / name).is_file():
             AtomicLocalBackend().put(content, target / name)
     return target
+
+
+def copies(groups: Mapping[str, Iterable[str]]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """The files that are in two groups, byte for byte. Of most files only the size is read, of others the first bytes.
+
+    Args:
+        groups: the paths of each group's files, by the group's name. Those that are not there are left out.
+
+    Returns:
+        For each file that another group has: (its group, its path), and the same of the first such file.
+    """
+    every = [(group, path) for group, paths in groups.items() for path in dict.fromkeys(paths) if os.path.isfile(path)]
+    made: list[tuple[tuple[str, str], tuple[str, str]]] = []
+    for same_size in _across(every, os.path.getsize):
+        for same_start in _across(same_size, lambda path: _digest(path, START)):
+            for same in _across(same_start, _digest):
+                made += [(item, same[0]) for item in same[1:] if item[0] != same[0][0]]
+    return made
+
+
+def _across(items: list[tuple[str, str]], key: Callable[[str], object]) -> list[list[tuple[str, str]]]:
+    """The items (group, path) of equal keys of their paths, where they are of several groups."""
+    alike: dict[object, list[tuple[str, str]]] = defaultdict(list)
+    for item in items:
+        alike[key(item[1])].append(item)
+    return [found for found in alike.values() if len({group for group, _ in found}) > 1]
+
+
+def _digest(path: str, count: int = -1) -> bytes:
+    with open(path, 'rb') as file:
+        return hashlib.sha256(file.read(count)).digest()
 
 
 def write_text(path: str | Path, text: str) -> None:

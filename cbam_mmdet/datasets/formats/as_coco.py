@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-from collections import defaultdict
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
@@ -17,7 +15,7 @@ from cbam_mmdet.datasets.formats.recognize import read_folder
 from cbam_mmdet.datasets.voc import fit_layout
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import SPLITS, evaluators_of, set_data_root, split_datasets
-from cbam_mmdet.utils.files import write_by_content
+from cbam_mmdet.utils.files import copies, write_by_content
 from cbam_mmdet.utils.logging import log
 from cbam_mmdet.utils.text import abridge
 
@@ -119,20 +117,14 @@ def _reading(dataset: ConfigDict, root: str, ann_file: str) -> ConfigDict:
 
 def duplicates(found: Found, root: Path) -> list[str]:
     """A line if the same file, or a copy of it, is in two splits: what is scored then was trained on."""
-    by_size: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    for split, content in found.distinct().items():
-        for image in content['images']:
-            path = root / image['file_name']
-            by_size[path.stat().st_size].append((split, image['file_name']))
-    pairs = []
-    for group in by_size.values():
-        if len({split for split, _ in group}) < 2:
-            continue
-        first: dict[bytes, tuple[str, str]] = {}
-        for split, name in group:
-            seen = first.setdefault(hashlib.sha256((root / name).read_bytes()).digest(), (split, name))
-            if seen[0] != split:
-                pairs.append(f'{name} ({split}) is {seen[1]} ({seen[0]})')
+    splits = found.distinct()
+    files = {
+        split: [str(root / image['file_name']) for image in content['images']] for split, content in splits.items()
+    }
+    pairs = [
+        f'{Path(copied).relative_to(root)} ({split}) is {Path(first).relative_to(root)} ({other})'
+        for (split, copied), (other, first) in copies(files)
+    ]
     if not pairs:
         return []
     return [f'{len(pairs)} images are in two splits, which makes the score too high: {abridge(pairs, 3)}']

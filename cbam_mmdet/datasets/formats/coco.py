@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -129,11 +129,19 @@ def _find_images(
 
 
 def _nearest(folder: Folder, path: Path, images: list[dict], split: str | None) -> str | None:
-    """The folder in which the first image of the file is. Of several the one nearest to the file."""
-    name = images[0]['file_name'] if images else ''
-    there = [image for image in folder.images if name and f'/{image}'.endswith(f'/{name}')]
-    found = folder.nearest(there, name, path, split)
-    return found and found[: -len(name)].rstrip('/')
+    """The folder in which most images of the file are. Of several with nearly as many, the one nearest to the file.
+
+    Raises:
+        UserError: if several are equally near.
+    """
+    places: dict[str, list[str]] = defaultdict(list)
+    for image in images:
+        for found in folder.images_called(image['file_name']):
+            places[found[: -len(image['file_name'])].rstrip('/')].append(found)
+    most = max(map(len, places.values()), default=0)
+    there = {found[0]: place for place, found in places.items() if 2 * len(found) > most}
+    nearest = folder.nearest([*there], images[0]['file_name'], path, split) if there else None
+    return nearest and there[nearest]
 
 
 def _empty_parent(contents: list[dict]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import stat
 from collections import Counter, defaultdict
@@ -13,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from cbam_mmdet.datasets.inputs import IMAGES
+from cbam_mmdet.datasets.inputs import IMAGES, files_below
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import brief
 
@@ -23,8 +22,6 @@ SPLIT_NAMES = {
     **dict.fromkeys(('test', 'testing'), 'test'),
 }
 NOT_SPLITS = ('images', 'image', 'imgs', 'img', 'set', 'data', 'split')  # words beside: train_images, val_set
-
-MOST_LINKS = 8  # to one folder, that are followed
 
 MASKS = {'mask', 'masks', 'segmentationclass', 'segmentationobject', 'segmentation', 'segmentations'}
 
@@ -43,7 +40,7 @@ class Folder:
         self.root = Path(root)
         self.images: list[str] = []
         self.files: dict[str, list[Path]] = defaultdict(list)  # by suffix: .json, .xml, .txt, ...
-        for path in _files_below(self.root):
+        for path in filter(_is_file, files_below(self.root)):
             suffix = path.suffix.lower()
             if suffix in IMAGES:
                 self.images.append(path.relative_to(self.root).as_posix())
@@ -132,6 +129,11 @@ class Folder:
             )
         return best[0] if best else None
 
+    def images_called(self, name: str) -> list[str]:
+        """The images, relative to the folder, whose path ends with this name, which may hold folders."""
+        found = self._by_name.get(PurePosixPath(name).name, ())
+        return [image for image in found if f'/{image}'.endswith(f'/{name}')]
+
     def has_stem(self, stem: str) -> bool:
         """Whether an image has this name without suffix."""
         return stem in self._by_stem
@@ -146,30 +148,6 @@ class Folder:
         others = sum(map(len, self.files.values())) - sum(kinds.values())
         words = [f'{len(self.images)} images', *(f'{count} {suffix}' for suffix, count in kinds.items())]
         return f'{", ".join(words)} and {others} other files'
-
-
-def _files_below(root: Path) -> list[Path]:
-    """The regular files below a folder, sorted. Links to folders are followed, but not in a circle."""
-    found: list[Path] = []
-    real_parents: dict[str, tuple[str, ...]] = {}  # of each folder: the real paths of those around it, and its own
-    visits: Counter[str] = Counter()
-    try:
-        for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse):
-            real, around = os.path.realpath(folder), real_parents.get(os.path.dirname(folder), ())
-            visits[real] += 1
-            if real in around or visits[real] > MOST_LINKS:
-                folders.clear()
-                continue
-            real_parents[folder] = (*around, real)
-            folders[:] = sorted(name for name in folders if not name.startswith('.'))
-            found += [Path(folder, name) for name in names if not name.startswith('.') and _is_file(Path(folder, name))]
-    except OSError as error:
-        raise UserError(f'{error.filename}: cannot be read ({error.strerror})') from error
-    return sorted(found)
-
-
-def _refuse(error: OSError) -> None:
-    raise error
 
 
 def _is_file(path: Path) -> bool:

@@ -98,6 +98,8 @@ def _write_voc(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> 
         for image in content['images']:
             name = image['file_name']
             stem = PurePosixPath(name).stem
+            if images.get(stem) == name:
+                raise UserError(f"{name} is in two splits, and VOC's images stand in one folder: leave one split out")
             if stem in images:
                 raise UserError(
                     f"{name} and {images[stem]} have one name, and VOC's images stand in one folder: rename one"

@@ -26,6 +26,7 @@ from cbam_mmdet.engine.run_reader import RESULTS, TrainingRecord, data_of, read_
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.scores import Outcome, Scores, score
 from cbam_mmdet.models.gates import RecordedGates, find_cbams
+from cbam_mmdet.utils.config import split_datasets
 from cbam_mmdet.visualization.attention import gates_over
 
 
@@ -98,6 +99,17 @@ def add_gates(runs: Sequence[EvaluatedRun], paths: Sequence[str], device: str | 
             run.gates = {path: gates_over(model, image, pipeline) for path, image in shown.items()}
 
 
+def _detects_alike(tested: Config, trained: Config) -> bool:
+    """Whether a test detected by the settings of the training's config, not by others or with augmentation."""
+
+    def parts(cfg: Config) -> tuple:
+        model = copy.deepcopy(cfg.model)
+        (model.get('backbone') or {}).pop('init_cfg', None)  # a test needs no other weights than the checkpoint's
+        return model, [dataset.get('pipeline') for dataset in split_datasets(cfg, 'test')]
+
+    return parts(tested) == parts(trained)
+
+
 def _detections(
     record: TrainingRecord, checkpoint: str, data_root: str | None, trust_checkpoint: bool, folder: str
 ) -> tuple[list[dict], Config]:
@@ -106,7 +118,8 @@ def _detections(
     If there are none, detect now, and write into a folder.
     """
     results = record.work_dir / RESULTS
-    if not data_root and results.is_file() and was_made_of(results, record.work_dir, checkpoint):
+    known = not data_root and results.is_file() and was_made_of(results, record.work_dir, checkpoint)
+    if known and _detects_alike(record.tested, record.trained):
         written = datetime.fromtimestamp(results.stat().st_mtime)
         record.facts['Detections'] = f'{RESULTS} of {written:%Y-%m-%d %H:%M}'
         return read_results(results), copy.deepcopy(record.tested)
