@@ -41,6 +41,17 @@ def insert(run_tool, plain, tmp_path):
     return run
 
 
+def test_another_config_of_that_name_is_kept(insert, tmp_path):
+    (tmp_path / 'inserted').mkdir()
+    mine = tmp_path / 'inserted/faster_rcnn_cbam.py'
+    mine.write_text('# by hand\n')
+    result = insert()
+    assert result.code == 2 and 'exists already, and is not what an insertion wrote' in result.err
+    assert mine.read_text() == '# by hand\n'
+    mine.unlink()
+    assert [insert().code, insert().code] == [0, 0]  # its own it may write again
+
+
 def detections(run_tool, config, checkpoint, shapes, folder, model):
     """Of every image, whatever their score."""
     options = tiny(folder, shapes, 'model.test_cfg.rcnn.score_thr=0.0', model=model)

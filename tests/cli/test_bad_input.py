@@ -171,6 +171,18 @@ def test_cfg_option_that_nothing_reads_is_named():
         load_config(DEMO, {'gate_statistics': False, 'resume': True, 'model_wrapper_cfg.type': 'DDP'})
 
 
+@pytest.mark.parametrize(
+    ('config', 'key', 'meant'),
+    [
+        (DEMO, 'max_epochs', 'train_cfg.max_epochs'),
+        (ROOT / 'configs/faster_rcnn_r50_cbam.py', 'cbam.gate', 'model.backbone.plugins.0.cfg.gate'),
+    ],
+)
+def test_cfg_option_that_the_config_has_used_already_is_refused(config, key, meant):
+    with pytest.raises(UserError, match=rf'no setting is called .* Set those: .*{re.escape(meant)}'):
+        load_config(str(config), {key: 1})
+
+
 def test_config_of_mmdetection_2(run_tool, tmp_path):
     (tmp_path / 'old.py').write_text("model = dict(type='FasterRCNN')\ndata = dict(samples_per_gpu=2)\n")
     assert_refused(run_tool('train.py', tmp_path / 'old.py'), 'written for MMDetection 2.x')

@@ -157,3 +157,12 @@ def test_a_folder_of_several_annotation_files(run_tool, shapes, tmp_path):
     made = run_tool('convert_annotations.py', source, tmp_path / 'new', '--to', 'yolo', *chosen)
     assert made.code == 0, made.err
     assert 'images: 8 (train), 4 (val)' in made.out
+
+
+@pytest.mark.parametrize('target', ['out.txt', '/out.txt'])
+def test_an_image_set_elsewhere_is_refused(run_tool, tmp_path, target, monkeypatch):
+    """Its XML files would be written two folders above it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.json').write_text('{"images": [], "annotations": [], "categories": []}')
+    result = run_tool('convert_annotations.py', 'a.json', target)
+    assert result.code == 2 and "VOC's image sets are DIR/ImageSets/Main/NAME.txt" in result.err

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import DEMO, tiny
+from mmdet.registry import DATASETS
 from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 from pycocotools.coco import COCO
@@ -178,3 +179,48 @@ def test_classes_that_differ_in_capitals_only_are_named(tmp_path, capsys):
     check_data(ConfigDict(model=dict(), val_dataloader=dict(dataset=dataset)), ['val'])
     said = capsys.readouterr()
     assert "differ in capitals only are different classes: 'circle', 'Circle'" in said.out + said.err
+
+
+def test_objects_that_the_config_or_mmdetection_leaves_out_are_said(checked, capsys):
+    def others(content):
+        content['categories'].append(dict(id=99, name='zebra'))
+        content['annotations'][0]['category_id'] = 99
+        content['annotations'][1]['ignore'] = 1
+
+    _, said = checked(others, capsys)
+    assert "1 boxes are left out, whose classes the config does not name: 'zebra' 1" in said
+    assert '1 objects have ignore=1' in said
+
+
+def test_iscrowd_is_a_number(checked, capsys):
+    with pytest.raises(UserError, match='is malformed'):
+        checked(lambda content: content['annotations'][0].update(iscrowd='0'), capsys)
+
+
+def test_images_that_the_filter_drops_are_said(shapes, tmp_path, capsys):
+    root = shutil.copytree(shapes, tmp_path / 'data')
+    path = root / 'annotations/instances_train2017.json'
+    content = json.loads(path.read_text())
+    for image in content['images'][:3]:
+        image['width'] = 31
+    path.write_text(json.dumps(content))
+    cfg = load_config(DEMO)
+    prepare(cfg, str(root), None, str(tmp_path / 'work'), 'none')
+    check_data(cfg, ['train'])
+    said = capsys.readouterr()
+    assert '3 of 8 images are not trained on' in said.out + said.err
+    left = DATASETS.build(cfg.train_dataloader.dataset)
+    assert len(left) <= 5
+
+
+def test_copies_in_two_splits_are_named_in_the_layout_of_coco_too(shapes, tmp_path, capsys):
+    root = shutil.copytree(shapes, tmp_path / 'data')
+    images = [sorted((root / folder).iterdir())[0] for folder in ('train2017', 'val2017')]
+    shutil.copy(*images)
+    cfg = load_config(DEMO)
+    prepare(cfg, str(root), None, str(tmp_path / 'work'), 'none')
+    check_data(cfg, ['train', 'val'])
+    said = capsys.readouterr()
+    assert f'1 of 4 images are trained on, too, so the score is not that of new images: {images[1].name}' in (
+        said.out + said.err
+    )

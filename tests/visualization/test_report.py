@@ -22,6 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tide import KINDS, tide
 
+from cbam_mmdet.engine.run_reader import read_runs
 from cbam_mmdet.visualization.report.page import _notes
 
 PLAIN = str(ROOT / 'configs/demo/faster_rcnn.py')
@@ -79,6 +80,18 @@ def compared(trained, shapes, tmp_path_factory):
         config.write_text(re.sub("'[^']*/instances_val2017.json'", repr(str(other)), config.read_text()))
     run_once('report.py', plain, cbam, '--num-images', 3, '--score-thr', 0.05, '--device', 'cpu')
     return folder
+
+
+def test_a_test_with_other_settings_does_not_stand_for_the_run(trained, tmp_path):
+    """Its detections are those of another detector: they are made anew."""
+    work = shutil.copytree(trained, tmp_path / 'work')
+    pretend_tested(work)
+    [config] = work.glob('29990101_000000/*.py')
+    [run] = read_runs([work])
+    assert _detects_alike(run.tested, run.trained)
+    config.write_text(config.read_text() + '\nmodel["test_cfg"]["rcnn"]["max_per_img"] = 1\n')
+    [run] = read_runs([work])
+    assert not _detects_alike(run.tested, run.trained)
 
 
 @pytest.fixture(scope='module')
@@ -243,6 +256,7 @@ def test_gates_are_those_of_a_forward_pass(compared, page, shapes):
     from cbam_mmdet.datasets.transforms.loading import read_image
     from cbam_mmdet.utils.config import load_config
     from cbam_mmdet.visualization.attention import gates_over
+from cbam_mmdet.visualization.report.evaluation import _detects_alike
 
     config = next((compared / 'cbam').glob('*.py'))
     model = load_detector(load_config(str(config)), str(compared / 'cbam'), 'cpu')

@@ -84,7 +84,7 @@ def _compare_optimizers(state: object, wrapper: Any, name: str) -> None:
         )
 
 
-def _require_fitting_state(state: dict, groups: list[dict], name: str) -> None:
+def _require_fitting_state(state: Any, groups: list[dict], name: str) -> None:
     """Refuse averages of gradients that are not those of these parameters. They are kept in the parameters' order."""
     parameters = [parameter for group in groups for parameter in group['params']]
     numbers = [number for group in state['param_groups'] for number in group['params']]

@@ -972,3 +972,140 @@ def test_a_class_that_has_two_names_is_refused(tmp_path):
     (tmp_path / 'data.yaml').write_text('train: images\nnames: {0: cat, 1: dog, 1.0: bird}\n')
     with pytest.raises(UserError, match='a key is given twice'):
         read_folder(tmp_path)
+
+
+def names_in(found):
+    return sorted(image['file_name'] for content in all_of(found) for image in content['images'])
+
+
+def labelme_of(name):
+    shape = dict(label='cat', points=[[1, 1], [20, 20]], shape_type='rectangle')
+    return json.dumps(dict(imagePath=name, imageWidth=40, imageHeight=30, shapes=[shape]))
+
+
+def voc_of(name, label='cat', size=(40, 30)):
+    box = '<bndbox><xmin>5</xmin><ymin>1</ymin><xmax>20</xmax><ymax>20</ymax></bndbox>'
+    width, height = size
+    return (
+        f'<annotation><filename>{name}</filename><size><width>{width}</width><height>{height}</height></size>'
+        f'<object><name>{label}</name>{box}</object></annotation>'
+    )
+
+
+@pytest.mark.parametrize('other', ['masks', 'thumbs'])
+def test_a_missing_image_does_not_move_a_coco_set_to_another_folder(tmp_path, other):
+    """images/0.jpg is missing. The other folder has all names, so which is meant is not known, but of masks."""
+    write_pictures(tmp_path, *(f'images/{i}.jpg' for i in range(1, 6)), *(f'{other}/{i}.jpg' for i in range(6)))
+    (tmp_path / 'a.json').write_text(coco_of([f'{i}.jpg' for i in range(6)]))
+    if other == 'thumbs':
+        with pytest.raises(UserError, match='has 2 of that name'):
+            read_folder(tmp_path)
+        return
+    found = read_folder(tmp_path)
+    assert names_in(found) == [f'images/{i}.jpg' for i in range(1, 6)]
+    assert any('1 images that a.json lists are not there and are left out' in note for note in found.notes)
+
+
+def test_an_image_of_another_folder_is_not_taken_for_a_missing_one_below_the_same_name(tmp_path):
+    write_pictures(tmp_path, 'cam1/img/1.jpg', 'cam1/img/2.jpg', 'cam2/img/3.jpg')
+    (tmp_path / 'a.json').write_text(coco_of([f'cam1/img/{i}.jpg' for i in (1, 2, 3)]))
+    assert names_in(read_folder(tmp_path)) == ['cam1/img/1.jpg', 'cam1/img/2.jpg']
+
+
+@pytest.mark.parametrize(('suffix', 'text'), [('.json', labelme_of), ('.xml', voc_of)])
+def test_masks_are_not_taken_for_missing_images(tmp_path, suffix, text):
+    write_pictures(tmp_path, 'images/1.jpg', 'images/2.jpg', 'masks/3.png')
+    (tmp_path / 'labels').mkdir()
+    for i in (1, 2, 3):
+        (tmp_path / f'labels/{i}{suffix}').write_text(text(f'{i}.jpg'))
+    found = read_folder(tmp_path)
+    assert names_in(found) == ['images/1.jpg', 'images/2.jpg']
+    assert any('whose image is not there' in note for note in found.notes)
+
+
+def test_folders_that_images_come_from_are_said(tmp_path):
+    write_pictures(tmp_path, 'images/1.jpg', 'images/2.jpg', 'elsewhere/3.jpg')
+    (tmp_path / 'train.json').write_text(coco_of(['1.jpg', '2.jpg', '3.jpg']))
+    notes = read_folder(tmp_path, train_ann='train.json', val_ann='train.json').notes
+    assert 'the images (train) come from 2 folders: images/ 2, elsewhere/ 1' in notes
+
+
+@pytest.mark.parametrize('described', [True, False])
+def test_a_single_list_of_darknet_is_followed(tmp_path, described):
+    write_pictures(tmp_path, *(f'obj/{i}.jpg' for i in range(6)))
+    for i in range(6):
+        (tmp_path / f'obj/{i}.txt').write_text('0 0.5 0.5 0.2 0.2\n')
+    (tmp_path / 'obj.names').write_text('cat\n')
+    (tmp_path / 'train.txt').write_text('data/obj/1.jpg\ndata/obj/2.jpg\n')
+    if described:
+        (tmp_path / 'obj.data').write_text('classes = 1\ntrain = data/train.txt\nnames = data/obj.names\n')
+    found = read_folder(tmp_path)
+    assert names_in(found) == ['obj/1.jpg', 'obj/2.jpg']
+    assert '4 images that no list names are left out' in found.notes
+
+
+def test_blanks_around_a_class_name_of_voc_are_none_of_it(tmp_path):
+    write_pictures(tmp_path, '1.jpg', '2.jpg')
+    for i, label in ((1, 'cat'), (2, ' cat ')):
+        (tmp_path / f'{i}.xml').write_text(voc_of(f'{i}.jpg', label))
+    assert [category['name'] for category in read_folder(tmp_path).splits['train']['categories']] == ['cat']
+
+
+def test_categories_of_one_name_are_refused(tmp_path):
+    write_pictures(tmp_path, '1.jpg', '2.jpg')
+    content = json.loads(coco_of(['1.jpg', '2.jpg']))
+    content['categories'] = [dict(id=1, name='cat'), dict(id=2, name='cat ')]
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    with pytest.raises(UserError, match="several categories are called 'cat'"):
+        read_folder(tmp_path)
+
+
+def test_roboflows_parent_may_have_the_name_of_the_class(tmp_path):
+    write_pictures(tmp_path, '1.jpg', '2.jpg')
+    content = json.loads(coco_of(['1.jpg', '2.jpg']))
+    content['categories'] = [dict(id=0, name='cat', supercategory='none'), dict(id=1, name='cat', supercategory='cat')]
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    found = read_folder(tmp_path)
+    assert [category['id'] for category in found.splits['train']['categories']] == [1]
+
+
+def test_main_goes_before_lists_beside_it(tmp_path):
+    voc_year(tmp_path, '.', 'abcd', train='abc', val='d')
+    (tmp_path / 'ImageSets/train.txt').write_text('a\n')
+    assert len(read_folder(tmp_path).splits['train']['images']) == 3
+
+
+def test_a_file_that_is_listed_under_two_names_is_said(tmp_path):
+    write_pictures(tmp_path, 'images/1.jpg', 'images/2.jpg')
+    (tmp_path / 'a.json').write_text(coco_of(['1.jpg', 'images/1.jpg', '2.jpg']))
+    assert 'a.json lists 1 files as several images: images/1.jpg' in read_folder(tmp_path).notes
+
+
+def test_sizes_that_are_not_those_of_the_images_cannot_be_written_for_yolo(tmp_path):
+    """Its boxes are shares of the size. The .xml have width and height the other way round."""
+    write_pictures(tmp_path, 'in/1.jpg', 'in/2.jpg')
+    for i in (1, 2):
+        (tmp_path / f'in/{i}.xml').write_text(voc_of(f'{i}.jpg', size=(30, 40)))
+    found = read_folder(tmp_path / 'in')
+    with pytest.raises(UserError, match='has 40 x 30 pixels, and its annotations say 30 x 40'):
+        write_data_set(found, tmp_path / 'in', tmp_path / 'out', 'yolo')
+
+
+@pytest.mark.parametrize('style', ['coco', 'voc', 'yolo'])
+def test_corners_are_not_converted(tmp_path, style):
+    write_pictures(tmp_path, 'in/1.jpg', 'in/2.jpg')
+    content = json.loads(coco_of(['1.jpg', '2.jpg']))
+    for annotation in content['annotations']:
+        annotation['bbox'] = [18, 14, 38, 28]
+    (tmp_path / 'in/a.json').write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r'would not if their bbox were \[x1, y1, x2, y2\]'):
+        write_data_set(read_folder(tmp_path / 'in'), tmp_path / 'in', tmp_path / 'out', style)
+
+
+def test_boxes_that_are_cut_at_the_border_are_counted(tmp_path):
+    write_pictures(tmp_path, 'in/1.jpg', 'in/2.jpg')
+    content = json.loads(coco_of(['1.jpg', '2.jpg']))
+    content['annotations'][0]['bbox'] = [-5, 0, 20, 20]
+    (tmp_path / 'in/a.json').write_text(json.dumps(content))
+    notes = write_data_set(read_folder(tmp_path / 'in'), tmp_path / 'in', tmp_path / 'out', 'yolo')
+    assert '1 boxes that reach beyond their image are cut at its border' in notes

@@ -44,3 +44,11 @@ def test_networks(tmp_path):
     torch.save({**ours, 'conv1.weight': ours['backbone.conv1.weight'] * 0}, tmp_path / 'both.pth')
     with pytest.raises(UserError, match='several of its keys mean the same weight'):
         convert_checkpoint(str(tmp_path / 'both.pth'), str(tmp_path / 'b.pth'), official=True)
+
+
+def test_the_source_is_not_overwritten(tmp_path):
+    torch.save(TIMM, tmp_path / 'a.pth')
+    before = (tmp_path / 'a.pth').read_bytes()
+    with pytest.raises(UserError, match='is the source itself'):
+        convert_checkpoint(str(tmp_path / 'a.pth'), str(tmp_path / 'a.pth'))
+    assert (tmp_path / 'a.pth').read_bytes() == before
