@@ -23,6 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from tide import KINDS, tide
 
 from cbam_mmdet.engine.run_reader import read_runs
+from cbam_mmdet.visualization.report.evaluation import _detects_alike
 from cbam_mmdet.visualization.report.page import _notes
 
 PLAIN = str(ROOT / 'configs/demo/faster_rcnn.py')
@@ -256,7 +257,6 @@ def test_gates_are_those_of_a_forward_pass(compared, page, shapes):
     from cbam_mmdet.datasets.transforms.loading import read_image
     from cbam_mmdet.utils.config import load_config
     from cbam_mmdet.visualization.attention import gates_over
-from cbam_mmdet.visualization.report.evaluation import _detects_alike
 
     config = next((compared / 'cbam').glob('*.py'))
     model = load_detector(load_config(str(config)), str(compared / 'cbam'), 'cpu')
