@@ -333,17 +333,12 @@ def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split:
     files = [image['file_name'] for image in images.values()]
     twice = [name for name, count in Counter(files).items() if count > 1]
     if twice:
-        _warn_of_repeated_files(path, twice)
+        _warn(report, f'{len(twice)} files are listed as several images: [{abridge(twice, quoted=True)}]')
     folder = osp.join(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img', ''))
     _check_image_files(path, split, folder, files)
     report.files = [osp.join(folder, name) for name in files]
     _check_masks(path, dataset, content['annotations'])
     return report
-
-
-def _warn_of_repeated_files(path: str, names: list[str]) -> None:
-    message = f'{path}: {len(names)} files are listed as several images: [{abridge(names, quoted=True)}]'
-    print_log(message, logger='current', level=logging.WARNING)
 
 
 def _count_small(dataset: ConfigDict, split: str, sizes: Sequence[tuple[float, float]]) -> int:
@@ -568,7 +563,7 @@ def _check_voc(path: str, dataset: ConfigDict, classes: tuple[str, ...], split: 
     report.files = [osp.join(folder, name) for name in files]
     twice = [name for name, count in Counter(files).items() if count > 1]
     if twice:
-        _warn_of_repeated_files(path, twice)
+        _warn(report, f'{len(twice)} files are listed as several images: [{abridge(twice, quoted=True)}]')
     stems = Counter(osp.splitext(name)[0] for name in os.listdir(folder) if name.lower().endswith(IMAGES))
     twins = [name for name in files if stems[osp.splitext(name)[0]] > 1]
     if twins:
@@ -713,24 +708,17 @@ def _log(report: Report) -> None:
             f'{report.small_images} of {report.images} images are not trained on: they are smaller than the min_size '
             "of the data set's filter_cfg",
         )
-
-
-def _warn(report: Report, message: str) -> None:
-    print_log(f'{report.ann_file}: {message}', logger='current', level=logging.WARNING)
     if report.too_large:
-        print_log(
-            f'{report.ann_file}: {len(report.too_large)} objects have an area larger than their box (annotation ids '
+        _warn(
+            report,
+            f'{len(report.too_large)} objects have an area larger than their box (annotation ids '
             f'{abridge([str(i) for i in report.too_large])}): the scores of small, medium and large objects go by it',
-            logger='current',
-            level=logging.WARNING,
         )
     if report.repeated:
-        print_log(
-            f'{report.ann_file}: {len(report.repeated)} objects are annotated twice, with the same box and class: '
-            f'annotation ids {abridge([str(i) for i in report.repeated])}. Each of them counts as one more object that '
-            'nothing found',
-            logger='current',
-            level=logging.WARNING,
+        _warn(
+            report,
+            f'{len(report.repeated)} objects are annotated twice, with the same box and class: annotation ids '
+            f'{abridge([str(i) for i in report.repeated])}. Each of them counts as one more object that nothing found',
         )
     fate = (
         'and left out'
@@ -743,5 +731,8 @@ def _warn(report: Report, message: str) -> None:
     ):
         if where:
             ids = ', '.join(map(str, where[:5])) + (', ...' if len(where) > 5 else '')
-            message = f'{report.ann_file}: {len(where)} boxes are {kind} {fate}: {ids}'
-            print_log(message, logger='current', level=logging.WARNING)
+            _warn(report, f'{len(where)} boxes are {kind} {fate}: {ids}')
+
+
+def _warn(report: Report, message: str) -> None:
+    print_log(f'{report.ann_file}: {message}', logger='current', level=logging.WARNING)

@@ -116,10 +116,12 @@ def test_mistakes(run_tool, both, tmp_path):
     content = json.loads(coco.read_text())
     content['images'][1]['file_name'] = f'sub/{content["images"][0]["file_name"]}'
     (tmp_path / 'twice.json').write_text(json.dumps(content))
-    assert 'share their name' in refused(tmp_path / 'twice.json', tmp_path / 'a/b/c.txt')
+    assert 'share their name' in refused(tmp_path / 'twice.json', tmp_path / 'a/ImageSets/Main/c.txt')
     content['annotations'][0]['category_id'] = 99
     (tmp_path / 'wrong.json').write_text(json.dumps(content))
-    assert 'its category_id 99 is not among the categories' in refused(tmp_path / 'wrong.json', tmp_path / 'a/b/c.txt')
+    assert 'its category_id 99 is not among the categories' in refused(
+        tmp_path / 'wrong.json', tmp_path / 'a/ImageSets/Main/c.txt'
+    )
 
 
 @pytest.mark.parametrize('name, file_name', [

@@ -129,15 +129,18 @@ def _find_images(
 
 
 def _nearest(folder: Folder, path: Path, images: list[dict], split: str | None) -> str | None:
-    """The folder in which most images of the file are. Of several with nearly as many, the one nearest to the file.
+    """The folder in which most images of the file are, if names are in several; of equal ones the nearest to the file.
 
     Raises:
         UserError: if several are equally near.
     """
+    called = {image['file_name']: folder.images_called(image['file_name']) for image in images}
+    if max(map(len, called.values()), default=0) < 2:
+        return None
     places: dict[str, list[str]] = defaultdict(list)
-    for image in images:
-        for found in folder.images_called(image['file_name']):
-            places[found[: -len(image['file_name'])].rstrip('/')].append(found)
+    for name, files in called.items():
+        for found in files:
+            places[found[: -len(name)].rstrip('/')].append(found)
     most = max(map(len, places.values()), default=0)
     there = {found[0]: place for place, found in places.items() if 2 * len(found) > most}
     nearest = folder.nearest([*there], images[0]['file_name'], path, split) if there else None

@@ -505,7 +505,8 @@ def test_two_years_of_voc_are_read_together(tmp_path, suffix):
     voc_year(tmp_path, 'VOC2007', 'abcde', trainval=listed[:3], test=listed[3:])
     voc_year(tmp_path, 'VOC2012', 'xyz', trainval='xyz')
     found = read_folder(tmp_path)
-    assert [len(found.splits[split]['images']) for split in ('train', 'val')] == [6, 2] and not found.notes
+    assert [len(found.splits[split]['images']) for split in ('train', 'val')] == [6, 2]
+    assert found.notes == ['the images (train) come from 2 folders: VOC2007/JPEGImages/ 3, VOC2012/JPEGImages/ 3']
 
 
 def test_two_years_of_voc_with_sets_of_one_name(tmp_path):
