@@ -133,9 +133,10 @@ def _refuse_other_variants(state_dict: Mapping[str, Tensor], meta: Mapping, sour
     """
     unknown = add_variants(state_dict, meta)
     metadata = getattr(state_dict, '_metadata', {})
+    theirs = {**PAPER, 'norm_cfg.eps': 1e-5}
     for name in cbams_in(state_dict):
         variant = metadata.get(name, {}).get(KEY, PAPER)
-        others = [f'{key}={value!r}' for key, value in variant.items() if PAPER.get(key) != value]
+        others = [f'{key}={value!r}' for key, value in variant.items() if theirs.get(key) != value]
         if others:
             raise UserError(
                 f"{source}: {name} was trained with {', '.join(others)}, which the authors' network does not have "

@@ -76,7 +76,9 @@ def insert_cbam(
     """
     name = f'{Path(cfg.filename).stem}_cbam'
     new_config, new_checkpoint = Path(out_dir, f'{name}.py'), Path(out_dir, f'{name}.pth')
-    if new_config.exists() and str(new_checkpoint) not in new_config.read_text(encoding='utf-8', errors='replace'):
+    if new_config.exists() and Path(new_checkpoint).name not in new_config.read_text(
+        encoding='utf-8', errors='replace'
+    ):
         raise UserError(f'{new_config} exists already, and is not what an insertion wrote: name another --out-dir')
     set_default_scope(cfg)
     if not cfg.get('model', {}).get('backbone'):

@@ -93,11 +93,12 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
 
 def _name_common_images(reports: Sequence[Report]) -> None:
     """Say which images are both trained on and scored, as the same file or as a copy of it."""
-    trained = [path for report in reports if report.split == 'train' for path in report.files]
-    for report in reports:
-        if report.split == 'train':
-            continue
-        common = [osp.basename(path) for (_, path), _ in copies({'trained on': trained, 'scored': report.files})]
+    groups: dict[str, list] = {'': [path for report in reports if report.split == 'train' for path in report.files]}
+    scored = {str(i): report for i, report in enumerate(reports) if report.split != 'train'}
+    groups |= {i: report.files for i, report in scored.items()}
+    found = copies(groups) if groups[''] else []
+    for i, report in scored.items():
+        common = [osp.basename(path) for (group, path), (other, _) in found if (group, other) == (i, '')]
         if common:
             print_log(
                 f'{report.ann_file}: {len(common)} of {report.images} images are trained on, too, so the score is not '
@@ -308,10 +309,9 @@ class COCOObject(NamedTuple):
 def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
     content = read_coco(path)
     images, names = _coco_images_and_names(path, content)
-    require_distinct_names(path, list(names.values()))
+    require_distinct_names(path, [name for name in names.values() if name.strip() in {*map(str.strip, classes)}])
     _compare_classes(path, list(names.values()), classes)
     report = Report(path, split, images=len(images))
-    report.ignored = sum(bool(annotation.get('ignore')) for annotation in content['annotations'])
     report.small_images = _count_small(dataset, split, [(i['width'], i['height']) for i in images.values()])
     seen: set = set()
     for item in _coco_objects(path, content['annotations'], images, names, needs_iscrowd=split != 'train'):
@@ -330,6 +330,10 @@ def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split:
         if item.area > 1.01 * (item.box[2] - item.box[0]) * (item.box[3] - item.box[1]) + 1:
             report.too_large.append(item.id)
         _count(report, item.id, item.image_id, item.name, item.box, item.image_size, item.area > 0)
+    report.ignored = sum(
+        bool(annotation.get('ignore')) and names[annotation['category_id']] in classes
+        for annotation in content['annotations']
+    )
     files = [image['file_name'] for image in images.values()]
     twice = [name for name, count in Counter(files).items() if count > 1]
     if twice:
@@ -445,10 +449,10 @@ def _coco_objects(
 
 
 def _coco_object(annotation: dict, images: dict[Any, dict], names: dict[Any, str], needs_iscrowd: bool) -> COCOObject:
-    if needs_iscrowd:
-        annotation['iscrowd']  # the metric reads it
-    if _number(annotation.get('iscrowd', 0)) not in (0, 1):
-        raise ValueError(f'its iscrowd is {annotation["iscrowd"]}')
+    if needs_iscrowd and 'iscrowd' not in annotation:
+        raise KeyError('iscrowd')  # the metric reads it
+    if annotation.get('iscrowd') not in (None, 0, 1):
+        raise ValueError(f'its iscrowd is {annotation["iscrowd"]!r}')
     if not _is_id(annotation['id']):
         raise TypeError(f'its id {annotation["id"]!r} is no whole number below 2**53')
     if annotation['image_id'] not in images:
@@ -700,7 +704,7 @@ def _log(report: Report) -> None:
         _warn(
             report,
             f'{report.ignored} objects have ignore=1: MMDetection trains as if they were not there, and the score '
-            'counts them. Give them iscrowd=1 to leave them out of both',
+            'counts those that are no crowds. To leave them out of both: iscrowd=1 in place of ignore=1',
         )
     if report.small_images:
         _warn(

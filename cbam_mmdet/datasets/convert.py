@@ -43,7 +43,7 @@ def convert(source: str, target: str) -> int:
             'or the reverse'
         )
     image_set = source if suffixes[0] == '.txt' else target
-    if Path(image_set).absolute().parts[-3:-1] != ('ImageSets', 'Main'):
+    if Path(image_set).absolute().parts[-3:-2] != ('ImageSets',):
         raise UserError(
             f"{image_set}: VOC's image sets are DIR/ImageSets/Main/NAME.txt, and their XML files DIR/Annotations"
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from mmengine.logging import print_log
 
 from cbam_mmdet.errors import UserError
 
@@ -37,7 +40,7 @@ def expand_inputs(given: str | Path) -> list[Path]:
         raise UserError('an input is empty: give image files, folders or videos')
     source = Path(given)
     if source.is_dir():
-        files = [path for path in files_below(source) if path.suffix.lower() in IMAGES + VIDEOS]
+        files = [path for path in files_below(source, unreadable=_skip) if path.suffix.lower() in IMAGES + VIDEOS]
         if not files:
             raise UserError(f'folder {source} holds no image and no video ({", ".join(IMAGES + VIDEOS)})')
         return files
@@ -46,7 +49,7 @@ def expand_inputs(given: str | Path) -> list[Path]:
     return [source]
 
 
-def files_below(root: Path) -> list[Path]:
+def files_below(root: Path, unreadable: Callable[[OSError], None] | None = None) -> list[Path]:
     """What is below a folder, but folders, sorted. Links to folders are followed, but not in a circle.
 
     Hidden files and folders are left out.
@@ -58,7 +61,7 @@ def files_below(root: Path) -> list[Path]:
     real_parents: dict[str, tuple[str, ...]] = {}  # of each folder: the real paths of those around it, and its own
     visits: Counter[str] = Counter()
     try:
-        for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse):
+        for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable or _refuse):
             real, around = os.path.realpath(folder), real_parents.get(os.path.dirname(folder), ())
             visits[real] += 1
             if real in around or visits[real] > MOST_LINKS:
@@ -70,6 +73,12 @@ def files_below(root: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f'{error.filename}: cannot be read ({error.strerror})') from error
     return sorted(found)
+
+
+def _skip(error: OSError) -> None:
+    print_log(
+        f'{error.filename}: skipped, it cannot be read ({error.strerror})', logger='current', level=logging.WARNING
+    )
 
 
 def _refuse(error: OSError) -> None:

@@ -17,6 +17,7 @@ from cbam_mmdet.deploy.onnx_file import facts_of_model
 from cbam_mmdet.deploy.pixels import Pixels
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.files import AtomicLocalBackend
+from cbam_mmdet.utils.text import brief
 
 FACTS = 'facts.json'  # the file in the program that says the class names, mean, std, and more
 
@@ -57,6 +58,8 @@ def export_features(
     """
     if not HAS_CUSTOM_OPERATORS:
         raise UserError(f'a .pt2 file needs torch 2.4 or later, this is {torch.__version__}; a .onnx file does not')
+    if not hasattr(model, 'backbone'):
+        raise UserError(f'{type(model).__name__} has no backbone of its own, whose features could be exported')
     features = Features(model).eval()
     images = torch.zeros((batch or 2, *size, 3), dtype=torch.uint8)
     free = None if batch else ({0: torch.export.Dim('batch', min=1, max=4096)},)
@@ -66,7 +69,7 @@ def export_features(
     except Exception as error:  # torch.export has an exception for each kind of failure, of no common class
         raise UserError(
             f'torch.export cannot follow {type(model.backbone).__name__} and {type(features.neck).__name__} '
-            f'({str(error).splitlines()[0]})'
+            f'({brief(f"{type(error).__name__}: {error}")})'
         ) from error
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={FACTS: json.dumps(facts_of_model(model))})
@@ -75,9 +78,11 @@ def export_features(
     written = torch.export.load(content).module()
     pictures = [torch.from_numpy(cv2.resize(read_image(str(file)), size[::-1])) for file in files]
     with torch.no_grad():
-        return max(_difference(features, written, picture.expand(batch or 1, -1, -1, -1)) for picture in pictures)
+        gaps = [_differences(features, written, picture.expand(batch or 1, -1, -1, -1)) for picture in pictures]
+        return float(torch.cat(gaps).amax())  # NaN, if one of them is
 
 
-def _difference(features: nn.Module, written: nn.Module, images: Tensor) -> float:
-    pairs = zip(features(images), written(images), strict=True)
-    return max(float((ours - theirs).abs().max() / ours.abs().max()) for ours, theirs in pairs)
+def _differences(features: nn.Module, written: nn.Module, images: Tensor) -> Tensor:
+    pairs = [*zip(features(images), written(images), strict=True)]
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.stack([(ours - theirs).abs().amax() / ours.abs().amax().clamp(min=tiny) for ours, theirs in pairs])

@@ -124,7 +124,7 @@ def _merge(cfg: Config, cfg_options: dict, path: str) -> None:
     for key in cfg_options:
         first = key.split('.')[0]
         if first not in cfg and first not in RUNNER_SETTINGS:
-            hint = did_you_mean(first, {*cfg, *RUNNER_SETTINGS})
+            hint = did_you_mean(first, RUNNER_SETTINGS)
             if hint:
                 raise UserError(f'--cfg-options {key}: the config has no {first!r}{hint}')
             warnings.warn(
@@ -140,17 +140,22 @@ def _merge(cfg: Config, cfg_options: dict, path: str) -> None:
 
 
 def _refuse_variable(cfg: Config, key: str) -> None:
-    """Refuse a name that the config file uses for other settings: they have their values by now.
+    """Refuse a name that the config file uses for settings called so, which have their values by now.
 
     Raises:
-        UserError: which names settings that are called so.
+        UserError: which names these settings.
     """
-    last = key.split('.')[-1]
+    first, last = key.split('.')[0], key.split('.')[-1]
     settings = {name: cfg[name] for name in cfg if name in RUNNER_SETTINGS}
     meant = [place for place in _places_of(settings) if place.split('.')[-1] == last][:3]
-    raise UserError(
-        f'--cfg-options {key}: no setting is called {key.split(".")[0]!r}. The config file uses the name for others, '
-        f'which have their values by now. Set those{": " + ", ".join(meant) if meant else " by their own names"}'
+    if meant:
+        raise UserError(
+            f'--cfg-options {key}: no setting is called {first!r}. The config file uses the name for others, which '
+            f'have their values by now. Set those: {", ".join(meant)}'
+        )
+    warnings.warn(
+        f'--cfg-options {key}: no setting is called {first!r}. What the config file makes of it stays as it is',
+        stacklevel=4,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import defaultdict
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from mmengine.fileio import LocalBackend
 
-START = 2**14  # bytes in which two different photographs differ
+START = 2**14  # bytes, in which two compressed photographs differ
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -59,17 +60,26 @@ def write_by_content(folder: str | Path, files: dict[str, bytes]) -> Path:
 
 
 def copies(groups: Mapping[str, Iterable[str]]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
-    """The files that are in two groups, byte for byte. Of most files only the size is read, of others the first bytes.
+    """The files that are in two groups: the same path, or another file that is the same byte for byte.
+
+    Of most files only the size is read, of those of one size the first bytes. Files that cannot be read are left out.
 
     Args:
-        groups: the paths of each group's files, by the group's name. Those that are not there are left out.
+        groups: the paths of each group's files, by the group's name.
 
     Returns:
-        For each file that another group has: (its group, its path), and the same of the first such file.
+        For each file that an earlier group has, too: (its group, its path), and the same of the first such file.
     """
-    every = [(group, path) for group, paths in groups.items() for path in dict.fromkeys(paths) if os.path.isfile(path)]
+    if sum(map(bool, groups.values())) < 2:
+        return []
     made: list[tuple[tuple[str, str], tuple[str, str]]] = []
-    for same_size in _across(every, os.path.getsize):
+    first: dict[str, str] = {}
+    for group, paths in groups.items():
+        for path in dict.fromkeys(paths):
+            if first.setdefault(path, group) != group:
+                made.append(((group, path), (first[path], path)))
+    items = [(group, path) for path, group in first.items()]
+    for same_size in _across(items, os.path.getsize):
         for same_start in _across(same_size, lambda path: _digest(path, START)):
             for same in _across(same_start, _digest):
                 made += [(item, same[0]) for item in same[1:] if item[0] != same[0][0]]
@@ -80,7 +90,8 @@ def _across(items: list[tuple[str, str]], key: Callable[[str], object]) -> list[
     """The items (group, path) of equal keys of their paths, where they are of several groups."""
     alike: dict[object, list[tuple[str, str]]] = defaultdict(list)
     for item in items:
-        alike[key(item[1])].append(item)
+        with contextlib.suppress(OSError):
+            alike[key(item[1])].append(item)
     return [found for found in alike.values() if len({group for group, _ in found}) > 1]
 
 

@@ -122,7 +122,7 @@ class Table:
     def _markdown(self, index: int, cell: Cell) -> str:
         text = self._text(index, cell).replace('|', '\\|').replace('\n', ' ')
         # Names come from data sets. In code nothing is HTML.
-        return text if self.columns[index].style is code else text.replace('&', '&amp;').replace('<', '&lt;')
+        return text if self.columns[index].style is code else text.replace('<', '&lt;')
 
     def _text(self, index: int, cell: Cell) -> str:
         return self.nothing if cell is None else self.columns[index].text(cell)

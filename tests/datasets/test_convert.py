@@ -161,10 +161,9 @@ def test_a_folder_of_several_annotation_files(run_tool, shapes, tmp_path):
     assert 'images: 8 (train), 4 (val)' in made.out
 
 
-@pytest.mark.parametrize('target', ['out.txt', '/out.txt'])
-def test_an_image_set_elsewhere_is_refused(run_tool, tmp_path, target, monkeypatch):
+def test_an_image_set_elsewhere_is_refused(run_tool, tmp_path, monkeypatch):
     """Its XML files would be written two folders above it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'a.json').write_text('{"images": [], "annotations": [], "categories": []}')
-    result = run_tool('convert_annotations.py', 'a.json', target)
+    result = run_tool('convert_annotations.py', 'a.json', 'out.txt')
     assert result.code == 2 and "VOC's image sets are DIR/ImageSets/Main/NAME.txt" in result.err

@@ -192,7 +192,17 @@ def test_objects_that_the_config_or_mmdetection_leaves_out_are_said(checked, cap
     assert '1 objects have ignore=1' in said
 
 
-def test_iscrowd_is_a_number(checked, capsys):
+@pytest.mark.parametrize('annotation', [5, None, []])
+def test_an_annotation_that_is_none(checked, capsys, annotation):
+    with pytest.raises(UserError, match='is malformed'):
+        checked(lambda content: content['annotations'].append(annotation), capsys)
+
+
+def test_iscrowd_may_be_true_or_false(checked, capsys):
+    checked(lambda content: content['annotations'][0].update(iscrowd=False), capsys)
+
+
+def test_iscrowd_is_no_text(checked, capsys):
     with pytest.raises(UserError, match='is malformed'):
         checked(lambda content: content['annotations'][0].update(iscrowd='0'), capsys)
 

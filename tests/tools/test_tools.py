@@ -1,12 +1,13 @@
 """The tools do what their help says, on a tiny data set."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
 import pytest
 from coco_records import coco_records
-from conftest import DEMO, ROOT, needs_served_operators, tiny
+from conftest import DEMO, ROOT, needs_served_operators, pretend_tested, tiny
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -125,6 +126,9 @@ def test_draw_run(run_tool, trained, shapes, tmp_path):
         assert cv2.imread(str(trained / name)).std() > 10, 'something is drawn'
     # The test's record lies elsewhere, so whose detections they are is not known.
     assert 'is not known to hold the detections of the newest checkpoint' in result.err
+    work = shutil.copytree(trained, tmp_path / 'work')
+    pretend_tested(work)
+    assert 'is not known' not in run_tool('draw_run.py', work, '--num-images', 4).err
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -23,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from tide import KINDS, tide
 
 from cbam_mmdet.engine.run_reader import read_runs
-from cbam_mmdet.visualization.report.evaluation import _detects_alike
+from cbam_mmdet.visualization.report import evaluation
 from cbam_mmdet.visualization.report.page import _notes
 
 PLAIN = str(ROOT / 'configs/demo/faster_rcnn.py')
@@ -83,16 +84,20 @@ def compared(trained, shapes, tmp_path_factory):
     return folder
 
 
-def test_a_test_with_other_settings_does_not_stand_for_the_run(trained, tmp_path):
+def test_a_test_with_other_settings_does_not_stand_for_the_run(trained, tmp_path, monkeypatch):
     """Its detections are those of another detector: they are made anew."""
     work = shutil.copytree(trained, tmp_path / 'work')
     pretend_tested(work)
     [config] = work.glob('29990101_000000/*.py')
-    [run] = read_runs([work])
-    assert _detects_alike(run.tested, run.trained)
-    config.write_text(config.read_text() + '\nmodel["test_cfg"]["rcnn"]["max_per_img"] = 1\n')
-    [run] = read_runs([work])
-    assert not _detects_alike(run.tested, run.trained)
+    text, found = config.read_text(), []
+    (work / 'results.pkl').touch()
+    monkeypatch.setattr(evaluation, 'read_results', lambda path: found.append(Path(path).parent))
+    monkeypatch.setattr(evaluation, 'test', lambda *args, **kwargs: None)
+    for change in ('test_cfg"]["rcnn"]["max_per_img"] = 1', 'train_cfg"]["rcnn"]["pos_weight"] = 1'):
+        config.write_text(f'{text}\nmodel["{change}\n')
+        [run] = read_runs([work])
+        evaluation._detections(run, str(work / 'epoch_1.pth'), None, False, str(tmp_path / 'new'))
+    assert found == [tmp_path / 'new', work]  # what only a training reads makes no other detector
 
 
 @pytest.fixture(scope='module')

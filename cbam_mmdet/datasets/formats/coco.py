@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -129,22 +129,25 @@ def _find_images(
 
 
 def _nearest(folder: Folder, path: Path, images: list[dict], split: str | None) -> str | None:
-    """The folder in which most images of the file are, if names are in several; of equal ones the nearest to the file.
+    """Where names are in several folders, the one that has most of a file's images.
+
+    Of those that have nearly as many (one may lack an image), the one nearest to the file.
 
     Raises:
         UserError: if several are equally near.
     """
-    called = {image['file_name']: folder.images_called(image['file_name']) for image in images}
-    if max(map(len, called.values()), default=0) < 2:
+    called = {name: folder.images_called(name) for name in (image['file_name'] for image in images)}
+    name = max(called, key=lambda name: len(called[name]), default='')
+    if not called or len(called[name]) < 2:
         return None
-    places: dict[str, list[str]] = defaultdict(list)
-    for name, files in called.items():
-        for found in files:
-            places[found[: -len(name)].rstrip('/')].append(found)
-    most = max(map(len, places.values()), default=0)
-    there = {found[0]: place for place, found in places.items() if 2 * len(found) > most}
-    nearest = folder.nearest([*there], images[0]['file_name'], path, split) if there else None
-    return nearest and there[nearest]
+
+    def place(name: str, found: str) -> str:
+        return found[: -len(name)].rstrip('/')
+
+    counts = Counter(place(name, found) for name, files in called.items() for found in files)
+    most = max(counts.values())
+    nearest = folder.nearest([f for f in called[name] if 4 * counts[place(name, f)] >= 3 * most], name, path, split)
+    return nearest and place(name, nearest)
 
 
 def _empty_parent(contents: list[dict]) -> str | None:

@@ -232,7 +232,8 @@ def turn_of(path: Path, size: tuple[int, int]) -> int | None:
     if size == shown or size != shown[::-1]:
         return None
     with Image.open(path) as image:
-        return image.getexif().get(ORIENTATION)
+        orientation = image.getexif().get(ORIENTATION)
+        return orientation if image.format in TURNED_FORMATS and orientation in TURNED else None
 
 
 def turned_box(box: Sequence[float], size: tuple[int, int], orientation: int) -> tuple[float, float, float, float]:

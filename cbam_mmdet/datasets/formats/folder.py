@@ -29,6 +29,8 @@ MASKS = {'mask', 'masks', 'segmentationclass', 'segmentationobject', 'segmentati
 class Folder:
     """A folder's images and the files that may be annotations. Hidden files and folders are left out.
 
+    So are images in folders called `masks/`, `SegmentationClass/` and the like, if most have the names of others.
+
     Args:
         root: the folder.
 
@@ -46,13 +48,13 @@ class Folder:
                 self.images.append(path.relative_to(self.root).as_posix())
             else:
                 self.files[suffix].append(path)
-        photographs = [image for image in self.images if not MASKS & {*map(str.lower, PurePosixPath(image).parts[:-1])}]
-        self.images = photographs or self.images
         self._known = set(self.images)
-        self._folders = {part for image in self.images for part in PurePosixPath(image).parts[:-1]}
+        self.masks = self._masks()
+        self.images = [image for image in self.images if PurePosixPath(image).parent.as_posix() not in self.masks]
         self._by_name: dict[str, list[str]] = defaultdict(list)
         self._by_stem: dict[str, list[str]] = defaultdict(list)
-        self._with_images = {PurePosixPath(image).parent.name for image in self.images}
+        parents = {PurePosixPath(image).parts[:-1] for image in self.images}
+        self._tails = {parts[i:] for parts in parents for i in range(len(parts))}
         self._moved: dict[tuple[str, str], None] = {}
         for image in self.images:
             self._by_name[PurePosixPath(image).name].append(image)
@@ -64,8 +66,7 @@ class Folder:
         Args:
             named: the path that the file gives, from this or another system. The image is the one that shares most of
                 its last parts; without suffix it is compared with the names without suffix. An image in a folder of
-                another name is taken only if the folder that is named has no images at all. Folders of masks
-            (`SegmentationClass/`, ...) are no images, unless there are no others.
+                another name is taken only if the folder that is named has no images at all.
             source: the annotation file.
             split: prefer an image of this split, if several have the name.
 
@@ -82,25 +83,34 @@ class Folder:
                 return direct
         folders, name = relative.split('/')[:-1], parts[-1]
         candidates = self._by_name.get(name) or self._by_stem.get(name) or []
-        for i in range(len(folders)):
-            if i and folders[i - 1] in self._folders:
-                return None  # that folder is here, without the image: one of its name in another is not it
-            tail = '/' + '/'.join(folders[i:])
-            if deeper := [image for image in candidates if f'/{PurePosixPath(image).parent}'.endswith(tail)]:
+        for tail in (tuple(folders[i:]) for i in range(len(folders))):
+            if tail in self._tails:  # the folder that is meant is here, maybe without the image
+                deeper = [image for image in candidates if PurePosixPath(image).parts[:-1][-len(tail) :] == tail]
                 return self.nearest(deeper, named, source, split)
-        if folders and folders[-1] in self._with_images:
-            return None
         found = self.nearest(candidates, named, source, split)
         if found and folders:
             self._moved[folders[-1], PurePosixPath(found).parent.as_posix()] = None
         return found
 
+    def _masks(self) -> dict[str, int]:
+        """The folders called so whose images have the names of others, with the number of their images."""
+        by_parent: dict[str, list[str]] = defaultdict(list)
+        for image in self.images:
+            by_parent[PurePosixPath(image).parent.as_posix()].append(PurePosixPath(image).stem)
+        called_so = {place for place in by_parent if MASKS & set(place.lower().split('/'))}
+        others = {stem for place, stems in by_parent.items() if place not in called_so for stem in stems}
+        return {
+            place: len(by_parent[place])
+            for place in sorted(called_so)
+            if 2 * sum(stem in others for stem in by_parent[place]) >= len(by_parent[place])
+        }
+
     def moved(self) -> list[str]:
-        """A line for each folder that the annotations name and that is not there, whose images were found elsewhere."""
+        """A line for each folder that the annotations name and that is not there, and for each folder of masks."""
         return [
             f'no images in a folder {named}/, which the annotations name: those of the same names in {place}/ are taken'
             for named, place in self._moved
-        ]
+        ] + [f'{count} images in {place}/ are taken for masks, and left out' for place, count in self.masks.items()]
 
     def nearest(self, images: list[str], named: str, source: Path, split: str | None) -> str | None:
         """Of several images the one that an annotation file means: of its split, then nearest to it in the folder.
@@ -131,6 +141,8 @@ class Folder:
 
     def images_called(self, name: str) -> list[str]:
         """The images, relative to the folder, whose path ends with this name, which may hold folders."""
+        if '/' in name and name in self._known:
+            return [name]
         found = self._by_name.get(PurePosixPath(name).name, ())
         return [image for image in found if f'/{image}'.endswith(f'/{name}')]
 

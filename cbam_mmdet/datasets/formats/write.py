@@ -53,8 +53,8 @@ def _require_no_corners(splits: dict[str, dict]) -> None:
             corners += reads_as_corners((x, y, x + width, y + height), sizes[annotation['image_id']])
     if corners > MANY * boxes:
         raise UserError(
-            f'{corners} of {boxes} boxes reach beyond their image, and would not if their bbox were [x1, y1, x2, y2]. '
-            "In COCO's format it is [x, y, width, height]: convert them"
+            f'{corners} of {boxes} boxes reach beyond their image, and would not if they were [x1, y1, x2, y2] in '
+            'place of [x, y, width, height]: mend the annotations'
         )
 
 
@@ -115,14 +115,11 @@ def _write_voc(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> 
 def _write_yolo(splits: dict[str, dict], root: Path, out: Path, bring: Bring) -> list[str]:
     names = [category['name'] for category in next(iter(splits.values()))['categories']]
     crowds = outside = cut = 0
+    frames_of = {split: _frames(content['images'], root) for split, content in splits.items()}
     for split, content in splits.items():
         index = {category['id']: names.index(category['name']) for category in content['categories']}
         lines = defaultdict(list)
-        sizes = [(image['width'], image['height']) for image in content['images']]
-        frames = {
-            image['id']: (size, _turn(root / image['file_name'], size))
-            for image, size in zip(content['images'], sizes, strict=True)
-        }
+        frames = frames_of[split]
         for annotation in content['annotations']:
             if annotation['iscrowd']:
                 crowds += 1
@@ -144,6 +141,13 @@ def _write_yolo(splits: dict[str, dict], root: Path, out: Path, bring: Bring) ->
     notes = [f'{crowds} crowds and difficult objects are left out, for which YOLO has no place'] if crowds else []
     notes += [f'{outside} boxes without size or outside their image are left out'] if outside else []
     return notes + ([f'{cut} boxes that reach beyond their image are cut at its border'] if cut else [])
+
+
+def _frames(images: list[dict], root: Path) -> dict[object, tuple[tuple[int, int], int | None]]:
+    """The annotated (width, height) of each image, and its turn."""
+    sizes = [(image['width'], image['height']) for image in images]
+    turns = [_turn(root / image['file_name'], size) for image, size in zip(images, sizes, strict=True)]
+    return dict(zip((image['id'] for image in images), zip(sizes, turns, strict=True), strict=True))
 
 
 def _turn(path: Path, size: tuple[int, int]) -> int | None:

@@ -178,7 +178,10 @@ def _listed_by_darknet(folder: Folder) -> list[tuple[str, str | None]]:
     lists = {path.stem: path for path in folder.files['.txt'] if path.stem in LISTS and not folder.has_stem(path.stem)}
     if 'train' not in lists:
         return []
-    return _with_splits({LISTS[stem]: _listed(folder, path) for stem, path in lists.items()})
+    names: dict[str, list[str]] = {}
+    for stem, path in lists.items():
+        names.setdefault(LISTS[stem], []).extend(_listed(folder, path))
+    return _with_splits(names)
 
 
 def _with_splits(names: dict[str, list[str]]) -> list[tuple[str, str | None]]:
@@ -198,7 +201,7 @@ def _listed(folder: Folder, path: Path) -> list[str]:
         if name is None:
             raise UserError(f'{path} lists {brief(line)}, and the folder {folder.root} has no such image')
         names.append(name)
-    return names
+    return [*dict.fromkeys(names)]  # Darknet's users repeat an image that is to count more
 
 
 def _read(

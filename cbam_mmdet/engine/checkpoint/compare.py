@@ -36,8 +36,8 @@ def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, nam
             f'{name} holds no weights (a dict of tensors, or one with the key state_dict): it is not a checkpoint'
         )
     require_sound(given, name)
-    _require_same_positions(checkpoint, model, name)
     expected = model.state_dict()
+    _require_same_positions(checkpoint, model, name)
     missing = [key for key in expected if key not in given]
     unexpected = [key for key in given if key not in expected]
     misshapen = [key for key in expected if key in given and getattr(given[key], 'shape', None) != expected[key].shape]
@@ -62,12 +62,13 @@ def compare_state_dicts(checkpoint: Mapping, model: nn.Module, strict: bool, nam
 
 def _require_same_positions(checkpoint: Mapping, model: nn.Module, name: str) -> None:
     """Refuse a CBAM that was trained elsewhere in its block: its weights have the same names and shapes there."""
-    there = positions_in(meta_of(checkpoint).get('cfg'))
+    there, given = positions_in(meta_of(checkpoint).get('cfg')), weights_of(checkpoint) or {}
     here = {
         position
-        for block in model.modules()
+        for block_name, block in model.named_modules()
         for position in POSITIONS
-        if any(isinstance(getattr(block, it), CBAM) for it in getattr(block, f'{position}_plugin_names', ()))
+        for plugin in getattr(block, f'{position}_plugin_names', ())
+        if isinstance(getattr(block, plugin), CBAM) and _fits(getattr(block, plugin), given, f'{block_name}.{plugin}.')
     }
     if there and here - there and not is_any_variant_loaded():
         raise UserError(
@@ -75,3 +76,9 @@ def _require_same_positions(checkpoint: Mapping, model: nn.Module, name: str) ->
             f'and the config says {abridge(sorted(here), quoted=True)}: the same weights would compute something else. '
             'Set that position in the plugins of the config. To load them all the same: --any-variant'
         )
+
+
+def _fits(module: nn.Module, given: Mapping, prefix: str) -> bool:
+    """Whether the weights of this prefix have the names and shapes of the module's."""
+    shapes = {prefix + key: value.shape for key, value in module.state_dict().items()}
+    return all(getattr(given.get(key), 'shape', None) == shape for key, shape in shapes.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -16,6 +17,17 @@ from cbam_mmdet.engine.distributed import unwrapped
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.logging import log
 
+# What torch's optimizers keep for each parameter in its own shape.
+SHAPED = (
+    'momentum_buffer',
+    'exp_avg',
+    'exp_avg_sq',
+    'max_exp_avg_sq',
+    'exp_inf',
+    'square_avg',
+    'grad_avg',
+    'acc_delta',
+)
 OWN = ('momentum', 'betas', 'alpha', 'rho')  # settings by which the kinds of optimizers differ
 
 
@@ -92,9 +104,10 @@ def _require_fitting_state(state: Any, groups: list[dict], name: str) -> None:
     for number, parameter in zip(numbers, parameters, strict=False):
         values = kept.get(number) if isinstance(kept, dict) else None
         for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+            wanted = parameter.shape if key in SHAPED else torch.Size() if key == 'step' else None
+            if wanted is not None and isinstance(value, Tensor) and value.shape != wanted:
                 raise UserError(
                     f"--resume: {name} holds an optimizer's state for other parameters: {key} of the parameter "
-                    f'{number} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}. To start from its '
+                    f'{number} is {tuple(value.shape)}, where {tuple(wanted)} belongs. To start from its '
                     f'weights, without --resume: --cfg-options load_from={name}'
                 )

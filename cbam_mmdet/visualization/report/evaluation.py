@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +28,8 @@ from cbam_mmdet.evaluation.scores import Outcome, Scores, score
 from cbam_mmdet.models.gates import RecordedGates, find_cbams
 from cbam_mmdet.utils.config import split_datasets
 from cbam_mmdet.visualization.attention import gates_over
+
+OF_TRAINING = ('train_cfg', 'init_cfg', 'frozen_stages', 'norm_eval', 'with_cp')
 
 
 @dataclass
@@ -103,11 +105,17 @@ def _detects_alike(tested: Config, trained: Config) -> bool:
     """Whether a test detected by the settings of the training's config, not by others or with augmentation."""
 
     def parts(cfg: Config) -> tuple:
-        model = copy.deepcopy(cfg.model)
-        (model.get('backbone') or {}).pop('init_cfg', None)  # a test needs no other weights than the checkpoint's
-        return model, [dataset.get('pipeline') for dataset in split_datasets(cfg, 'test')]
+        return _of_inference(cfg.model), [dataset.get('pipeline') for dataset in split_datasets(cfg, 'test')]
 
     return parts(tested) == parts(trained)
+
+
+def _of_inference(node: object) -> object:
+    """The settings of a model without those that only a training reads."""
+    if isinstance(node, Mapping):
+        kept = {key: value for key, value in node.items() if key not in OF_TRAINING and not str(key).startswith('loss')}
+        return {key: _of_inference(value) for key, value in kept.items()}
+    return [_of_inference(item) for item in node] if isinstance(node, (list, tuple)) else node
 
 
 def _detections(
@@ -124,6 +132,8 @@ def _detections(
         record.facts['Detections'] = f'{RESULTS} of {written:%Y-%m-%d %H:%M}'
         return read_results(results), copy.deepcopy(record.tested)
     record.facts['Detections'] = 'made for this report'
+    if known:
+        record.facts['Detections'] += ': the last test had other settings than the training'
     results = f'{folder}/{RESULTS}'
     cfg = copy.deepcopy(record.trained)
     # MMEngine keeps a visualizer by its name as long as the process lives, so each run needs another name.

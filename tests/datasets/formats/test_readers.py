@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import DATA
+from PIL import Image
 
 from cbam_mmdet.datasets.checks import complete
 from cbam_mmdet.datasets.formats.as_coco import duplicates, write_coco_files
@@ -1015,13 +1016,37 @@ def test_an_image_of_another_folder_is_not_taken_for_a_missing_one_below_the_sam
 
 @pytest.mark.parametrize(('suffix', 'text'), [('.json', labelme_of), ('.xml', voc_of)])
 def test_masks_are_not_taken_for_missing_images(tmp_path, suffix, text):
-    write_pictures(tmp_path, 'images/1.jpg', 'images/2.jpg', 'masks/3.png')
+    write_pictures(tmp_path, 'images/1.jpg', 'images/2.jpg', 'masks/1.png', 'masks/2.png', 'masks/3.png')
     (tmp_path / 'labels').mkdir()
     for i in (1, 2, 3):
         (tmp_path / f'labels/{i}{suffix}').write_text(text(f'{i}.jpg'))
     found = read_folder(tmp_path)
     assert names_in(found) == ['images/1.jpg', 'images/2.jpg']
     assert any('whose image is not there' in note for note in found.notes)
+    assert '3 images in masks/ are taken for masks, and left out' in found.notes
+
+
+def test_photographs_of_masks_are_images(tmp_path):
+    write_pictures(tmp_path, 'mask/1.jpg', 'mask/2.jpg', 'no_mask/3.jpg', 'no_mask/4.jpg')
+    for image in tmp_path.glob('*/*.jpg'):
+        image.with_suffix('.txt').write_text('0 0.5 0.5 0.5 0.5\n')
+    (tmp_path / 'classes.txt').write_text('mask\n')
+    assert len(names_in(read_folder(tmp_path))) == 4
+
+
+@pytest.mark.parametrize('named', ['train/imgs/{i}.jpg', './images/train2017/{i}.jpg', '/home/me/images/set/a/{i}.jpg'])
+def test_folders_that_are_called_otherwise_now(tmp_path, named):
+    write_pictures(tmp_path, 'train/images/1.jpg', 'train/images/2.jpg')
+    (tmp_path / 'a.json').write_text(coco_of([named.format(i=i) for i in (1, 2)]))
+    found = read_folder(tmp_path)
+    assert names_in(found) == ['train/images/1.jpg', 'train/images/2.jpg']
+    assert any('which the annotations name' in note for note in found.notes)
+
+
+def test_a_complete_folder_goes_before_small_pictures_of_some(tmp_path):
+    write_pictures(tmp_path, *(f'images/{i}.jpg' for i in range(10)), *(f'thumbs/{i}.jpg' for i in range(6)))
+    (tmp_path / 'a.json').write_text(coco_of([f'{i}.jpg' for i in range(10)]))
+    assert names_in(read_folder(tmp_path)) == [f'images/{i}.jpg' for i in range(10)]
 
 
 def test_folders_that_images_come_from_are_said(tmp_path):
@@ -1037,7 +1062,7 @@ def test_a_single_list_of_darknet_is_followed(tmp_path, described):
     for i in range(6):
         (tmp_path / f'obj/{i}.txt').write_text('0 0.5 0.5 0.2 0.2\n')
     (tmp_path / 'obj.names').write_text('cat\n')
-    (tmp_path / 'train.txt').write_text('data/obj/1.jpg\ndata/obj/2.jpg\n')
+    (tmp_path / 'train.txt').write_text('data/obj/1.jpg\ndata/obj/2.jpg\ndata/obj/2.jpg\n')
     if described:
         (tmp_path / 'obj.data').write_text('classes = 1\ntrain = data/train.txt\nnames = data/obj.names\n')
     found = read_folder(tmp_path)
@@ -1082,9 +1107,15 @@ def test_a_file_that_is_listed_under_two_names_is_said(tmp_path):
     assert 'a.json lists 1 files as several images: images/1.jpg' in read_folder(tmp_path).notes
 
 
-def test_sizes_that_are_not_those_of_the_images_cannot_be_written_for_yolo(tmp_path):
+@pytest.mark.parametrize('orientation', [None, 1, 3])
+def test_sizes_that_are_not_those_of_the_images_cannot_be_written_for_yolo(tmp_path, orientation):
     """Its boxes are shares of the size. The .xml have width and height the other way round."""
-    write_pictures(tmp_path, 'in/1.jpg', 'in/2.jpg')
+    (tmp_path / 'in').mkdir()
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    for name in ('1.jpg', '2.jpg'):
+        Image.new('RGB', (40, 30)).save(tmp_path / 'in' / name, exif=exif)
     for i in (1, 2):
         (tmp_path / f'in/{i}.xml').write_text(voc_of(f'{i}.jpg', size=(30, 40)))
     found = read_folder(tmp_path / 'in')
@@ -1099,7 +1130,7 @@ def test_corners_are_not_converted(tmp_path, style):
     for annotation in content['annotations']:
         annotation['bbox'] = [18, 14, 38, 28]
     (tmp_path / 'in/a.json').write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r'would not if their bbox were \[x1, y1, x2, y2\]'):
+    with pytest.raises(UserError, match=r'would not if they were \[x1, y1, x2, y2\]'):
         write_data_set(read_folder(tmp_path / 'in'), tmp_path / 'in', tmp_path / 'out', style)
 
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from test_keys import official
+from torch import nn
 
+from cbam_mmdet import CBAM
 from cbam_mmdet.apis.convert import convert_checkpoint
 from cbam_mmdet.errors import UserError
 
@@ -52,3 +54,14 @@ def test_the_source_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match='is the source itself'):
         convert_checkpoint(str(tmp_path / 'a.pth'), str(tmp_path / 'a.pth'))
     assert (tmp_path / 'a.pth').read_bytes() == before
+
+
+@pytest.mark.parametrize('changes', [dict(), dict(gate='unit'), dict(norm_cfg=dict(type='BN', eps=0.1))])
+def test_only_the_papers_variant_becomes_the_authors(tmp_path, changes):
+    torch.save(nn.ModuleDict(dict(cbam=CBAM(32, **changes))).state_dict(), tmp_path / 'a.pth')
+    if changes:
+        with pytest.raises(UserError, match="which the authors' network does not have"):
+            convert_checkpoint(str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth'), official=True)
+    else:  # a module is no network, which is what comes next
+        with pytest.raises(UserError, match='these are not the weights of a ResNet'):
+            convert_checkpoint(str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth'), official=True)

@@ -28,11 +28,17 @@ def test_the_same_settings_are_not_spoken_of(run_tool, trained, shapes, tmp_path
     assert result.code == 0 and 'has no effect' not in result.out + result.err
 
 
-def test_a_state_of_other_parameters_is_refused(run_tool, trained, shapes, tmp_path):
+@pytest.mark.parametrize('step', [False, True])
+def test_a_state_of_other_parameters_is_refused(run_tool, trained, shapes, tmp_path, step):
     work = shutil.copytree(trained, tmp_path / 'work')
     checkpoint = torch.load(work / 'epoch_1.pth', weights_only=False)
     states = checkpoint['optimizer']['state'].values()
-    values, key = next((values, key) for values in states for key, value in values.items() if torch.is_tensor(value))
+    values, key = next(
+        (values, key)
+        for values in states
+        for key, value in values.items()
+        if torch.is_tensor(value) and (key == 'step') == step
+    )
     values[key] = torch.zeros(3, 5, 7)
     torch.save(checkpoint, work / 'epoch_1.pth')
     result = run_tool('train.py', DEMO, '--resume', *tiny(work, shapes, 'train_cfg.max_epochs=2'))
