@@ -451,8 +451,11 @@ def _coco_objects(
 def _coco_object(annotation: dict, images: dict[Any, dict], names: dict[Any, str], needs_iscrowd: bool) -> COCOObject:
     if needs_iscrowd and 'iscrowd' not in annotation:
         raise KeyError('iscrowd')  # the metric reads it
-    if annotation.get('iscrowd') not in (None, 0, 1):
-        raise ValueError(f'its iscrowd is {annotation["iscrowd"]!r}')
+    crowd = annotation.get('iscrowd', 0)
+    if crowd is None and not needs_iscrowd:  # the training takes it for 0
+        crowd = 0
+    if not isinstance(crowd, bool) and _number(crowd) not in (0, 1):
+        raise ValueError(f'its iscrowd is {crowd!r}')
     if not _is_id(annotation['id']):
         raise TypeError(f'its id {annotation["id"]!r} is no whole number below 2**53')
     if annotation['image_id'] not in images:
