@@ -93,12 +93,11 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
 
 def _name_common_images(reports: Sequence[Report]) -> None:
     """Say which images are both trained on and scored, as the same file or as a copy of it."""
-    groups: dict[str, list] = {'': [path for report in reports if report.split == 'train' for path in report.files]}
-    scored = {str(i): report for i, report in enumerate(reports) if report.split != 'train'}
-    groups |= {i: report.files for i, report in scored.items()}
-    found = copies(groups) if groups[''] else []
+    trained = [path for report in reports if report.split == 'train' for path in report.files]
+    scored = {i: report for i, report in enumerate(reports) if report.split != 'train'}
+    found = copies({None: trained} | {i: report.files for i, report in scored.items()}) if trained else []
     for i, report in scored.items():
-        common = [osp.basename(path) for (group, path), (other, _) in found if (group, other) == (i, '')]
+        common = [osp.basename(path) for (group, path), (first, _) in found if (group, first) == (i, None)]
         if common:
             print_log(
                 f'{report.ann_file}: {len(common)} of {report.images} images are trained on, too, so the score is not '
@@ -224,12 +223,7 @@ def _check_dataset(
         raise UserError(
             f'annotation file {path} holds no usable box for {split}{also}: there is nothing to learn or to score.'
         )
-    if len(report.beyond) > MANY * report.boxes:
-        raise UserError(
-            f'annotation file {path}: {len(report.beyond)} of {report.boxes} boxes reach beyond their image, and would '
-            f'not if their bbox were [x1, y1, x2, y2] (annotation ids {abridge([str(i) for i in report.beyond])}). In '
-            "COCO's format it is [x, y, width, height]: convert them"
-        )
+    require_sizes(f'annotation file {path}', report.beyond, report.boxes)
     done[key] = report
     if style == 'voc' and split == 'train' and report.degenerate:
         # MMDetection would train on these boxes. With this filter it ignores them.
@@ -356,6 +350,25 @@ def reads_as_corners(box: tuple[float, float, float, float], size: tuple[float, 
     x1, y1, x2, y2 = box
     far = x2 > 1.02 * size[0] + 2 or y2 > 1.02 * size[1] + 2
     return far and x1 < x2 - x1 <= size[0] + 1 and y1 < y2 - y1 <= size[1] + 1
+
+
+def require_sizes(where: str, beyond: Sequence, boxes: int) -> None:
+    """Refuse boxes that are written as corners in place of a corner and a size.
+
+    Args:
+        where: what holds the boxes.
+        beyond: the annotation ids of those that read so, see `reads_as_corners`.
+        boxes: how many there are.
+
+    Raises:
+        UserError: if they are many.
+    """
+    if len(beyond) > MANY * boxes:
+        raise UserError(
+            f'{where}: {len(beyond)} of {boxes} boxes reach beyond their image, and would not if their bbox were '
+            f"[x1, y1, x2, y2] (annotation ids {abridge([*map(str, beyond)])}). In COCO's format it is "
+            '[x, y, width, height]: convert them'
+        )
 
 
 def _check_masks(path: str, dataset: ConfigDict, annotations: list[dict]) -> None:

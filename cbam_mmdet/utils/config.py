@@ -174,6 +174,8 @@ def _places_of(node: object, place: str = '') -> Iterator[str]:
 def _refuse_misspelt(cfg: Config, key: str) -> None:
     """Refuse a new key beside one of nearly the same name, in a group of settings that nobody else would miss it in.
 
+    So is one that only a group inside has: a two-stage detector reads test_cfg.rcnn.score_thr, not test_cfg.score_thr.
+
     A dict with a `type` is built, and what builds it refuses keys that it does not take. The names of modules in
     `custom_keys` are the user's.
 
@@ -190,7 +192,8 @@ def _refuse_misspelt(cfg: Config, key: str) -> None:
         if not isinstance(node, Mapping) and not isinstance(node, Config):
             return
         if part not in node:
-            alike = difflib.get_close_matches(part, map(str, node), n=1, cutoff=0.85)
+            inner = [place for place in _places_of(node) if place.split('.')[-1] == part]
+            alike = inner[-1:] or difflib.get_close_matches(part, map(str, node), n=1, cutoff=0.85)
             numbered = alike and re.sub(r'\d', '', part) == re.sub(r'\d', '', alike[0])  # stage3 beside stage2
             if depth and alike and not numbered and 'type' not in node and parts[depth - 1] != 'custom_keys':
                 where = '.'.join(parts[:depth])

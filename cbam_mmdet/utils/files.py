@@ -6,12 +6,14 @@ import contextlib
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from mmengine.fileio import LocalBackend
 
 START = 2**14  # bytes, in which two compressed photographs differ
+Group = TypeVar('Group', bound=Hashable)
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -59,7 +61,7 @@ def write_by_content(folder: str | Path, files: dict[str, bytes]) -> Path:
     return target
 
 
-def copies(groups: Mapping[str, Iterable[str]]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+def copies(groups: Mapping[Group, Iterable[str]]) -> list[tuple[tuple[Group, str], tuple[Group, str]]]:
     """The files that are in two groups: the same path, or another file that is the same byte for byte.
 
     Of most files only the size is read, of those of one size the first bytes. Files that cannot be read are left out.
@@ -72,8 +74,8 @@ def copies(groups: Mapping[str, Iterable[str]]) -> list[tuple[tuple[str, str], t
     """
     if sum(map(bool, groups.values())) < 2:
         return []
-    made: list[tuple[tuple[str, str], tuple[str, str]]] = []
-    first: dict[str, str] = {}
+    made: list[tuple[tuple[Group, str], tuple[Group, str]]] = []
+    first: dict[str, Group] = {}
     for group, paths in groups.items():
         for path in dict.fromkeys(paths):
             if first.setdefault(path, group) != group:
@@ -86,9 +88,9 @@ def copies(groups: Mapping[str, Iterable[str]]) -> list[tuple[tuple[str, str], t
     return made
 
 
-def _across(items: list[tuple[str, str]], key: Callable[[str], object]) -> list[list[tuple[str, str]]]:
+def _across(items: list[tuple[Group, str]], key: Callable[[str], object]) -> list[list[tuple[Group, str]]]:
     """The items (group, path) of equal keys of their paths, where they are of several groups."""
-    alike: dict[object, list[tuple[str, str]]] = defaultdict(list)
+    alike: dict[object, list[tuple[Group, str]]] = defaultdict(list)
     for item in items:
         with contextlib.suppress(OSError):
             alike[key(item[1])].append(item)

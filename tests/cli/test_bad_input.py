@@ -151,7 +151,12 @@ def test_misspelt_cfg_option_is_refused(train):
 
 @pytest.mark.parametrize(
     ('option', 'words'),
-    [('model.test_cfg.rcnn.score_thresh=0.9', "did you mean 'score_thr'"), ('train_cfg.max_epoch=9', 'does not take')],
+    [
+        ('model.test_cfg.rcnn.score_thresh=0.9', "did you mean 'score_thr'"),
+        ('model.test_cfg.score_thr=0.9', "did you mean 'rcnn.score_thr'"),
+        ('train_dataloader.shuffle=True', "did you mean 'sampler.shuffle'"),
+        ('train_cfg.max_epoch=9', 'does not take'),
+    ],
 )
 def test_misspelt_cfg_option_in_a_group_is_refused(train, option, words):
     assert_refused(train(option), words)

@@ -205,35 +205,25 @@ def part(content: dict[str, list], belongs: Callable[[Any], bool]) -> dict[str, 
 
 
 def displayed_size(path: Path) -> tuple[int, int]:
-    """The (width, height) of an image as it is displayed, after the turn that its EXIF data ask for, from its header.
+    """See `displayed_size_and_turn`."""
+    return displayed_size_and_turn(path)[0]
+
+
+def displayed_size_and_turn(path: Path) -> tuple[tuple[int, int], int | None]:
+    """How an image is displayed, after the turn that its EXIF data ask for, from its header.
+
+    Returns:
+        Its (width, height), and EXIF's orientation if that swaps width and height.
 
     Raises:
         UserError: if the file is no image.
     """
     try:
         with Image.open(path) as image:
-            turned = image.format in TURNED_FORMATS and image.getexif().get(ORIENTATION) in TURNED
-            return image.size[::-1] if turned else image.size
+            orientation = image.getexif().get(ORIENTATION) if image.format in TURNED_FORMATS else None
+            return (image.size[::-1], orientation) if orientation in TURNED else (image.size, None)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f'image {path} cannot be read: {brief(error)}') from error
-
-
-def turn_of(path: Path, size: tuple[int, int]) -> int | None:
-    """EXIF's orientation of an image that is displayed turned, if its annotations mean it as stored, by their size.
-
-    Args:
-        path: the image.
-        size: (width, height) as the annotations say.
-
-    Raises:
-        UserError: if the file is no image.
-    """
-    shown = displayed_size(path)
-    if size == shown or size != shown[::-1]:
-        return None
-    with Image.open(path) as image:
-        orientation = image.getexif().get(ORIENTATION)
-        return orientation if image.format in TURNED_FORMATS and orientation in TURNED else None
 
 
 def turned_box(box: Sequence[float], size: tuple[int, int], orientation: int) -> tuple[float, float, float, float]:

@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from cbam_mmdet.datasets.checks import MANY, reads_as_corners
+from cbam_mmdet.datasets.checks import reads_as_corners, require_sizes
 from cbam_mmdet.datasets.convert import coco_to_voc
-from cbam_mmdet.datasets.formats.content import Found, displayed_size, turn_of, turned_box
+from cbam_mmdet.datasets.formats.content import Found, displayed_size_and_turn, turned_box
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.files import write_text
 
@@ -39,23 +39,20 @@ def write_data_set(found: Found, root: str | Path, out: str | Path, style: str, 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f'{out} exists already and is not an empty folder: name another one')
     bring = _copy if copy else _link
-    _require_no_corners(found.distinct())
+    _require_sizes(found.distinct(), root)
     return _WRITERS[style](found.distinct(), Path(root), out, bring)
 
 
-def _require_no_corners(splits: dict[str, dict]) -> None:
-    boxes = corners = 0
+def _require_sizes(splits: dict[str, dict], root: str | Path) -> None:
+    beyond, boxes = [], 0
     for content in splits.values():
         sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
         for annotation in content['annotations']:
             x, y, width, height = annotation['bbox']
-            boxes += 1
-            corners += reads_as_corners((x, y, x + width, y + height), sizes[annotation['image_id']])
-    if corners > MANY * boxes:
-        raise UserError(
-            f'{corners} of {boxes} boxes reach beyond their image, and would not if they were [x1, y1, x2, y2] in '
-            'place of [x, y, width, height]: mend the annotations'
-        )
+            if reads_as_corners((x, y, x + width, y + height), sizes[annotation['image_id']]):
+                beyond.append(annotation['id'])
+        boxes += len(content['annotations'])
+    require_sizes(str(root), beyond, boxes)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -151,14 +148,20 @@ def _frames(images: list[dict], root: Path) -> dict[object, tuple[tuple[int, int
 
 
 def _turn(path: Path, size: tuple[int, int]) -> int | None:
-    """See turn_of. A box of another size than the image's cannot be written as shares of it."""
-    turn, shown = turn_of(path, size), displayed_size(path)
-    if not turn and size != shown:
-        raise UserError(
-            f'image {path} has {shown[0]} x {shown[1]} pixels, and its annotations say {size[0]} x {size[1]}: '
-            "YOLO's boxes are shares of the image, and of which of both is not known. Mend the annotations"
-        )
-    return turn
+    """EXIF's orientation of an image that is displayed turned, if its annotations mean it as stored, by their size.
+
+    Raises:
+        UserError: if they mean another size than the image's: boxes cannot be written as shares of it.
+    """
+    shown, turn = displayed_size_and_turn(path)
+    if size == shown:
+        return None
+    if turn and size == shown[::-1]:
+        return turn
+    raise UserError(
+        f'image {path} has {shown[0]} x {shown[1]} pixels, and its annotations say {size[0]} x {size[1]}: '
+        "YOLO's boxes are shares of the image, and of which of both is not known. Mend the annotations"
+    )
 
 
 def _is_cut(box: Sequence[float], size: tuple[int, int]) -> bool:

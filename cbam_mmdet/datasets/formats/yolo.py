@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os.path as osp
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 import yaml
@@ -186,7 +186,9 @@ def _listed_by_darknet(folder: Folder) -> list[tuple[str, str | None]]:
 
 def _with_splits(names: dict[str, list[str]]) -> list[tuple[str, str | None]]:
     """Each image with its split. Images to train on alone have none: some of them will be held out."""
-    return [(name, split if len(names) > 1 else None) for split, listed in names.items() for name in listed]
+    return [
+        (name, split if len(names) > 1 else None) for split, listed in names.items() for name in dict.fromkeys(listed)
+    ]
 
 
 def _listed(folder: Folder, path: Path) -> list[str]:
@@ -208,8 +210,9 @@ def _read(
     folder: Folder, classes: tuple[str, ...], names: Iterable[tuple[str, str | None]], keypoints: int = 0
 ) -> Found:
     images, sources, polygons, without = [], [], 0, 0
+    labels_of: dict[str, Path | None] = {}
     for name, split in names:
-        labels = _labels_of(folder, name)
+        labels = labels_of[name] = _labels_of(folder, name)
         size = displayed_size(folder.root / name)
         objects = []
         if labels:
@@ -239,18 +242,24 @@ def _read(
         found.notes.append(f'{polygons} polygons are taken as the boxes around them')
     if without:
         found.notes.append(f'{without} images have no label file: they are taken for images without objects')
-    alone = _labels_alone(folder)
+    alone = _labels_alone(folder, labels_of)
     if alone:
         found.notes.append(f'{len(alone)} label files belong to no image: the first is {alone[0]}')
     return found
 
 
-def _labels_alone(folder: Folder) -> list[str]:
-    """The files in folders of labels that are those of no image, relative to the folder."""
+def _labels_alone(folder: Folder, known: Mapping[str, Path | None]) -> list[str]:
+    """The files in folders of labels that are those of no image, relative to the folder.
+
+    Args:
+        folder: with its images.
+        known: the label files of some of them.
+    """
     texts = [(path, path.relative_to(folder.root)) for path in folder.files['.txt']]
     labels = {path: name for path, name in texts if {*name.parts[:-1]} & {*LABELS} and path.name not in NAMES}
-    of_images = {_labels_of(folder, name) for name in folder.images} if labels else set()
-    return sorted(name.as_posix() for path, name in labels.items() if path not in of_images)
+    left = labels.keys() - set(known.values())
+    left -= {_labels_of(folder, name) for name in folder.images if name not in known} if left else set()
+    return sorted(labels[path].as_posix() for path in left)
 
 
 def _keypoints(shape: object, path: Path) -> int:

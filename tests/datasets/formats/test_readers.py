@@ -1130,7 +1130,7 @@ def test_corners_are_not_converted(tmp_path, style):
     for annotation in content['annotations']:
         annotation['bbox'] = [18, 14, 38, 28]
     (tmp_path / 'in/a.json').write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r'would not if they were \[x1, y1, x2, y2\]'):
+    with pytest.raises(UserError, match=r'would not if their bbox were \[x1, y1, x2, y2\]'):
         write_data_set(read_folder(tmp_path / 'in'), tmp_path / 'in', tmp_path / 'out', style)
 
 
