@@ -62,8 +62,8 @@ def insert_cbam(
     Args:
         cfg: the plain detector's config; it is changed in place.
         checkpoint: its weights, a file or a work dir; every key must fit.
-        out_dir: where NAME_cbam.py and NAME_cbam.pth go, NAME being the config's. The new config's load_from is the new
-            checkpoint.
+        out_dir: where NAME_cbam.py (or .yaml, .json) and NAME_cbam.pth go, NAME being the config's. The new config's
+            load_from is the new checkpoint.
         cbam: CBAM's arguments; gate='unit' unless it says otherwise.
         after: where, as PluginBackbone's `after`; by default the backbone's usual place, without the stages that are
             frozen.
@@ -75,11 +75,7 @@ def insert_cbam(
             it, or the checkpoint does not fit the plain config.
     """
     name = f'{Path(cfg.filename).stem}_cbam'
-    new_config, new_checkpoint = Path(out_dir, f'{name}.py'), Path(out_dir, f'{name}.pth')
-    if new_config.exists() and Path(new_checkpoint).name not in new_config.read_text(
-        encoding='utf-8', errors='replace'
-    ):
-        raise UserError(f'{new_config} exists already, and is not what an insertion wrote: name another --out-dir')
+    new_config, new_checkpoint = Path(out_dir, name + Path(cfg.filename).suffix), Path(out_dir, f'{name}.pth')
     set_default_scope(cfg)
     if not cfg.get('model', {}).get('backbone'):
         raise UserError(f'{cfg.filename} has no model.backbone to put CBAM into')
@@ -89,12 +85,18 @@ def insert_cbam(
         cfg=dict(type='CBAM', **{'gate': 'unit', **(cbam or {})}), after=after or _trained_places(plain.backbone)
     )
     _add_plugin(cfg.model, plugin)
+    _load_from(cfg, new_checkpoint)
+    text = config_text(cfg).encode()
+    if new_config.exists() and new_config.read_bytes() != text:
+        raise UserError(
+            f'{new_config} exists already, and is not what would be written now: name another --out-dir, or remove it'
+        )
     torch.manual_seed(seed)
     model = MODELS.build(copy.deepcopy(cfg.model))
     modules = _load_plain_weights(model, given)
     meta = {key: value for key, value in meta_of(given).items() if key == 'dataset_meta'}
     write_checkpoint(dict(meta=meta, state_dict=model.state_dict()), new_checkpoint)
-    _write_config(cfg, new_config, load_from=new_checkpoint)
+    AtomicLocalBackend().put(text, new_config)
     parameters = sum(p.numel() for key in modules for p in model.get_submodule(key).parameters())
     return Inserted(new_config, new_checkpoint, modules, parameters)
 
@@ -131,12 +133,11 @@ def _load_plain_weights(model: nn.Module, checkpoint: Mapping) -> list[str]:
     return modules
 
 
-def _write_config(cfg: Config, path: Path, load_from: Path) -> None:
-    cfg.load_from, cfg.resume = str(load_from), False
+def _load_from(cfg: Config, checkpoint: Path) -> None:
+    cfg.load_from, cfg.resume = str(checkpoint), False
     imports = cfg.setdefault('custom_imports', ConfigDict(imports=[]))
     imports.imports = list(dict.fromkeys([*imports.imports, 'cbam_mmdet']))
     cfg.pop('work_dir', None)
-    AtomicLocalBackend().put(config_text(cfg).encode(), path)
 
 
 def _forget_pretrained(model: ConfigDict) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +76,10 @@ def export_features(
     torch.export.save(program, content, extra_files={FACTS: json.dumps(facts_of_model(model))})
     AtomicLocalBackend().put(content.getvalue(), out)
     content.seek(0)
-    written = torch.export.load(content).module()
+    with warnings.catch_warnings():
+        # torch reads the weights in place, and warns that they cannot be written to.
+        warnings.filterwarnings('ignore', message='The given buffer is not writable')
+        written = torch.export.load(content).module()
     pictures = [torch.from_numpy(cv2.resize(read_image(str(file)), size[::-1])) for file in files]
     with torch.no_grad():
         gaps = [_differences(features, written, picture.expand(batch or 1, -1, -1, -1)) for picture in pictures]

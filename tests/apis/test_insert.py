@@ -1,5 +1,6 @@
 """CBAM inserted into a detector that is there already."""
 
+import json
 import pickle
 
 import pytest
@@ -46,10 +47,21 @@ def test_another_config_of_that_name_is_kept(insert, tmp_path):
     mine = tmp_path / 'inserted/faster_rcnn_cbam.py'
     mine.write_text('# by hand\n')
     result = insert()
-    assert result.code == 2 and 'exists already, and is not what an insertion wrote' in result.err
+    assert result.code == 2 and 'exists already, and is not what would be written now' in result.err
     assert mine.read_text() == '# by hand\n'
     mine.unlink()
     assert [insert().code, insert().code] == [0, 0]  # its own it may write again
+    mine.write_text(mine.read_text() + '# a note\n')
+    assert insert().code == 2 and mine.read_text().endswith('# a note\n')
+
+
+def test_the_new_config_is_of_the_kind_of_the_plain_one(insert, tmp_path):
+    yaml = tmp_path / 'plain.yaml'
+    yaml.write_text(json.dumps(Config.fromfile(PLAIN).to_dict()))
+    assert insert(config=yaml).code == 0
+    found = Config.fromfile(tmp_path / 'inserted/plain_cbam.yaml')
+    assert found.load_from == str(tmp_path / 'inserted/plain_cbam.pth')
+    assert found.model.backbone.type == 'PluginBackbone'
 
 
 def detections(run_tool, config, checkpoint, shapes, folder, model):
