@@ -53,7 +53,7 @@ def convert_folder(args: argparse.Namespace) -> None:
     notes = write_data_set(found, args.source, args.target, args.to, args.copy)
     for note in (f'{args.source} is in the format of {found.style}', *found.notes, *notes):
         print(note)
-    counts = ', '.join(f'{len(content["images"])} ({split})' for split, content in found.splits.items())
+    counts = ', '.join(f'{len(content["images"])} ({split})' for split, content in found.distinct().items())
     print(f'images: {counts}: {args.target}')
 
 

@@ -31,6 +31,10 @@ from cbam_mmdet.utils.config import class_of, evaluators_of, split_datasets
 from cbam_mmdet.utils.files import copies, write_by_content
 from cbam_mmdet.utils.text import abridge
 
+TURNED_BOXES = (
+    '{} boxes are turned (rotation, as CVAT writes it) and are read as if they were not: tools/convert_annotations.py '
+    'FOLDER NEW --to coco writes the boxes around them'
+)
 MANY = 0.1  # of the boxes: so many do not reach beyond their image by a slip of the hand
 
 
@@ -115,10 +119,11 @@ def _check_evaluator(ann_file: str | None, datasets: Sequence[ConfigDict], split
     if not osp.isfile(ann_file):
         remedy = f'--cfg-options {split}_evaluator.ann_file={theirs[0]}' if theirs and osp.isfile(theirs[0]) else HELP
         raise UserError(f"{split}_evaluator's annotation file {ann_file} does not exist. {remedy}")
-    if theirs and not any(osp.isfile(path) and osp.samefile(path, ann_file) for path in theirs):
+    others = [path for path in theirs if not osp.isfile(path) or not osp.samefile(path, ann_file)]
+    if others:
         print_log(
-            f'{split}_evaluator scores against {ann_file}, and the {split} data set is {theirs[0]}: if that is not '
-            f'meant, --cfg-options {split}_evaluator.ann_file={theirs[0]}',
+            f'{split}_evaluator scores against {ann_file}, and the {split} data set is {others[0]}: if that is not '
+            f'meant, --cfg-options {split}_evaluator.ann_file={others[0]}',
             logger='current',
             level=logging.WARNING,
         )
@@ -328,6 +333,9 @@ def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split:
         bool(annotation.get('ignore')) and names[annotation['category_id']] in classes
         for annotation in content['annotations']
     )
+    turned = sum(rotation_of(annotation) != 0 for annotation in content['annotations'])
+    if turned:
+        _warn(report, TURNED_BOXES.format(turned))
     files = [image['file_name'] for image in images.values()]
     twice = [name for name, count in Counter(files).items() if count > 1]
     if twice:
@@ -335,7 +343,7 @@ def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split:
     folder = osp.join(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img', ''))
     _check_image_files(path, split, folder, files)
     report.files = [osp.join(folder, name) for name in files]
-    _check_masks(path, dataset, content['annotations'])
+    _check_masks(path, dataset, content['images'], content['annotations'])
     return report
 
 
@@ -371,17 +379,43 @@ def require_sizes(where: str, beyond: Sequence, boxes: int) -> None:
         )
 
 
-def _check_masks(path: str, dataset: ConfigDict, annotations: list[dict]) -> None:
+def _check_masks(path: str, dataset: ConfigDict, images: list[dict], annotations: list[dict]) -> None:
     """A detector of masks trains on them. MMDetection says KeyError where there are none."""
     if not any(step.get('with_mask') for step in dataset.get('pipeline') or [] if isinstance(step, dict)):
         return
-    without = sum(not annotation.get('segmentation') for annotation in annotations)
+    sizes = {image['id']: (image['height'], image['width']) for image in images}
+    without = [a['id'] for a in annotations if not _is_mask(a.get('segmentation'), sizes[a['image_id']])]
     if without:
         raise UserError(
-            f'annotation file {path}: {without} of {len(annotations)} annotations have no segmentation, and the config '
-            'loads masks (with_mask=True): take a detector of boxes, such as configs/faster_rcnn_r50_cbam.py, or '
-            'annotate masks'
+            f'annotation file {path}: {len(without)} of {len(annotations)} annotations have no segmentation that '
+            f'MMDetection reads (ids {abridge([*map(str, without)])}), and the config loads masks (with_mask=True). A '
+            'segmentation is a list of polygons [x1, y1, x2, y2, x3, y3, ...], or a run-length code of the size of its '
+            'image. Take a detector of boxes, such as configs/faster_rcnn_r50_cbam.py, or mend them'
         )
+
+
+def _is_mask(value: object, size: tuple[float, float]) -> bool:
+    """Whether MMDetection makes a mask of a segmentation: it ignores objects with another one without a word.
+
+    Args:
+        value: the segmentation.
+        size: the height and width of its image.
+    """
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_polygon, value))
+    if not isinstance(value, dict) or not isinstance(value.get('size'), list) or tuple(value['size']) != size:
+        return False
+    runs = value.get('counts')
+    if isinstance(runs, list):
+        return all(isinstance(run, int) and run >= 0 for run in runs) and sum(runs) == size[0] * size[1]
+    return isinstance(runs, str) and bool(runs)
+
+
+def _is_polygon(value: object) -> bool:
+    try:
+        return isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0 and bool([*map(_number, value)])
+    except TypeError:
+        return False
 
 
 def require_distinct_names(path: str, names: Sequence[str]) -> None:
@@ -489,6 +523,13 @@ def _coco_object(annotation: dict, images: dict[Any, dict], names: dict[Any, str
     )
 
 
+def rotation_of(annotation: dict) -> float:
+    """By how many degrees a box is turned about its centre, which CVAT writes beside the upright one."""
+    attributes = annotation.get('attributes')
+    degrees = attributes.get('rotation') if isinstance(attributes, dict) else 0
+    return degrees if isinstance(degrees, (int, float)) and abs(degrees) < 1e15 else 0
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip() or '\0' in value:
         raise TypeError(f'{value!r} is not a name')
@@ -517,12 +558,14 @@ def read_voc_ids(path: str) -> list[str]:
 class VOCObject(NamedTuple):
     """An object of a VOC data set.
 
-    Its box is xmin, ymin, xmax, ymax in pixels counted from 1. The last pixels are inside.
+    Its box is xmin, ymin, xmax, ymax in pixels counted from 1. The last pixels are inside. It is turned about its
+    centre by so many degrees, as CVAT writes turned boxes.
     """
 
     name: str
     box: tuple[float, float, float, float]
     difficult: bool
+    degrees: float = 0
 
 
 def read_voc(dataset: ConfigDict, path: str, image_id: str) -> tuple[tuple[float, float], list[VOCObject]]:
@@ -565,7 +608,9 @@ def _voc_object(item: ET.Element) -> VOCObject:
     if not name:
         raise ValueError('an object has no name')
     box = tuple(_number(float(item.findtext(f'bndbox/{key}'))) for key in ('xmin', 'ymin', 'xmax', 'ymax'))
-    return VOCObject(name, box, difficult=bool(int(item.findtext('difficult') or 0)))
+    turns = [it.findtext('value') for it in item.iterfind('attributes/attribute') if it.findtext('name') == 'rotation']
+    degrees = _number(float(next(filter(None, turns), 0)))
+    return VOCObject(name, box, bool(int(item.findtext('difficult') or 0)), degrees)
 
 
 def _check_voc(path: str, dataset: ConfigDict, classes: tuple[str, ...], split: str) -> Report:
@@ -594,16 +639,24 @@ def _check_voc(path: str, dataset: ConfigDict, classes: tuple[str, ...], split: 
 def _count_voc_objects(report: Report, dataset: ConfigDict, ids: list[str], classes: tuple[str, ...]) -> list[str]:
     """Count the objects of the images, and return the names of all classes that occur."""
     found: dict[str, None] = {}
-    sizes = []
+    sizes, turned = [], 0
     for image_id in tqdm(ids, desc='reading annotations', disable=None):
         size, objects = read_voc(dataset, report.ann_file, image_id)
-        for name, (x1, y1, x2, y2), _ in objects:
+        if not min(size) >= 1:
+            raise UserError(
+                f'{report.ann_file}: the .xml of {image_id} gives the size {size[0]:g} x {size[1]:g}. Write that of '
+                'the image, or remove its <size>: then it is taken from the image'
+            )
+        for name, (x1, y1, x2, y2), _, degrees in objects:
             found[name] = None
+            turned += degrees != 0
             if name in classes:
                 _count(report, image_id, image_id, name, (x1 - 1, y1 - 1, x2 - 1, y2 - 1), size, True)
             else:
                 report.other_classes[name] += 1
         sizes.append(size)
+    if turned:
+        _warn(report, TURNED_BOXES.format(turned))
     report.small_images = _count_small(dataset, report.split, sizes)
     return list(found)
 

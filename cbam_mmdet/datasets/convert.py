@@ -17,6 +17,7 @@ from mmengine.config import ConfigDict
 from tqdm import tqdm
 
 from cbam_mmdet.datasets.checks import complete, read_coco, read_voc, read_voc_ids, require_coco
+from cbam_mmdet.datasets.formats.content import around_turned
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.datasets.voc import image_names_by_stem, voc_image_folder
 from cbam_mmdet.errors import UserError
@@ -86,8 +87,9 @@ def voc_to_coco(image_set: str) -> dict:
         images.append(
             dict(id=len(images) + 1, file_name=file_name, width=_as_integer(size[0]), height=_as_integer(size[1]))
         )
-        for name, (x1, y1, x2, y2), difficult in objects:
-            x, y, width, height = (_as_integer(v) for v in (x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1))
+        for name, (xmin, ymin, xmax, ymax), difficult, degrees in objects:
+            x1, y1, x2, y2 = around_turned((xmin - 1, ymin - 1, xmax, ymax), degrees)
+            x, y, width, height = (_as_integer(v) for v in (x1, y1, x2 - x1, y2 - y1))
             annotations.append(
                 dict(
                     id=len(annotations) + 1,

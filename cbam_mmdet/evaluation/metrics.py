@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -25,6 +26,7 @@ from terminaltables import AsciiTable
 
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.coco_eval import Detections, coco_evaluation
+from cbam_mmdet.utils.text import abridge
 
 MODES = ('11points', 'area')
 
@@ -219,6 +221,7 @@ class HotCocoMetric(CocoMetric):
         Returns:
             MMDetection's names and figures, rounded to three digits.
         """
+        _require_distinct_images(results)
         if self.format_only:
             return super().compute_metrics(results)
         found = [detections for _, detections in results]
@@ -311,6 +314,22 @@ class HotCocoMetric(CocoMetric):
         table = [['category', *COCO_ITEMS], *([name, *map(str, row)] for name, row in zip(names, rows, strict=True))]
         print_log(f'\n{AsciiTable(table).table}', logger='current')
         return {f'{name}_precision': row[0] for name, row in zip(names, rows, strict=True)}
+
+
+def _require_distinct_images(results: list) -> None:
+    """Refuse two images of one id, whose objects and detections COCO's evaluation would mix.
+
+    Raises:
+        UserError: which names some of the ids.
+    """
+    counts = Counter(found['img_id'] for _, found in results)
+    twice = [str(image) for image, count in counts.items() if count > 1]
+    if twice:
+        raise UserError(
+            f'{len(twice)} image ids occur several times among the {len(results)} images that were tested '
+            f'({abridge(twice)}): a data set is repeated, or several are joined that number their images alike. COCO '
+            'needs one annotation file with ids of their own'
+        )
 
 
 @METRICS.register_module()

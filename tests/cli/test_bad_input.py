@@ -489,7 +489,10 @@ def test_voc_faults(run_tool, shapes, tmp_path):
     assert_refused(run_tool('train.py', config_of(('red', 'white'))), 'none is the same', "'RBC'")
     config = config_of(('RBC', 'WBC'))
     first = sorted((root / 'VOC2007/Annotations').iterdir())[0]
-    first.write_text(first.read_text()[:200])
+    whole = first.read_text()
+    first.write_text(re.sub('<width>.*</width>', '<width>0</width>', whole))
+    assert_refused(run_tool('train.py', config), rf'the .xml of {first.stem} gives the size 0 x \d+. Write that of')
+    first.write_text(whole[:200])
     assert_refused(run_tool('train.py', config), rf"annotation file {first} is not in Pascal VOC's format")
     first.unlink()
     assert_refused(run_tool('train.py', config), rf'its annotation {first} does not exist')
@@ -771,16 +774,45 @@ def test_categories_and_ids(own_shapes, change, message):
         check_data(cfg, ['train'])
 
 
-def test_masks_that_the_data_do_not_have(own_shapes):
+@pytest.mark.parametrize(
+    'mask',
+    [
+        None,
+        [],
+        [1, 2, 3, 4, 5, 6],  # a polygon by itself, in no list
+        [[1, 2, 3, 4]],
+        [[1, 2, 3, 4, 5, 6, 7]],
+        [[1, 2, 3, 4, 5, 6], [[1, 2], [3, 4], [5, 6]]],
+        [[1, 2, 3, 4, 5, None]],
+        dict(counts=[1, 2], size=[128, 128]),
+        dict(counts=[128 * 64, 128 * 64], size=[64, 256]),
+        dict(counts=[128 * 128]),
+    ],
+)
+def test_masks_that_the_data_do_not_have(own_shapes, mask):
+    """MMDetection ignores objects of most of these without a word."""
     path, content = annotations(own_shapes)
-    for annotation in content['annotations']:
-        annotation.pop('segmentation', None)
+    content['annotations'][0]['segmentation'] = mask
     path.write_text(json.dumps(content))
     cfg = load_config(DEMO)
     cfg.train_dataloader.dataset.data_root = str(own_shapes)
     cfg.train_dataloader.dataset.pipeline[1].with_mask = True
-    with pytest.raises(UserError, match='annotations have no segmentation, and the config loads masks'):
+    number = 1 if any(a.get('segmentation') for a in content['annotations'][1:]) else len(content['annotations'])
+    with pytest.raises(UserError, match=rf'{number} of \d+ annotations have no segmentation that MMDetection reads'):
         check_data(cfg, ['train'])
+
+
+def test_masks_that_are_good(own_shapes):
+    path, content = annotations(own_shapes)
+    sizes = {image['id']: [image['height'], image['width']] for image in content['images']}
+    for i, annotation in enumerate(content['annotations']):
+        height, width = size = sizes[annotation['image_id']]
+        annotation['segmentation'] = [[1, 2, 3, 4, 5, 6]] if i % 2 else dict(counts=[1, height * width - 1], size=size)
+    path.write_text(json.dumps(content))
+    cfg = load_config(DEMO)
+    cfg.train_dataloader.dataset.data_root = str(own_shapes)
+    cfg.train_dataloader.dataset.pipeline[1].with_mask = True
+    check_data(cfg, ['train'])
 
 
 def test_images_outside_the_data_root_are_counted(own_shapes, logged):

@@ -234,3 +234,35 @@ def test_copies_in_two_splits_are_named_in_the_layout_of_coco_too(shapes, tmp_pa
     assert f'1 of 4 images are trained on, too, so the score is not that of new images: {images[1].name}' in (
         said.out + said.err
     )
+
+
+def test_turned_boxes_are_named(checked, capsys):
+    """CVAT writes an upright box and its turn, of which MMDetection reads the first only."""
+    _, said = checked(lambda content: content['annotations'][0].update(attributes=dict(rotation=30.0)), capsys)
+    assert '1 boxes are turned' in said and 'tools/convert_annotations.py' in said
+
+
+def test_images_of_one_id_are_not_scored(shapes):
+    """COCO's evaluation would add up the detections of a data set that is repeated, or of two that number alike."""
+    path = shapes / 'annotations/instances_val2017.json'
+    metric = HotCocoMetric(ann_file=str(path), metric='bbox')
+    truth = COCO(str(path))
+    metric.dataset_meta = dict(classes=tuple(category['name'] for category in truth.dataset['categories']))
+    assert perfect(metric, truth) == 1
+    size = len(truth.imgs)
+    process = metric.process
+    metric.process = lambda *args: [process(*args) for _ in range(2)]
+    metric.evaluate = lambda _: type(metric).evaluate(metric, 2 * size)
+    with pytest.raises(UserError, match=f'{size} image ids occur several times among the {2 * size} images'):
+        perfect(metric, truth)
+
+
+def test_an_evaluator_of_one_of_two_joined_data_sets_is_named(shapes, tmp_path, capsys):
+    cfg = load_config(DEMO)
+    prepare(cfg, str(shapes), None, str(tmp_path / 'work'), 'none')
+    first = ConfigDict(cfg.val_dataloader.dataset)
+    other = ConfigDict(first, ann_file='annotations/instances_train2017.json', data_prefix=dict(img='train2017/'))
+    cfg.val_dataloader.dataset = ConfigDict(type='ConcatDataset', datasets=[first, other])
+    check_data(cfg, ['val'])
+    said = ''.join(capsys.readouterr())
+    assert 'val_evaluator scores against' in said and 'the val data set is' in said and 'instances_train2017' in said

@@ -226,6 +226,24 @@ def displayed_size_and_turn(path: Path) -> tuple[tuple[int, int], int | None]:
         raise UserError(f'image {path} cannot be read: {brief(error)}') from error
 
 
+def around_turned(box: Sequence[float], degrees: float) -> tuple[float, float, float, float]:
+    """The upright box around a box x1, y1, x2, y2 that is turned about its centre."""
+    x1, y1, x2, y2 = box
+    if not degrees:
+        return x1, y1, x2, y2
+    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    half_width = ((x2 - x1) * cos + (y2 - y1) * sin) / 2
+    half_height = ((x2 - x1) * sin + (y2 - y1) * cos) / 2
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    return x - half_width, y - half_height, x + half_width, y + half_height
+
+
+def left_out(kinds: Counter[str]) -> str:
+    """A line on shapes that are left out, by their kinds."""
+    counts = ', '.join(f'{count} {brief(kind)}' for kind, count in kinds.most_common(8))
+    return f'{sum(kinds.values())} shapes without an area that is known are left out: {counts}'
+
+
 def turned_box(box: Sequence[float], size: tuple[int, int], orientation: int) -> tuple[float, float, float, float]:
     """A box x, y, width, height of an image as stored, in the image as displayed.
 

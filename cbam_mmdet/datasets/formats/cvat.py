@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from cbam_mmdet.datasets.formats.content import Found, LabelledImage, by_split, class_name, size_from
+from cbam_mmdet.datasets.formats.content import (
+    Found,
+    LabelledImage,
+    around_turned,
+    by_split,
+    class_name,
+    left_out,
+    size_from,
+)
 from cbam_mmdet.datasets.formats.folder import SPLIT_NAMES, Folder, split_of, split_of_file
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import brief
@@ -25,7 +35,7 @@ def read_cvat(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
     Raises:
         UserError: for a malformed file, for a video's tracks, or if no image is there.
     """
-    images, labels, lost, others = [], {}, 0, 0
+    images, labels, lost, others = [], {}, 0, Counter()
     for path, root in roots.items():
         if root.find('track') is not None:
             raise UserError(
@@ -44,7 +54,7 @@ def read_cvat(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
                 size = size_from(node.get('width'), node.get('height'))
                 shapes = [(_corners(shape), shape) for shape in node if shape.tag != 'tag']
                 objects = [(class_name(s.get('label')), corners, False) for corners, s in shapes if corners]
-                others += len(shapes) - len(objects)
+                others.update(s.tag for corners, s in shapes if not corners)
                 images.append(LabelledImage(name, size, objects, path, split, of_file))
         except UserError:
             raise
@@ -58,7 +68,7 @@ def read_cvat(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
     if lost:
         found.notes.append(f'{lost} annotated images are not there: left out')
     if others:
-        found.notes.append(f'{others} points, lines and other shapes without area are left out')
+        found.notes.append(left_out(others))
     return found
 
 
@@ -66,7 +76,14 @@ def _corners(shape: ET.Element) -> Sequence[float] | None:
     """The box x1, y1, x2, y2 around a shape, or None for a shape without area."""
     if shape.tag == 'box':
         x1, y1, x2, y2 = (float(shape.get(key, '')) for key in ('xtl', 'ytl', 'xbr', 'ybr'))
-        return _around_turned((x1, y1, x2, y2), float(shape.get('rotation', 0)))
+        return around_turned((x1, y1, x2, y2), float(shape.get('rotation', 0)))
+    if shape.tag == 'mask':
+        x, y, width, height = (float(shape.get(key, '')) for key in ('left', 'top', 'width', 'height'))
+        return x, y, x + width, y + height
+    if shape.tag == 'cuboid':  # eight corners
+        corners = {key: float(value) for key, value in shape.items() if re.fullmatch('[xy][tb][lr][12]', key)}
+        xs, ys = ([value for key, value in corners.items() if key[0] == axis] for axis in 'xy')
+        return min(xs), min(ys), max(xs), max(ys)
     if shape.tag == 'ellipse':
         x, y, rx, ry = (float(shape.get(key, '')) for key in ('cx', 'cy', 'rx', 'ry'))
         angle = math.radians(float(shape.get('rotation', 0)))
@@ -80,15 +97,3 @@ def _corners(shape: ET.Element) -> Sequence[float] | None:
         xs, ys = zip(*points, strict=True)
         return min(xs), min(ys), max(xs), max(ys)
     return None
-
-
-def _around_turned(box: tuple[float, float, float, float], degrees: float) -> tuple[float, float, float, float]:
-    """The upright box around one that is turned about its centre."""
-    if not degrees:
-        return box
-    x1, y1, x2, y2 = box
-    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
-    half_width = ((x2 - x1) * cos + (y2 - y1) * sin) / 2
-    half_height = ((x2 - x1) * sin + (y2 - y1) * cos) / 2
-    x, y = (x1 + x2) / 2, (y1 + y2) / 2
-    return x - half_width, y - half_height, x + half_width, y + half_height

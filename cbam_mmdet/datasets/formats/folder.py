@@ -92,6 +92,26 @@ class Folder:
             self._moved[folders[-1], PurePosixPath(found).parent.as_posix()] = None
         return found
 
+    def find_own_image(self, named: str, source: Path, split: str | None = None) -> tuple[str | None, bool]:
+        """The image of an annotation file for one image, and whether the file names another one that is there, too.
+
+        It is the one that the file names, if that has the file's own name: masks and the like may have the same name
+        with another suffix. Else it is the one with the file's name, and else the one that it names.
+
+        Args:
+            named: the path that the file gives.
+            source: the annotation file.
+            split: see `find_image`.
+
+        Raises:
+            UserError: if several images may be meant.
+        """
+        stem = (PureWindowsPath(named) if '\\' in named else PurePosixPath(named)).stem
+        own = self.find_image(source.stem, source, split) if stem != source.stem else None
+        return own or self.find_image(named, source, split) or self.find_image(source.stem, source, split), bool(
+            own and self.has_stem(stem)
+        )
+
     def _masks(self) -> dict[str, int]:
         """The folders called so whose images have the names of others, with the number of their images."""
         by_parent: dict[str, list[str]] = defaultdict(list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from cbam_mmdet.datasets.formats.content import (
     by_split,
     class_name,
     displayed_size,
+    left_out,
     size_from,
     take_strays,
 )
 from cbam_mmdet.datasets.formats.folder import Folder, split_of
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.text import brief
+from cbam_mmdet.utils.text import abridge, brief
 
 STYLE = 'LabelMe'
 
@@ -36,28 +38,31 @@ def read_labelme(folder: Folder, contents: dict[Path, dict]) -> Found:
     Raises:
         UserError: for a malformed file, or if no image is there.
     """
-    images, lost, others = [], [], 0
+    images, lost, misnamed, others, parts = [], [], [], Counter(), 0
     for path, content in contents.items():
         try:
             named = content['imagePath']
             if not isinstance(named, str):
                 raise ValueError(f'imagePath is {named!r}')
             split = split_of(path.relative_to(folder.root).as_posix())
-            name = folder.find_image(named, path, split) or folder.find_image(path.stem, path, split)
+            name, is_another = folder.find_own_image(named, path, split)
             if name is None:
                 lost.append(path)
                 continue
             width, height = content.get('imageWidth'), content.get('imageHeight')
             size = size_from(width, height) if width and height else displayed_size(folder.root / name)
+            if is_another:
+                misnamed.append(f'{path.name} names {named}')
             shapes = [(_corners(shape), shape) for shape in content['shapes']]
-            objects = [(class_name(shape['label']), corners, False) for corners, shape in shapes if corners]
+            others.update(_kind(shape) for corners, shape in shapes if not corners)
+            objects, joined = _objects([(corners, shape) for corners, shape in shapes if corners])
+            parts += joined
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"annotation file {path} is not in LabelMe's format ({type(error).__name__}: {brief(error)})."
             ) from error
-        others += len(shapes) - len(objects)
         images.append(LabelledImage(name, size, objects, path, source_split=split))
     lost += take_strays(images)
     if not images:
@@ -66,23 +71,49 @@ def read_labelme(folder: Folder, contents: dict[Path, dict]) -> Found:
     found = Found(STYLE, by_split(images, classes, split_of), [*contents])
     if lost:
         found.notes.append(f'{len(lost)} files are left out, whose image is not there: the first is {lost[0]}')
+    if misnamed:
+        found.notes.append(
+            f'{len(misnamed)} .json name another image than that of their own name, which is taken: '
+            f'{abridge(misnamed, 3)}'
+        )
     if others:
-        found.notes.append(f'{others} points, lines and other shapes without area are left out')
+        found.notes.append(left_out(others))
+    if parts:
+        found.notes.append(f'{parts} shapes are parts of others, of their label and group_id: one box is around all')
     without = len(folder.images) - len(images)
     if without:
         found.notes.append(f'{without} images without a .json are left out')
     return found
 
 
+def _objects(shapes: list[tuple[Sequence[float], dict]]) -> tuple[list[tuple[str, Sequence[float], bool]], int]:
+    """The objects that these boxes and shapes are, and how many shapes are further parts of one."""
+    boxes: dict[tuple, list[Sequence[float]]] = defaultdict(list)
+    for i, (corners, shape) in enumerate(shapes):
+        group = shape.get('group_id')
+        boxes[class_name(shape['label']), f'alone {i}' if group is None else f'group {group}'].append(corners)
+    objects = [(label, _around(parts), False) for (label, _), parts in boxes.items()]
+    return objects, len(shapes) - len(objects)
+
+
+def _around(boxes: list[Sequence[float]]) -> Sequence[float]:
+    x1, y1, x2, y2 = zip(*boxes, strict=True)
+    return min(x1), min(y1), max(x2), max(y2)
+
+
+def _kind(shape: dict) -> str:
+    return str(shape.get('shape_type') or 'polygon')
+
+
 def _corners(shape: dict) -> Sequence[float] | None:
     """The box x1, y1, x2, y2 around a shape, or None for a shape without area."""
     points = [(float(x), float(y)) for x, y in shape['points']]
-    kind = shape.get('shape_type') or 'polygon'
+    kind = _kind(shape)
     if kind == 'circle':  # its centre, and a point on it
         (x, y), edge = points
         radius = math.dist((x, y), edge)
         return x - radius, y - radius, x + radius, y + radius
-    if kind not in ('rectangle', 'polygon', 'mask', 'rotation') or len(points) < 2:
+    if kind not in ('rectangle', 'oriented_rectangle', 'polygon', 'mask', 'rotation') or len(points) < 2:
         return None
     xs, ys = zip(*points, strict=True)
     return min(xs), min(ys), max(xs), max(ys)

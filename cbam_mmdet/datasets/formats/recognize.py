@@ -47,8 +47,20 @@ def read_folder(root: str, train_ann: str | None = None, val_ann: str | None = N
         found = read_coco_files(folder, {path: _coco(path) for path in chosen.values()}, chosen)
     else:
         found = _recognize(folder)
+    _require_pixels(folder, found)
     found.notes += [*folder.moved(), *_places(found)]
     return _complete_splits(found)
+
+
+def _require_pixels(folder: Folder, found: Found) -> None:
+    """Refuse boxes that are all within the first pixel: they are shares of the image's size."""
+    boxes = [annotation['bbox'] for content in found.splits.values() for annotation in content['annotations']]
+    # Of VOC's corners 1 was taken before.
+    if boxes and all(min(x, y) >= -1 and max(x + width, y + height) <= 1 for x, y, width, height in boxes):
+        raise UserError(
+            f'{folder.root}: all {len(boxes)} boxes lie within the first pixel of their image, as if they were shares '
+            f'of its width and height. {found.style} counts in pixels: multiply them'
+        )
 
 
 def _places(found: Found) -> list[str]:

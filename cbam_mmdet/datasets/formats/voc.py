@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree as ET
@@ -10,6 +11,7 @@ from cbam_mmdet.datasets.checks import voc_objects
 from cbam_mmdet.datasets.formats.content import (
     Found,
     LabelledImage,
+    around_turned,
     by_split,
     class_name,
     displayed_size,
@@ -47,14 +49,12 @@ def read_voc_folder(folder: Folder, roots: dict[Path, ET.Element]) -> Found:
             continue
         near = split_of(path.relative_to(folder.root).as_posix())
         given = (root.findtext('filename') or '').strip()
-        # With its suffix, if it is the .xml's name: masks and the like may have the same name with another one.
-        names = [given, path.stem] if PurePosixPath(given).stem == path.stem else [path.stem, given]
-        name = next(filter(None, (folder.find_image(name, path, near) for name in names)), None)
+        name, is_another = folder.find_own_image(given, path, near)
         if name is None:
             lost.append(path)
         else:
             images.append(_image(folder, path, root, name, split))
-            if names[0] == path.stem and folder.has_stem(PurePosixPath(given).stem):
+            if is_another:
                 others.append(f'{path.name} names {given}')
     lost += take_strays(images)
     if not images:
@@ -93,7 +93,11 @@ def _image(folder: Folder, path: Path, root: ET.Element, name: str, split: str |
         size = size_from(width, height) if known else displayed_size(folder.root / name)
         # VOC's pixels count from 1, and the last one belongs to the box.
         objects = [
-            (class_name(o.name), (o.box[0] - 1, o.box[1] - 1, o.box[2], o.box[3]), o.difficult)
+            (
+                class_name(o.name),
+                around_turned((o.box[0] - 1, o.box[1] - 1, o.box[2], o.box[3]), o.degrees),
+                o.difficult,
+            )
             for o in voc_objects(root)
         ]
     except (TypeError, ValueError) as error:
@@ -114,6 +118,7 @@ def _image_sets(folder: Folder) -> dict[tuple[Path, str], str]:
         if of_boxes or path.parent.name == 'ImageSets':
             name = 'val' if path.stem == 'valid' else path.stem
             years[path.parent.parent if of_boxes else path.parent][name] = path
+    stems = {path.stem for path in folder.files['.xml']}
     tested = any('test' in files and ('trainval' in files or 'train' not in files) for files in years.values())
     splits: dict[tuple[Path, str], str] = {}
     for year, files in years.items():
@@ -122,12 +127,18 @@ def _image_sets(folder: Folder) -> dict[tuple[Path, str], str]:
             names = dict(train='train' if 'train' in files else 'trainval', val='val', test='test')
         for split, path in ((split, files.get(name)) for split, name in names.items()):
             for line in read_text(path).splitlines() if path else ():
-                name = line.strip()
-                if PurePosixPath(name).suffix.lower() in IMAGES:
-                    name = PurePosixPath(name).stem
+                name = _without_more(line.strip(), stems)
                 if name and splits.setdefault((year.parent, name), split) != split:
                     raise UserError(f'{path}: image {name} is in the {splits[year.parent, name]} set, too')
     return splits
+
+
+def _without_more(name: str, stems: set[str]) -> str:
+    """The name in a line of an image set, without a folder, a suffix or a class's 1 or -1 (VOC's lists of a class)."""
+    plain = [name, PurePosixPath(name).name]
+    plain += [found[1] for text in plain[:2] if (found := re.fullmatch(r'(.*\S)\s+-?[01]', text))]
+    plain += [PurePosixPath(text).stem for text in plain if PurePosixPath(text).suffix.lower() in IMAGES]
+    return next((text for text in plain if text in stems), plain[-1])
 
 
 def _in_its_year(path: Path, years: set[Path], sets: dict[tuple[Path, str], str]) -> str | None:

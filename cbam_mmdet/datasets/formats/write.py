@@ -39,8 +39,19 @@ def write_data_set(found: Found, root: str | Path, out: str | Path, style: str, 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f'{out} exists already and is not an empty folder: name another one')
     bring = _copy if copy else _link
-    _require_sizes(found.distinct(), root)
-    return _WRITERS[style](found.distinct(), Path(root), out, bring)
+    splits, notes = _without_negative(found.distinct())
+    _require_sizes(splits, root)
+    return notes + _WRITERS[style](splits, Path(root), out, bring)
+
+
+def _without_negative(splits: dict[str, dict]) -> tuple[dict[str, dict], list[str]]:
+    """The splits without boxes of negative width or height, such as those whose corners are exchanged."""
+    kept = {
+        split: dict(content, annotations=[a for a in content['annotations'] if min(a['bbox'][2:]) >= 0])
+        for split, content in splits.items()
+    }
+    count = sum(len(splits[split]['annotations']) - len(kept[split]['annotations']) for split in splits)
+    return kept, [f'{count} boxes of negative width or height are left out'] if count else []
 
 
 def _require_sizes(splits: dict[str, dict], root: str | Path) -> None:

@@ -87,18 +87,7 @@ def read_ultralytics(folder: Folder, path: Path, content: dict) -> Found:
     }
     absent = [split for split, listed in names.items() if not listed]  # of a test split alone: exports name it always
     names = {split: listed for split, listed in names.items() if listed}
-    twice = set(names.get('train', ())) & set(names.get('val', ()))
-    same = bool(twice) and names['train'] == names.get('val')
-    if same:
-        del names['val']  # Ultralytics' small examples validate on what they train on
-    elif twice:
-        raise UserError(f'{path}: {len(twice)} images are trained on and validated on: the first is {min(twice)}')
-    if names.get('test') in (names.get('val'), names.get('train')):
-        names.pop('test', None)  # it is the validation split
-    for other in ('train', 'val'):
-        common = set(names.get('test', ())) & set(names.get(other, ()))
-        if common:
-            raise UserError(f'{path}: {len(common)} images are in {other} and in test: the first is {min(common)}')
+    same = _make_disjoint(names, path)
     listed = [(name, split) for split, listed in names.items() for name in listed]
     found = _read(folder, classes, listed, _keypoints(content.get('kpt_shape'), path))
     found.style, found.sources = f'YOLO ({path.name})', [path, *found.sources]
@@ -174,6 +163,7 @@ def _listed_by_darknet(folder: Folder) -> list[tuple[str, str | None]]:
         splits = {split: given for split, given in splits.items() if given}
         if 'train' in splits and (len(splits) > 1 or _place(folder, splits['train'], '')):
             names = {split: _images_of(folder, given, None, path, split) for split, given in splits.items()}
+            _make_disjoint(names, path)
             return _with_splits(names)
     lists = {path.stem: path for path in folder.files['.txt'] if path.stem in LISTS and not folder.has_stem(path.stem)}
     if 'train' not in lists:
@@ -182,6 +172,31 @@ def _listed_by_darknet(folder: Folder) -> list[tuple[str, str | None]]:
     for stem, path in lists.items():
         names.setdefault(LISTS[stem], []).extend(_listed(folder, path))
     return _with_splits(names)
+
+
+def _make_disjoint(names: dict[str, list[str]], path: Path) -> bool:
+    """Leave out a split that is another one.
+
+    Args:
+        names: the images of each split, changed in place.
+        path: the file that names them.
+
+    Returns:
+        Whether the validation split was the training split, as in Ultralytics' small examples.
+
+    Raises:
+        UserError: if two splits share some of their images.
+    """
+    same = 'train' in names and names.get('val') == names['train']
+    if same:
+        del names['val']
+    if names.get('test') in (names.get('val'), names.get('train')):
+        names.pop('test', None)
+    for first, second in (('train', 'val'), ('train', 'test'), ('val', 'test')):
+        common = set(names.get(first, ())) & set(names.get(second, ()))
+        if common:
+            raise UserError(f'{path}: {len(common)} images are in {first} and in {second}: the first is {min(common)}')
+    return same
 
 
 def _with_splits(names: dict[str, list[str]]) -> list[tuple[str, str | None]]:

@@ -954,7 +954,8 @@ def test_boxes_outside_their_image_are_not_written_for_yolo(tmp_path):
         annotation['bbox'] = box
     (tmp_path / 'train.json').write_text(json.dumps(content))
     notes = write_data_set(read_folder(tmp_path), tmp_path, tmp_path / 'yolo', 'yolo')
-    assert '2 boxes without size or outside their image are left out' in notes
+    assert '1 boxes of negative width or height are left out' in notes
+    assert '1 boxes without size or outside their image are left out' in notes
     written = [a['bbox'] for c in all_of(read_folder(tmp_path / 'yolo')) for a in c['annotations']]
     assert len(written) == len(content['annotations']) - 2
     assert any(np.allclose(box, [35, 3, 5, 9], atol=1e-4) for box in written)
@@ -1141,3 +1142,43 @@ def test_boxes_that_are_cut_at_the_border_are_counted(tmp_path):
     (tmp_path / 'in/a.json').write_text(json.dumps(content))
     notes = write_data_set(read_folder(tmp_path / 'in'), tmp_path / 'in', tmp_path / 'out', 'yolo')
     assert '1 boxes that reach beyond their image are cut at its border' in notes
+
+
+def test_a_list_of_darknet_that_is_both_splits(tmp_path):
+    """The validation images are then held out by their names."""
+    small_yolo(tmp_path)
+    (tmp_path / 'obj.names').write_text('cat')
+    (tmp_path / 'obj.data').write_text('classes = 1\ntrain = train.txt\nvalid = train.txt\nnames = obj.names\n')
+    (tmp_path / 'train.txt').write_text(''.join(f'images/train/{name}.jpg\n' for name in 'abc'))
+    splits = read_folder(tmp_path).splits
+    names = [{image['file_name'] for image in splits[split]['images']} for split in ('train', 'val')]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == 3
+
+
+def test_lists_of_darknet_that_share_images_are_refused(tmp_path):
+    small_yolo(tmp_path)
+    (tmp_path / 'obj.names').write_text('cat')
+    (tmp_path / 'obj.data').write_text('classes = 1\ntrain = train.txt\nvalid = valid.txt\nnames = obj.names\n')
+    (tmp_path / 'train.txt').write_text('images/train/a.jpg\nimages/train/b.jpg\n')
+    (tmp_path / 'valid.txt').write_text('images/train/b.jpg\nimages/train/c.jpg\n')
+    with pytest.raises(UserError, match='1 images are in train and in val'):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize('line', ['{}', '{} 1', '{}  -1', '{}.jpg', 'JPEGImages/{}.jpg', 'VOC2007/JPEGImages/{}'])
+def test_lines_of_image_sets(tmp_path, line):
+    """VOC's lists of one class add 1 or -1; others add folders and suffixes."""
+    voc_year(tmp_path, 'VOC2007', 'abcd', train=[line.format(n) for n in 'abc'], val=[line.format('d')])
+    splits = read_folder(tmp_path).splits
+    assert [len(splits[split]['images']) for split in ('train', 'val')] == [3, 1]
+
+
+def test_negative_boxes_are_not_written(tmp_path):
+    write_pictures(tmp_path, 'in/1.jpg', 'in/2.jpg')
+    content = json.loads(coco_of(['1.jpg', '2.jpg']))
+    content['annotations'][0]['bbox'] = [30, 20, -9, 5]
+    (tmp_path / 'in/a.json').write_text(json.dumps(content))
+    notes = write_data_set(read_folder(tmp_path / 'in'), tmp_path / 'in', tmp_path / 'out', 'coco')
+    assert '1 boxes of negative width or height are left out' in notes
+    count = sum(len(c['annotations']) for c in read_folder(tmp_path / 'out').distinct().values())
+    assert count == len(content['annotations']) - 1
