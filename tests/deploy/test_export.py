@@ -2,19 +2,24 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from importlib.metadata import distribution
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from conftest import DEMO, ROOT, SMALL, cfg_options, tiny
+from mmdet.datasets.transforms import Resize
 from mmdet.registry import MODELS
+from mmengine.config import Config
 from torch import nn
 
-from cbam_mmdet.deploy import packages
+from cbam_mmdet.datasets.transforms.arrays import array_pipeline
+from cbam_mmdet.deploy import onnx_file, packages
 from cbam_mmdet.deploy.graph import require_exportable
 from cbam_mmdet.errors import UserError
 
@@ -83,6 +88,76 @@ def test_a_program_without_pytorch(run_tool, exported, shapes, tmp_path):
         assert name == theirs['category'] and abs(float(score) - theirs['score']) < 1e-3
         assert np.allclose(np.array(box, float), [x, y, x + width, y + height], atol=0.1)
     assert subprocess.run([*alone[:3], 'import torch'], capture_output=True).returncode != 0
+
+
+def with_steps(*steps):
+    """The demo's config with these steps between the loading of an image and its packing."""
+    cfg = Config.fromfile(DEMO)
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    cfg.test_dataloader.dataset.pipeline = [pipeline[0], *steps, pipeline[-1]]
+    return cfg
+
+
+@pytest.mark.parametrize(
+    'steps',
+    [
+        [dict(type='Resize', scale=96, keep_ratio=True)],
+        [dict(type=Resize, scale=(96, 64)), dict(type='mmdet.Pad', size=(128, 96))],
+        [dict(type='Resize', scale=(96, 96), keep_ratio=True), dict(type='Pad', size=(160, 160), pad_val=7)],
+        [dict(type='Resize', scale=(96, 96)), dict(type='Pad', size=(160, 130), pad_val=dict(img=114))],
+        [dict(type='Resize', scale=(96, 96)), dict(type='Pad', size=(160, 60), pad_val=dict(img=(1, 2, 3)))],
+    ],
+)
+def test_what_a_file_says_makes_the_input_of_the_test_pipeline(steps, tmp_path, monkeypatch):
+    """By docs/run_onnx.py, up to what it gives onnxruntime."""
+    cfg, given = with_steps(*steps), []
+
+    class Session:
+        def __init__(self, *args, **kwargs):
+            facts = {key: json.dumps(value) for key, value in onnx_file.resize_of(cfg).items()}
+            self.meta = type('Meta', (), dict(custom_metadata_map=facts))
+
+        def get_modelmeta(self):
+            return self.meta
+
+        def run(self, names, inputs):
+            given.append(inputs['images'][0])
+            return np.zeros((1, 0, 4)), np.zeros((1, 0)), np.zeros((1, 0))
+
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / 'a.png'), image)
+    monkeypatch.setattr('onnxruntime.InferenceSession', Session)
+    monkeypatch.setattr(sys, 'argv', ['run_onnx.py', 'a.onnx', str(tmp_path / 'a.png')])
+    runpy.run_path(str(ROOT / 'docs/run_onnx.py'))
+    ours = array_pipeline(cfg)(dict(img=image, img_id=0))['inputs'].permute(1, 2, 0).numpy()
+    assert np.array_equal(given[0], ours)
+
+
+RESIZE = dict(type='Resize', scale=(96, 96))
+
+
+@pytest.mark.parametrize(
+    'steps',
+    [
+        [dict(RESIZE, interpolation='area')],
+        [dict(RESIZE, backend='pillow')],
+        [dict(type='Resize', scale_factor=0.5)],
+        [RESIZE, RESIZE],
+        [dict(type='Pad', size=(128, 128)), RESIZE],
+        [RESIZE, dict(type='Pad', size_divisor=32)],
+        [RESIZE, dict(type='Pad', size=(128, 128), padding_mode='edge')],
+        [RESIZE, dict(type='Pad', size=(128, 128), pad_val=dict(img=114.0))],
+        [RESIZE, dict(type='PhotoMetricDistortion')],
+        [],
+    ],
+)
+def test_another_pipeline_is_not_said_to_be_a_simple_one(steps):
+    facts = onnx_file.resize_of(with_steps(*steps))
+    assert facts['scale'] is None
+    onnx_file.require_same_resize(with_steps(*steps), facts, 'a.onnx')
+    for other in ([RESIZE], [*steps, dict(type='Pad', size_divisor=64)]):
+        with pytest.raises(UserError, match=r'a\.onnx was exported for .* export it anew'):
+            onnx_file.require_same_resize(with_steps(*other), facts, 'a.onnx')
 
 
 @pytest.mark.parametrize(
