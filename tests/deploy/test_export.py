@@ -13,9 +13,11 @@ import cv2
 import numpy as np
 import pytest
 from conftest import DEMO, ROOT, SMALL, cfg_options, tiny
+from mmcv.ops import batched_nms
 from mmdet.datasets.transforms import Resize
 from mmdet.registry import MODELS
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import init_default_scope
 from torch import nn
 
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
@@ -174,6 +176,37 @@ def test_other_heads_are_refused(head, message):
     model.bbox_head = MODELS.build(dict(head, type=f'mmdet.{head["type"]}'))
     with pytest.raises(UserError, match=f'{head["type"]} cannot be exported: {message}'):
         require_exportable(model)
+
+
+@pytest.mark.parametrize(
+    ('stage', 'change', 'message'),
+    [
+        ('rcnn', dict(max_per_img=-1), r'model\.test_cfg\.rcnn\.max_per_img=-1 cannot be exported'),
+        ('rcnn', dict(max_per_img=0), r'rcnn\.max_per_img=0 cannot'),
+        ('rpn', dict(nms_pre=-1), r'rpn\.nms_pre=-1 cannot'),
+        ('rpn', dict(max_per_img=-1), r'rpn\.max_per_img=-1 cannot'),
+        ('rcnn', dict(nms=dict(type='soft_nms', iou_threshold=0.5)), "the suppression 'soft_nms' cannot"),
+        ('rcnn', dict(nms=dict(type=batched_nms, iou_threshold=0.5)), 'the suppression .* cannot'),
+        ('rpn', dict(nms=dict(type='nms', iou_thr=0.5)), r'rpn\.nms=.* only dict\(type'),
+        ('rpn', dict(nms=dict(type='nms', iou_threshold=0.5, max_num=5)), r'rpn\.nms\.max_num=5 cannot'),
+        ('rcnn', dict(nms=None), r'rcnn\.nms=None cannot'),
+    ],
+)
+def test_another_selection_of_detections_is_refused(stage, change, message):
+    init_default_scope('mmdet')
+    model = MODELS.build(Config.fromfile(DEMO).model)
+    require_exportable(model)
+    part = model.rpn_head if stage == 'rpn' else model.roi_head
+    part.test_cfg = ConfigDict({**part.test_cfg, **change})
+    with pytest.raises(UserError, match=message):
+        require_exportable(model)
+
+
+def test_a_comparison_of_nothing_is_said(run_tool, trained, shapes, tmp_path):
+    where = ['--data-root', shapes, '--out', tmp_path / 'a.onnx']
+    result = run_tool('export.py', DEMO, trained, *where, *cfg_options(SMALL, 'model.test_cfg.rcnn.score_thr=0.999'))
+    assert result.code == 0 and 'warning: PyTorch detects nothing in these images, so nothing was' in result.err
+    assert 'model.test_cfg.rcnn.score_thr=0 shows them' in result.err
 
 
 def test_bad_input(run_tool, trained, shapes, tmp_path, monkeypatch):
