@@ -162,6 +162,15 @@ def test_another_pipeline_is_not_said_to_be_a_simple_one(steps):
             onnx_file.require_same_resize(with_steps(*other), facts, 'a.onnx')
 
 
+def test_a_file_of_an_earlier_version_is_taken():
+    """It has one pad_value for all channels."""
+    cfg = with_steps(RESIZE, dict(type='Pad', size=(128, 128), pad_val=dict(img=114)))
+    facts = dict(scale=[96, 96], keep_ratio=False, pad_to=[128, 128], pad_value=114)
+    onnx_file.require_same_resize(cfg, facts, 'a.onnx')
+    with pytest.raises(UserError, match='exported for pad_value'):
+        onnx_file.require_same_resize(cfg, dict(facts, pad_value=0), 'a.onnx')
+
+
 @pytest.mark.parametrize(
     ('head', 'message'),
     [
