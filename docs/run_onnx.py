@@ -26,7 +26,7 @@ if facts['keep_ratio']:
     size = [int(width * factor + 0.5), int(height * factor + 0.5)]
 resized = cv2.resize(image, size)
 if facts['pad_to']:
-    beside, below = (most - given for most, given in zip(facts['pad_to'], size, strict=True))
+    beside, below = (max(most - given, 0) for most, given in zip(facts['pad_to'], size, strict=True))
     resized = cv2.copyMakeBorder(resized, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=facts['pad_value'])
 
 boxes, scores, labels, *_ = (output[0] for output in session.run(None, {'images': resized[None]}))

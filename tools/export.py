@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(args.checkpoint)
     files = expand_to_images(args.images) if args.images else None
     cfg = load_config(args.config, args.cfg_options, None if files or args.data_root else require_data_roots('val'))
-    from cbam_mmdet.apis.infer import load_detector  # MMDetection takes seconds to import
+    from cbam_mmdet.apis.infer import advice_on_scores, load_detector  # MMDetection takes seconds to import
     from cbam_mmdet.datasets.pointing import validation_images
     from cbam_mmdet.deploy.export import export_detector
     from cbam_mmdet.deploy.features import export_features
@@ -89,6 +89,12 @@ def main(args: argparse.Namespace) -> int:
         f'onnxruntime against PyTorch, {seen.detections} detections in {seen.images} images: boxes differ by at most '
         f'{seen.boxes:.2g} pixels, scores by {seen.scores:.2g}, {seen.unmatched} detections have no counterpart'
     )
+    if not seen.detections:
+        print(
+            'warning: PyTorch detects nothing in these images, so nothing was compared: give --images with objects; '
+            f'{advice_on_scores(model, 0)}',
+            file=sys.stderr,
+        )
     if not seen.within(*(HALF if args.fp16 else SINGLE)):
         return _failed()
     return 0

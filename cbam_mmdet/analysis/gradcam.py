@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -218,6 +219,8 @@ def method_class(name: str) -> type:
 def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Module]:
     """Layers of a detector by their dotted names. Without names, the last block of each stage of its backbone.
 
+    Of a timm network, whose stages have no names in common, it is the module whose output each returned map is.
+
     Raises:
         UserError: for an unknown name, with similar ones, or for a backbone whose stages are not known.
     """
@@ -229,6 +232,8 @@ def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[st
     if names:
         return {name: modules[name] for name in names}
     backbone = model.backbone
+    if timm := _timm_stages(backbone):
+        return {name: modules[name] for name in timm}
     patterns = [pattern for pattern in usual_place(backbone) if pattern != OUTPUTS]
     last: dict[str, str] = {}
     for name in names_of(backbone):
@@ -240,6 +245,21 @@ def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[st
     if not last:
         raise UserError(f'the stages of a {type(backbone).__name__} are not known: name layers by --layers')
     return {f'backbone.{name}': modules[f'backbone.{name}'] for name in last.values()}
+
+
+def _timm_stages(backbone: nn.Module) -> list[str]:
+    """Empty for another backbone, and for a network whose place of CBAM is not known: its maps may be (N, H, W, C)."""
+    network: Any = getattr(backbone, 'timm_model', None)
+    info = getattr(network, 'feature_info', None)
+    if info is None or getattr(network, 'output_fmt', 'NCHW') != 'NCHW' or not usual_place(backbone):
+        return []
+    if isinstance(info, list):
+        maps = [info[i]['module'] for i in backbone.out_indices]
+    else:  # mmpretrain's TIMMBackbone, whose network knows which maps it returns, and may name its children otherwise
+        children = dict(network.named_children())
+        maps = [name.replace('.', '_') if name.replace('.', '_') in children else name for name in info.module_name()]
+    names = [f'timm_model.{name}' for name in maps]
+    return [f'backbone.{name}' for name in names] if {*names} <= {*names_of(backbone)} else []
 
 
 class _Proposals:

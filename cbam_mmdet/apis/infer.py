@@ -15,6 +15,7 @@ import numpy as np
 from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import VISUALIZERS
 from mmdet.structures import DetDataSample
+from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 from torch import nn
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 import cbam_mmdet.compat.ssd_head  # noqa: F401  (SSD is mended)
 from cbam_mmdet.datasets.checks import dataset_classes
+from cbam_mmdet.datasets.image_folders import is_classifier
 from cbam_mmdet.datasets.inputs import VIDEOS, expand_inputs, unique_names
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
@@ -62,8 +64,10 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
             engine.checkpoint.loading.load_checkpoint).
 
     Raises:
-        UserError: if the checkpoint is missing, cut off, or of another architecture.
+        UserError: if the checkpoint is missing, cut off, or of another architecture, or if the config is a
+            classifier's or has no test pipeline.
     """
+    _require_test_pipeline(cfg)
     checkpoint = find_checkpoint(checkpoint, onnx=True)
     if is_onnx(checkpoint):
         return _load_onnx(cfg, checkpoint)
@@ -79,6 +83,24 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
     model.dataset_meta.update(_described(weights, checkpoint))
     _require_a_name_each(model, checkpoint)
     return model
+
+
+def _require_test_pipeline(cfg: Config) -> None:
+    """Refuse a config that does not say how an image becomes the detector's input."""
+    name = cfg.filename or 'the config'
+    if is_classifier(cfg):
+        raise UserError(
+            f'{name} is the config of a classifier (default_scope mmpretrain), expected that of a detector: '
+            'tools/test.py evaluates a classifier'
+        )
+    try:
+        get_test_pipeline_cfg(cfg)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        loader = brief(repr(cfg.get('test_dataloader')))
+        raise UserError(
+            f'{name} has no test pipeline, which makes the input of an image (test_dataloader is {loader}): give it a '
+            'test_dataloader, as test_dataloader = val_dataloader'
+        ) from error
 
 
 def _described(checkpoint: dict, name: str) -> dict:
@@ -134,7 +156,8 @@ def infer(
 
     Args:
         model: from :func:`load_detector`.
-        inputs: image files, folders, video files.
+        inputs: image files, folders, video files. What lies below out_dir, in a folder around it, is left out: the
+            pictures of an earlier run.
         out_dir: where to write.
         score_thr: leave out detections with a lower score.
         draw: write pictures too.
@@ -144,17 +167,23 @@ def infer(
         What was done.
 
     Raises:
-        UserError: if an input does not exist, or holds no image.
+        UserError: if an input does not exist, or holds no image, or if a picture would replace an input.
     """
-    files = [file for source in inputs for file in expand_inputs(source)]
     out_dir = Path(out_dir)
+    files = _without_own_pictures(inputs, out_dir)
+    targets = [out_dir / 'vis' / name for name in unique_names(files)]
+    if draw:
+        _keep_inputs(files, targets)
+    if (out_dir / 'predictions.json').exists():
+        log(
+            f'the results of an earlier run in {out_dir} are replaced: predictions.json, and pictures of the same names'
+        )
     (out_dir / 'vis').mkdir(parents=True, exist_ok=True)
     painter = _Painter(model, score_thr) if draw else None
     pipeline = array_pipeline(model.cfg)
     records: list[dict] = []
     broken: list[str] = []
     images = 0
-    targets = [out_dir / 'vis' / name for name in unique_names(files)]
     for file, target in zip(tqdm(files, desc='detecting', unit='file', disable=len(files) < 2), targets, strict=True):
         try:
             if file.suffix.lower() in VIDEOS:
@@ -182,6 +211,35 @@ def infer(
             broken.append(str(file))
     write_text(out_dir / 'predictions.json', json.dumps(records))
     return Summary(images, len(records), out_dir, broken)
+
+
+def _without_own_pictures(inputs: Iterable[str], out_dir: Path) -> list[Path]:
+    """The files of the inputs, but for what a folder holds in its folder `out_dir`. One line says their number."""
+    files: list[Path] = []
+    left_out: list[Path] = []
+    for source in inputs:
+        given, own = Path(source).resolve(), out_dir.resolve()
+        own = own / 'vis' if given == own else own
+        for file in expand_inputs(source):
+            inside = file.parent.resolve().is_relative_to(own) and not given.is_relative_to(own)
+            (left_out if inside else files).append(file)
+    if left_out:
+        log(
+            f'{len(left_out)} images and videos below {out_dir} are left out: they are taken for pictures of an '
+            f'earlier run ({abridge([str(file) for file in left_out], 1)})'
+        )
+    if not files:
+        raise UserError(f'there is no image and no video but those below --out-dir {out_dir}: give another --out-dir')
+    return files
+
+
+def _keep_inputs(files: list[Path], targets: list[Path]) -> None:
+    """Refuse to write a picture over one of the images that are read."""
+    given = {file.resolve() for file in files}
+    for file, target in zip(files, targets, strict=True):
+        picture = Path(f'{target}.mp4' if file.suffix.lower() in VIDEOS else f'{target}.jpg')
+        if picture.resolve() in given:
+            raise UserError(f'the picture of {file} would replace the input {picture}: give another --out-dir')
 
 
 def write_picture(image: np.ndarray, path: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import RUNNERS
+from mmengine.registry import DATASETS, RUNNERS
 from mmengine.runner import Runner
 
 import cbam_mmdet.compat.ssd_head  # mends SSD
@@ -18,7 +18,7 @@ import cbam_mmdet.evaluation  # noqa: F401  (registers its metrics)
 from cbam_mmdet.compat.mmengine import config_not_dumped, config_not_printed
 from cbam_mmdet.datasets.checks import check_data
 from cbam_mmdet.datasets.class_order import follow_class_order
-from cbam_mmdet.datasets.image_folders import check_image_folders, is_classifier
+from cbam_mmdet.datasets.image_folders import check_image_folders, class_folders, is_classifier
 from cbam_mmdet.datasets.pointing import point_at_data
 from cbam_mmdet.engine.checkpoint.content import classes_of
 from cbam_mmdet.engine.checkpoint.files import is_onnx
@@ -29,6 +29,7 @@ from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import SPLITS, check_evaluators, check_optimizer, set_default_scope, split_datasets
 from cbam_mmdet.utils.logging import log
 from cbam_mmdet.utils.numbers import check_numbers
+from cbam_mmdet.utils.text import abridge
 
 
 def prepare(
@@ -84,14 +85,19 @@ def _keep_no_workers(cfg: Config) -> None:
 def follow_checkpoint(
     cfg: Config, path: str, splits: Sequence[str], trust_checkpoint: bool, others: bool = False
 ) -> None:
-    """Number the classes of the data sets as a checkpoint does (see datasets.class_order.follow_class_order)."""
-    if is_classifier(cfg) or '://' in path:
+    """Number the classes of the data sets as a checkpoint does (see datasets.class_order.follow_class_order).
+
+    Those of a classifier are numbered by their folders, and have to be the checkpoint's.
+    """
+    if '://' in path:
         return
 
     def follow() -> dict:
         classes = _classes_in(path, trust_checkpoint)
         if classes is None:
             log(f'checkpoint {path} does not say its classes: they are taken for those of the config, in its order')
+        elif is_classifier(cfg):
+            _require_classes_of_folders(cfg, splits, classes, path, others)
         else:
             make_work_dir(cfg)
             follow_class_order(cfg, splits, classes, path, cfg.work_dir, others)
@@ -101,6 +107,28 @@ def follow_checkpoint(
 
     for key, value in in_first_process(follow).items():
         cfg[key] = value
+
+
+def _require_classes_of_folders(
+    cfg: Config, splits: Sequence[str], classes: tuple[str, ...], path: str, others: bool
+) -> None:
+    for split in splits:
+        for dataset in split_datasets(cfg, split):
+            named = DATASETS.build(dict(dataset, lazy_init=True)).metainfo.get('classes')
+            here = tuple(named or class_folders(dataset, split))
+            if here == classes:
+                continue
+            same = sorted(here) == sorted(classes)
+            if others and not same:
+                if len(here) == len(classes):
+                    log(f'{path} was trained on other classes ({abridge(classes, 8)}): its head starts with theirs')
+                return
+            raise UserError(
+                f'{path} knows the classes [{abridge(classes, 8, quoted=True)}], and the {split} data set has '
+                f'[{abridge(here, 8, quoted=True)}]{", another order" if same else ""}: a classifier knows them by '
+                'their place, so the scores would be those of other classes. Give the folders that it was trained '
+                'with; if they have other names here, say the old ones by metainfo=dict(classes=...) of the data set'
+            )
 
 
 def _classes_in(path: str, trust_checkpoint: bool) -> tuple[str, ...] | None:

@@ -34,6 +34,8 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
             stream.reconfigure(errors='backslashreplace')
     # MMDetection warns of it in every program that imports it.
     warnings.filterwarnings('ignore', 'faster_coco_eval is not installed')
+    # MMEngine's visualizer, of every box at the edge of an image.
+    warnings.filterwarnings('ignore', r'Warning: The \w+ is out of bounds')
     if int(os.environ.get('RANK', 0)) > 0:  # the first of several processes prints the same
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
         warnings.simplefilter('ignore')

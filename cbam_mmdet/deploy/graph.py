@@ -107,7 +107,8 @@ def require_exportable(model: nn.Module) -> None:
         for each in extractor if isinstance(extractor, nn.ModuleList) else [extractor]:
             if type(each) is not SingleRoIExtractor or type(each.roi_layers[0]).__name__ != 'RoIAlign':
                 raise UserError(f'{type(each).__name__} cannot be exported, only SingleRoIExtractor with RoIAlign')
-        suppressions = [model.rpn_head.test_cfg, roi_head.test_cfg]
+        _require_known_selection(model.rpn_head.test_cfg, 'model.test_cfg.rpn', ('nms_pre', 'max_per_img'))
+        _require_known_selection(roi_head.test_cfg, 'model.test_cfg.rcnn', ('max_per_img',))
     else:
         head = getattr(model, 'bbox_head', None)
         steps = ('predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')
@@ -117,10 +118,31 @@ def require_exportable(model: nn.Module) -> None:
                 f'{type(head).__name__} cannot be exported: its {changed[0]} is not that of BaseDenseHead, as it is in '
                 'RetinaNet, SSD, FCOS, ATSS or RTMDet'
             )
-        suppressions = [head.test_cfg]
-    for cfg in suppressions:
-        if (cfg.nms.get('type') or 'nms') != 'nms':
-            raise UserError(f"the non-maximum suppression '{cfg.nms.type}' cannot be exported, only 'nms'")
+        _require_known_selection(head.test_cfg, 'model.test_cfg', ('nms_pre', 'max_per_img'))
+
+
+# Settings of mmcv's nms, as they are here.
+NMS_DEFAULTS = dict(type='nms', offset=0, score_threshold=0, max_num=-1)
+
+
+def _require_known_selection(cfg: ConfigDict, where: str, counts: Sequence[str]) -> None:
+    """Check how a head selects detections: lists of a length that is known, and the plain suppression."""
+    for key in counts:
+        if type(cfg.get(key)) is not int or cfg[key] < 1:
+            raise UserError(
+                f'{where}.{key}={cfg.get(key)!r} cannot be exported: the lists in a graph have a length, so give a '
+                f'number from 1 on, as --cfg-options {where}.{key}=1000'
+            )
+    nms = cfg.get('nms')
+    if not isinstance(nms, dict) or not isinstance(nms.get('iou_threshold'), (int, float)):
+        raise UserError(f"{where}.nms={nms!r} cannot be exported, only dict(type='nms', iou_threshold=...)")
+    if nms.get('type', 'nms') != 'nms':
+        raise UserError(f"{where}.nms: the suppression {nms['type']!r} cannot be exported, only 'nms'")
+    for key in nms.keys() - {'iou_threshold', 'class_agnostic', 'split_thr'}:
+        if key not in NMS_DEFAULTS or nms[key] != NMS_DEFAULTS[key]:
+            raise UserError(
+                f'{where}.nms.{key}={nms[key]!r} cannot be exported: only type, iou_threshold and class_agnostic'
+            )
 
 
 def propose(head: RPNHead, features: Sequence[Tensor], limits: Tensor) -> Found:

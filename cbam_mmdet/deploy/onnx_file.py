@@ -12,14 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmcv import transforms
+from mmdet.datasets.transforms import LoadAnnotations, PackDetInputs, Pad, Resize
 from mmdet.utils import get_test_pipeline_cfg
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from torch import nn
 
+from cbam_mmdet.datasets.transforms.loading import LoadCheckedImage
 from cbam_mmdet.deploy.graph import DetectorGraph
 from cbam_mmdet.deploy.packages import require_packages
 from cbam_mmdet.deploy.pixels import Pixels
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.config import class_of, set_default_scope
 from cbam_mmdet.utils.files import AtomicLocalBackend
 from cbam_mmdet.version import __version__
 
@@ -132,23 +136,64 @@ def facts_of_model(model: nn.Module) -> dict[str, Any]:
     )
 
 
+# The steps that a program of a few lines can do, each with the settings that may have any value.
+_LOAD = frozenset({'backend_args', 'file_client_args', 'on_error'})
+_RESIZE = frozenset({'scale', 'keep_ratio', 'clip_object_border'})
+_PAD = frozenset({'size', 'pad_val'})
+_PLAIN = {
+    transforms.LoadImageFromFile: _LOAD,
+    LoadCheckedImage: _LOAD,
+    Resize: _RESIZE,
+    transforms.Resize: _RESIZE,
+    Pad: _PAD,
+    transforms.Pad: _PAD,
+}
+_NOT_OF_THE_IMAGE = LoadAnnotations, transforms.LoadAnnotations, PackDetInputs
+
+
 def resize_of(cfg: Config) -> dict[str, Any]:
     """How the test pipeline makes the network's input of an image.
 
-    `scale`, (width, height), and `keep_ratio`; then `pad_to`, (width, height) or None, and `pad_value`. `scale` is None
-    for a pipeline that does something else besides.
+    `scale`, (width, height), and `keep_ratio`; then `pad_to`, (width, height) or None, and `pad_value`, one for each
+    channel. For a pipeline that does anything else `scale` is None, and `pipeline` says its steps.
     """
-    steps = {step['type'].removeprefix('mmdet.'): step for step in get_test_pipeline_cfg(cfg)}
-    resize, pad = steps.get('Resize', {}), steps.get('Pad', {})
-    known = {'LoadImageFromFile', 'LoadCheckedImage', 'Resize', 'Pad', 'LoadAnnotations', 'PackDetInputs'}
-    value = (pad.get('pad_val') or {}).get('img', 0) if isinstance(pad.get('pad_val', {}), dict) else pad['pad_val']
-    simple = set(steps) <= known and resize.get('scale') and (not pad or pad.get('size'))
-    return dict(
-        scale=list(resize['scale']) if simple else None,
-        keep_ratio=bool(resize.get('keep_ratio')),
-        pad_to=list(pad['size']) if simple and pad else None,
-        pad_value=value,
+    set_default_scope(cfg)
+    with transforms.TRANSFORMS.switch_scope_and_registry(None) as registry:
+        classed = [(class_of(registry, step['type']), step) for step in get_test_pipeline_cfg(cfg)]
+    steps = [(cls, step) for cls, step in classed if cls not in _NOT_OF_THE_IMAGE]
+    resize, pad = (steps[i][1] if len(steps) > i else {} for i in (1, 2))
+    scale, pad_to, value = _pair(resize.get('scale')), _pair(pad.get('size')), _three(pad.get('pad_val', 0))
+    plain = [_PLAIN.get(cls) if _is_plain(cls, step) else None for cls, step in steps]
+    known = plain in ([_LOAD, _RESIZE], [_LOAD, _RESIZE, _PAD])
+    if known and scale and value and bool(pad) == bool(pad_to):
+        return dict(scale=scale, keep_ratio=bool(resize.get('keep_ratio')), pad_to=pad_to, pad_value=value)
+    told = [{**step, 'type': getattr(cls, '__name__', str(step['type']))} for cls, step in steps]
+    return dict(scale=None, keep_ratio=False, pad_to=None, pad_value=[0] * 3, pipeline=json.dumps(told, default=str))
+
+
+def _is_plain(cls: type | None, step: ConfigDict) -> bool:
+    """Whether a step is one of _PLAIN, no derived class, and its other settings have their defaults."""
+    if cls not in _PLAIN:
+        return False
+    defaults = {key: it.default for key, it in inspect.signature(cls).parameters.items()}
+    return all(
+        key in defaults and value == defaults[key] for key, value in step.items() if key not in {'type', *_PLAIN[cls]}
     )
+
+
+def _pair(value: Any) -> list[int] | None:
+    """Width and height. As in mmcv, one number is both."""
+    pair = [value] * 2 if isinstance(value, int) else value
+    whole = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(v) is int and v > 0 for v in pair)
+    return list(pair) if whole else None
+
+
+def _three(value: Any) -> list[float] | None:
+    """What mmcv's Pad writes into each channel. Of a float OpenCV fills the first channel alone: it is not plain."""
+    value = value.get('img', 0) if isinstance(value, dict) else value
+    three = (value,) * 3 if type(value) is int else value
+    plain = isinstance(three, (list, tuple)) and len(three) == 3 and all(type(v) in (int, float) for v in three)
+    return list(three) if plain else None
 
 
 def _mask_threshold(model: nn.Module) -> float | None:
@@ -201,13 +246,16 @@ def require_same_resize(cfg: Config, facts: dict[str, Any], path: str | Path) ->
     Raises:
         UserError: for another size, ratio or padding.
     """
-    here = json.loads(json.dumps(resize_of(cfg)))
-    other = [key for key in here if key in facts and here[key] != facts[key]]
-    if other and here['scale'] and facts.get('scale'):
+    here, there = resize_of(cfg), dict(facts)
+    if 'pad_value' in there:  # which earlier versions wrote as one number for all channels
+        there['pad_value'] = _three(there['pad_value'])
+    keys = ('pipeline',) if here['scale'] is None and there.get('scale') is None else tuple(here)
+    other = [key for key in keys if key in here and key in there and here[key] != there[key]]
+    if other:
         key = other[0]
         raise UserError(
-            f"{path} was exported for {key}={facts[key]} of the test pipeline, and the config's is {here[key]}: the "
-            'detector would see images of another size. Give the config that it was exported with, or export it anew'
+            f"{path} was exported for {key}={there[key]} of the test pipeline, and the config's is {here[key]}: the "
+            'detector would see other images. Give the config that it was exported with, or export it anew'
         )
 
 

@@ -202,6 +202,25 @@ def test_last_block_of_each_stage_by_backbone():
         assert list(find_layers(model)) == [f'backbone.{layer}' for layer in expected]
 
 
+@pytest.mark.parametrize('name', ['tf_efficientnet_lite0', 'resnet18', 'convnext_atto', 'mobilenetv3_small_050'])
+@pytest.mark.parametrize('cbam', [False, True])
+def test_layers_of_a_timm_network_are_the_maps_that_the_neck_gets(name, cbam):
+    pytest.importorskip('timm', reason="an optional extra: pip install '.[backbones]'")
+    backbone = dict(type='TimmFeatures', model_name=name, out_indices=(1, 2, 3))
+    if cbam:
+        plugin = dict(cfg=dict(type='CBAM', reduction=4), after=None)
+        backbone = dict(type='PluginBackbone', backbone=backbone, plugins=[plugin])
+    model = nn.Module()
+    model.backbone = MODELS.build(backbone).eval()
+    seen = {}
+    for layer, module in find_layers(model).items():
+        module.register_forward_hook(lambda _, __, output, layer=layer: seen.update({layer: output.clone()}))
+    with torch.no_grad():
+        maps = model.backbone(torch.rand(1, 3, 64, 96))
+    assert len(seen) == len(maps) == 3
+    assert all(torch.equal(a, b) for a, b in zip(seen.values(), maps, strict=True))
+
+
 def test_tool_compares_two_detectors(run_tool, trained, shapes, tmp_path):
     pytest.importorskip('pytorch_grad_cam')
     config = next(trained.glob('*.py'))

@@ -1,12 +1,73 @@
-"""Detection on a user's own images: the pictures."""
+"""Detection on a user's own images: what is read, and the pictures."""
+
+import shutil
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 import torch
+from conftest import DEMO, ROOT, SMALL, cfg_options
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import nn
 
 from cbam_mmdet.apis.infer import LEGIBLE, _Painter
+
+WHERE = ['--device', 'cpu', '--score-thr', 0, *cfg_options(SMALL)]
+
+
+def test_pictures_of_an_earlier_run_are_no_inputs(run_tool, trained, shapes, tmp_path):
+    """They would be detected in, and the pictures of a run that follows be told from them by numbers alone."""
+    photos = shutil.copytree(shapes / 'val2017', tmp_path / 'photos')
+    count = len(list(photos.iterdir()))
+    for out in (photos / 'out', photos):
+        (photos / 'predictions.json').unlink(missing_ok=True)
+        shutil.rmtree(photos / 'out', ignore_errors=True)
+        first, second = (run_tool('infer.py', DEMO, trained, photos, '--out-dir', out, *WHERE) for _ in range(2))
+        assert first.code == second.code == 0, first.err + second.err
+        assert f'in {count} images' in first.out and 'left out' not in first.out + first.err
+        assert f'in {count} images' in second.out and len(list((out / 'vis').iterdir())) == count
+        said = second.out + second.err
+        assert f'{count} images and videos below {out} are left out' in said
+        assert f'the results of an earlier run in {out} are replaced' in said
+
+
+def test_no_picture_replaces_an_input(run_tool, trained, shapes, tmp_path):
+    image = tmp_path / 'vis/a.jpg'
+    image.parent.mkdir()
+    shutil.copy(next((shapes / 'val2017').iterdir()), image)
+    before = image.read_bytes()
+    result = run_tool('infer.py', DEMO, trained, image, '--out-dir', tmp_path, *WHERE)
+    assert result.code == 2 and f'the picture of {image} would replace the input' in result.err
+    assert image.read_bytes() == before
+
+
+def test_boxes_at_the_edge_are_no_reason_to_warn(trained, shapes, tmp_path):
+    """MMEngine's visualizer warns of each."""
+    arguments = [DEMO, trained, shapes / 'val2017', '--out-dir', tmp_path, *WHERE]
+    command = [sys.executable, ROOT / 'tools/infer.py', *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)  # pytest has filters of its own
+    assert done.returncode == 0 and 'pictures: ' in done.stdout
+    assert 'Warning' not in done.stderr, done.stderr
+
+
+def test_a_config_without_a_test_pipeline(run_tool, trained, shapes, tmp_path):
+    (tmp_path / 'config.py').write_text(
+        f'_base_ = {DEMO!r}\ntest_dataloader = None\ntest_evaluator = None\ntest_cfg = None\n'
+    )
+    result = run_tool('infer.py', tmp_path / 'config.py', trained, shapes / 'val2017', *WHERE)
+    assert result.code == 2 and 'Traceback' not in result.err
+    assert 'config.py has no test pipeline' in result.err and 'test_dataloader is None' in result.err
+
+
+@pytest.mark.parametrize('tool', ['infer.py', 'gradcam.py', 'attention_maps.py'])
+def test_a_classifier_is_no_detector(run_tool, trained, shapes, tool):
+    pytest.importorskip('mmpretrain')
+    config = ROOT / 'configs/imagenet/resnet18_cbam_in1k.py'
+    result = run_tool(tool, config, trained, shapes / 'val2017')
+    assert result.code == 2 and 'Traceback' not in result.err
+    assert 'is the config of a classifier' in result.err and 'expected that of a detector' in result.err
 
 
 def test_a_small_image_is_drawn_larger():

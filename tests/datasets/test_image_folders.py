@@ -1,6 +1,8 @@
 """ImageNet classification by the same tools, on a small ImageFolder, and its checkpoint in a detector."""
 
 import json
+import re
+import shutil
 
 import cv2
 import numpy as np
@@ -96,6 +98,31 @@ def test_a_basic_block_too(run_tool, folders, tmp_path):
     assert keys == MODELS.build(detector.backbone).state_dict().keys()
 
 
+def test_a_checkpoint_of_other_classes_is_refused(run_tool, folders, tmp_path):
+    """Labels are places among the sorted folders, so the scores would be those of others."""
+    config, trained = CONFIGS / 'resnet18_cbam_in1k.py', tmp_path / 'work'
+    where = ['--classes', 'auto', '--work-dir', trained]
+    assert run_tool('train.py', config, '--data-root', folders, *where, *options()).code == 0
+    other = shutil.copytree(folders, tmp_path / 'data')
+    for split in ('train', 'val'):
+        (other / split / 'class0').rename(other / split / 'zebra')
+    for tool, arguments in (
+        ('test.py', [config, trained / 'epoch_1.pth']),
+        ('train.py', [config, '--resume', trained / 'epoch_1.pth']),
+    ):
+        result = run_tool(tool, *arguments, '--data-root', other, *where, *options())
+        assert result.code == 2 and 'Traceback' not in result.err, result.err
+        assert re.search("knows the classes .*'class0', 'class1'.* data set has .*'class5', 'zebra'", result.err)
+    load = options(f'load_from={trained / "epoch_1.pth"}')
+    result = run_tool('train.py', config, '--data-root', other, '--classes', 'auto', '--work-dir', tmp_path / 'new',
+                      *load)  # fmt: skip
+    assert result.code == 0 and 'was trained on other classes (class0' in result.out + result.err
+    names = [f'class{i}' for i in (1, 2, 3, 4, 5, 0)]
+    result = run_tool('test.py', config, trained / 'epoch_1.pth', '--data-root', folders, *where,
+                      *options(f'test_dataloader.dataset.metainfo.classes={names}'))  # fmt: skip
+    assert result.code == 2 and 'another order' in result.err, result.err
+
+
 @pytest.mark.parametrize(
     ('change', 'arguments', 'message'),
     [
@@ -106,9 +133,6 @@ def test_a_basic_block_too(run_tool, folders, tmp_path):
     ],
 )
 def test_folders_that_do_not_fit(run_tool, folders, tmp_path, change, arguments, message):
-    import re
-    import shutil
-
     root = shutil.copytree(folders, tmp_path / 'data')
     if change:
         shutil.rmtree(root / change)

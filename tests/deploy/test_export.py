@@ -2,19 +2,26 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from importlib.metadata import distribution
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from conftest import DEMO, ROOT, SMALL, cfg_options, tiny
+from mmcv.ops import batched_nms
+from mmdet.datasets.transforms import Resize
 from mmdet.registry import MODELS
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import init_default_scope
 from torch import nn
 
-from cbam_mmdet.deploy import packages
+from cbam_mmdet.datasets.transforms.arrays import array_pipeline
+from cbam_mmdet.deploy import onnx_file, packages
 from cbam_mmdet.deploy.graph import require_exportable
 from cbam_mmdet.errors import UserError
 
@@ -85,6 +92,85 @@ def test_a_program_without_pytorch(run_tool, exported, shapes, tmp_path):
     assert subprocess.run([*alone[:3], 'import torch'], capture_output=True).returncode != 0
 
 
+def with_steps(*steps):
+    """The demo's config with these steps between the loading of an image and its packing."""
+    cfg = Config.fromfile(DEMO)
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    cfg.test_dataloader.dataset.pipeline = [pipeline[0], *steps, pipeline[-1]]
+    return cfg
+
+
+@pytest.mark.parametrize(
+    'steps',
+    [
+        [dict(type='Resize', scale=96, keep_ratio=True)],
+        [dict(type=Resize, scale=(96, 64)), dict(type='mmdet.Pad', size=(128, 96))],
+        [dict(type='Resize', scale=(96, 96), keep_ratio=True), dict(type='Pad', size=(160, 160), pad_val=7)],
+        [dict(type='Resize', scale=(96, 96)), dict(type='Pad', size=(160, 130), pad_val=dict(img=114))],
+        [dict(type='Resize', scale=(96, 96)), dict(type='Pad', size=(160, 60), pad_val=dict(img=(1, 2, 3)))],
+    ],
+)
+def test_what_a_file_says_makes_the_input_of_the_test_pipeline(steps, tmp_path, monkeypatch):
+    """By docs/run_onnx.py, up to what it gives onnxruntime."""
+    cfg, given = with_steps(*steps), []
+
+    class Session:
+        def __init__(self, *args, **kwargs):
+            facts = {key: json.dumps(value) for key, value in onnx_file.resize_of(cfg).items()}
+            self.meta = type('Meta', (), dict(custom_metadata_map=facts))
+
+        def get_modelmeta(self):
+            return self.meta
+
+        def run(self, names, inputs):
+            given.append(inputs['images'][0])
+            return np.zeros((1, 0, 4)), np.zeros((1, 0)), np.zeros((1, 0))
+
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / 'a.png'), image)
+    monkeypatch.setattr('onnxruntime.InferenceSession', Session)
+    monkeypatch.setattr(sys, 'argv', ['run_onnx.py', 'a.onnx', str(tmp_path / 'a.png')])
+    runpy.run_path(str(ROOT / 'docs/run_onnx.py'))
+    ours = array_pipeline(cfg)(dict(img=image, img_id=0))['inputs'].permute(1, 2, 0).numpy()
+    assert np.array_equal(given[0], ours)
+
+
+RESIZE = dict(type='Resize', scale=(96, 96))
+
+
+@pytest.mark.parametrize(
+    'steps',
+    [
+        [dict(RESIZE, interpolation='area')],
+        [dict(RESIZE, backend='pillow')],
+        [dict(type='Resize', scale_factor=0.5)],
+        [RESIZE, RESIZE],
+        [dict(type='Pad', size=(128, 128)), RESIZE],
+        [RESIZE, dict(type='Pad', size_divisor=32)],
+        [RESIZE, dict(type='Pad', size=(128, 128), padding_mode='edge')],
+        [RESIZE, dict(type='Pad', size=(128, 128), pad_val=dict(img=114.0))],
+        [RESIZE, dict(type='PhotoMetricDistortion')],
+        [],
+    ],
+)
+def test_another_pipeline_is_not_said_to_be_a_simple_one(steps):
+    facts = onnx_file.resize_of(with_steps(*steps))
+    assert facts['scale'] is None
+    onnx_file.require_same_resize(with_steps(*steps), facts, 'a.onnx')
+    for other in ([RESIZE], [*steps, dict(type='Pad', size_divisor=64)]):
+        with pytest.raises(UserError, match=r'a\.onnx was exported for .* export it anew'):
+            onnx_file.require_same_resize(with_steps(*other), facts, 'a.onnx')
+
+
+def test_a_file_of_an_earlier_version_is_taken():
+    """It has one pad_value for all channels."""
+    cfg = with_steps(RESIZE, dict(type='Pad', size=(128, 128), pad_val=dict(img=114)))
+    facts = dict(scale=[96, 96], keep_ratio=False, pad_to=[128, 128], pad_value=114)
+    onnx_file.require_same_resize(cfg, facts, 'a.onnx')
+    with pytest.raises(UserError, match='exported for pad_value'):
+        onnx_file.require_same_resize(cfg, dict(facts, pad_value=0), 'a.onnx')
+
+
 @pytest.mark.parametrize(
     ('head', 'message'),
     [
@@ -99,6 +185,37 @@ def test_other_heads_are_refused(head, message):
     model.bbox_head = MODELS.build(dict(head, type=f'mmdet.{head["type"]}'))
     with pytest.raises(UserError, match=f'{head["type"]} cannot be exported: {message}'):
         require_exportable(model)
+
+
+@pytest.mark.parametrize(
+    ('stage', 'change', 'message'),
+    [
+        ('rcnn', dict(max_per_img=-1), r'model\.test_cfg\.rcnn\.max_per_img=-1 cannot be exported'),
+        ('rcnn', dict(max_per_img=0), r'rcnn\.max_per_img=0 cannot'),
+        ('rpn', dict(nms_pre=-1), r'rpn\.nms_pre=-1 cannot'),
+        ('rpn', dict(max_per_img=-1), r'rpn\.max_per_img=-1 cannot'),
+        ('rcnn', dict(nms=dict(type='soft_nms', iou_threshold=0.5)), "the suppression 'soft_nms' cannot"),
+        ('rcnn', dict(nms=dict(type=batched_nms, iou_threshold=0.5)), 'the suppression .* cannot'),
+        ('rpn', dict(nms=dict(type='nms', iou_thr=0.5)), r'rpn\.nms=.* only dict\(type'),
+        ('rpn', dict(nms=dict(type='nms', iou_threshold=0.5, max_num=5)), r'rpn\.nms\.max_num=5 cannot'),
+        ('rcnn', dict(nms=None), r'rcnn\.nms=None cannot'),
+    ],
+)
+def test_another_selection_of_detections_is_refused(stage, change, message):
+    init_default_scope('mmdet')
+    model = MODELS.build(Config.fromfile(DEMO).model)
+    require_exportable(model)
+    part = model.rpn_head if stage == 'rpn' else model.roi_head
+    part.test_cfg = ConfigDict({**part.test_cfg, **change})
+    with pytest.raises(UserError, match=message):
+        require_exportable(model)
+
+
+def test_a_comparison_of_nothing_is_said(run_tool, trained, shapes, tmp_path):
+    where = ['--data-root', shapes, '--out', tmp_path / 'a.onnx']
+    result = run_tool('export.py', DEMO, trained, *where, *cfg_options(SMALL, 'model.test_cfg.rcnn.score_thr=0.999'))
+    assert result.code == 0 and 'warning: PyTorch detects nothing in these images, so nothing was' in result.err
+    assert 'model.test_cfg.rcnn.score_thr=0 shows them' in result.err
 
 
 def test_bad_input(run_tool, trained, shapes, tmp_path, monkeypatch):
