@@ -21,6 +21,7 @@ from cbam_mmdet.apis.runner import (
     make_work_dir,
     prepare,
 )
+from cbam_mmdet.apis.schedule import warn_of_another_length
 from cbam_mmdet.apis.smoke import make_small
 from cbam_mmdet.compat.mmcv_ops import unserved_layers
 from cbam_mmdet.compat.mmengine import hooks_of_class, local_files_written_by
@@ -100,6 +101,8 @@ def train(
     prepare(cfg, data_root, classes, work_dir, launcher, train_ann, val_ann)
     if smoke:
         make_small(cfg)
+    else:
+        warn_of_another_length(cfg)
     if amp:
         _use_amp(cfg, 'fp16' if amp is True else amp)
     if auto_scale_lr:
