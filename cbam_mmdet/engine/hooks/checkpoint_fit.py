@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
 from cbam_mmdet.engine.checkpoint.content import run_state_lacking
+from cbam_mmdet.engine.checkpoint.settings import warn_of_other_settings
 from cbam_mmdet.engine.distributed import unwrapped
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.logging import log
@@ -57,6 +58,7 @@ class CheckpointFitHook(Hook):
         model = unwrapped(runner.model)
         name = str(runner._load_from or runner.work_dir)
         compare_state_dicts(checkpoint, model, self.strict, name)
+        warn_of_other_settings(checkpoint, runner.cfg, self.strict, name)
         lacking = run_state_lacking(checkpoint)
         if runner._resume and lacking:
             raise UserError(
