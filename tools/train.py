@@ -8,7 +8,10 @@ from arguments import Parser, run
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_shared('config')
-    parser.add_shared('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
+    parser.add_shared(
+        '--work-dir',
+        help='folder for logs and checkpoints (default: work_dirs/CONFIG, with --smoke work_dirs/CONFIG_smoke)',
+    )
     parser.add_shared('--data-root', '--classes', '--train-ann', '--val-ann')
     parser.add_argument(
         '--amp',

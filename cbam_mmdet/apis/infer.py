@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -31,6 +32,7 @@ from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
 from cbam_mmdet.engine.checkpoint.content import classes_of, meta_of, weights_of
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint, is_onnx
 from cbam_mmdet.engine.checkpoint.loading import safe_loading
+from cbam_mmdet.engine.checkpoint.settings import warn_of_other_settings
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import split_datasets
@@ -73,11 +75,13 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
         return _load_onnx(cfg, checkpoint)
     check_plugins(cfg)
     device = choose_device(device)
+    given = copy.deepcopy(cfg)  # DETR and its kin write into what they are built of
     with safe_loading(trust_checkpoint):
         weights = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
         with warnings.catch_warnings(record=True):  # "checkpoint is None", by a filter of its own: it follows
             model = init_detector(cfg, checkpoint=None, device=device)
     compare_state_dicts(weights, model, strict=True, name=checkpoint)
+    warn_of_other_settings(weights, given, strict=True, name=checkpoint)
     model.load_state_dict(weights_of(weights))
     model.dataset_meta.update(classes=_config_classes(cfg) or model.dataset_meta['classes'])
     model.dataset_meta.update(_described(weights, checkpoint))

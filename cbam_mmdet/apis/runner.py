@@ -45,10 +45,7 @@ def prepare(
     set_default_scope(cfg)
     cfg.launcher = launcher
     join_processes(cfg, launcher)
-    if work_dir:
-        cfg.work_dir = work_dir
-    elif not cfg.get('work_dir'):
-        cfg.work_dir = osp.join('work_dirs', Path(cfg.filename).stem)
+    cfg.work_dir = work_dir or default_work_dir(cfg)
     _require_lists_of_classes(cfg)
     point_at_data(cfg, data_root, classes, train_ann, val_ann, once=in_first_process)
     check_plugins(cfg)
@@ -56,6 +53,10 @@ def prepare(
     _keep_no_workers(cfg)
     check_optimizer(cfg)
     check_evaluators(cfg)
+
+
+def default_work_dir(cfg: Config) -> str:
+    return cfg.get('work_dir') or osp.join('work_dirs', Path(cfg.filename).stem)
 
 
 def _require_lists_of_classes(cfg: Config) -> None:

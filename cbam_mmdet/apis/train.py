@@ -13,7 +13,15 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from cbam_mmdet.apis.runner import build_runner, check_splits, follow_checkpoint, make_work_dir, prepare
+from cbam_mmdet.apis.runner import (
+    build_runner,
+    check_splits,
+    default_work_dir,
+    follow_checkpoint,
+    make_work_dir,
+    prepare,
+)
+from cbam_mmdet.apis.schedule import warn_of_another_length
 from cbam_mmdet.apis.smoke import make_small
 from cbam_mmdet.compat.mmcv_ops import unserved_layers
 from cbam_mmdet.compat.mmengine import hooks_of_class, local_files_written_by
@@ -29,6 +37,7 @@ from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.engine.hooks.finite_loss import FiniteLossHook
 from cbam_mmdet.engine.hooks.gate_statistics import GateStatisticsHook
 from cbam_mmdet.engine.hooks.keep_record import KeepRecordHook
+from cbam_mmdet.engine.hooks.mark_smoke import SMOKE, MarkSmokeHook
 from cbam_mmdet.engine.hooks.one_model import ValidateOneModelHook
 from cbam_mmdet.engine.hooks.resume_exactly import ResumeExactlyHook
 from cbam_mmdet.engine.hooks.safe_checkpoint import SafeCheckpointHook
@@ -67,7 +76,8 @@ def train(
         classes: class names, or 'auto' to read them from the training annotations (see datasets.classes.set_classes).
         train_ann: the COCO annotation file to train on, in a data root that holds several.
         val_ann: that to validate and test on.
-        work_dir: for logs and checkpoints; by default the config's, else work_dirs/NAME.
+        work_dir: for logs and checkpoints; by default the config's, else work_dirs/NAME, with `_smoke` behind it for a
+            first look.
         amp: mixed precision: 'fp16' (or True; needs a GPU) or 'bf16'.
         auto_scale_lr: scale the learning rate to the batch size of all processes together.
         smoke: for a first look, one epoch on a few small images (see apis.smoke.make_small).
@@ -86,9 +96,13 @@ def train(
     lacking = [key for key in ('train_dataloader', 'train_cfg', 'optim_wrapper') if not cfg.get(key)]
     if lacking:
         raise UserError(f'the config has no {lacking[0]}: it cannot be trained')
+    if smoke and not work_dir:
+        work_dir = default_work_dir(cfg).rstrip('/').removesuffix('_smoke') + '_smoke'
     prepare(cfg, data_root, classes, work_dir, launcher, train_ann, val_ann)
     if smoke:
         make_small(cfg)
+    else:
+        warn_of_another_length(cfg)
     if amp:
         _use_amp(cfg, 'fp16' if amp is True else amp)
     if auto_scale_lr:
@@ -98,13 +112,13 @@ def train(
         patches.enter_context(safe_loading(trust_checkpoint))
         patches.enter_context(summarize_missing_cbam())
         patches.enter_context(local_files_written_by(AtomicLocalBackend))
-        resumes = _choose_checkpoint(cfg, resume, trust_checkpoint)
+        resumes = _choose_checkpoint(cfg, resume, trust_checkpoint, smoke)
         splits = ['train', 'val'] if cfg.get('val_dataloader') else ['train']
         if cfg.get('load_from'):
             follow_checkpoint(cfg, cfg.load_from, splits, trust_checkpoint, others=not resumes)
         check_splits(cfg, splits)
         stop = StopSignalHook()
-        late = [stop, *([ValidateResumedHook()] if resumes else [])]
+        late = [stop, *([ValidateResumedHook()] if resumes else []), *([MarkSmokeHook()] if smoke else [])]
         runner = build_runner(cfg, [*_hooks(cfg, resumes), *late])
         patches.enter_context(hooks_of_class(runner.hooks, CheckpointHook, SafeCheckpointHook))
         _warn_of_unserved_operators(runner.model)
@@ -159,7 +173,7 @@ def _scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def _choose_checkpoint(cfg: Config, resume: str | bool, trust_checkpoint: bool) -> bool:
+def _choose_checkpoint(cfg: Config, resume: str | bool, trust_checkpoint: bool, smoke: bool) -> bool:
     """Set what the training starts from: load_from, resume, and the seed of a run that is resumed.
 
     Returns:
@@ -179,7 +193,7 @@ def _choose_checkpoint(cfg: Config, resume: str | bool, trust_checkpoint: bool) 
         cfg.load_from = find_checkpoint(cfg.load_from)
     if resume:
         # MMEngine takes the seed of the run that it resumes, but only after the data's order has been drawn.
-        seed = in_first_process(lambda: _seed_of(cfg.load_from, trust_checkpoint))
+        seed = in_first_process(lambda: _seed_of(cfg.load_from, trust_checkpoint, smoke))
         given = cfg.setdefault('randomness', ConfigDict()).get('seed')
         if seed is not None and given not in (None, seed):
             log(f'--resume: seed {seed} of the run that is resumed, in place of {given}', logging.WARNING)
@@ -239,11 +253,19 @@ def _checkpoint_folders(cfg: Config) -> list[str]:
     return folders
 
 
-def _seed_of(path: str, trust_checkpoint: bool) -> int | None:
+def _seed_of(path: str, trust_checkpoint: bool, smoke: bool) -> int | None:
+    """The seed of a run that is resumed, which must be a first look if this one is, and else none."""
     checkpoint = load_checkpoint(path, 'cpu', trust_checkpoint)
     if not isinstance(checkpoint, Mapping):
         raise UserError(f'--resume: {path} holds a {type(checkpoint).__name__}, not the checkpoint of a training run')
-    return meta_of(checkpoint).get('seed')
+    meta = meta_of(checkpoint)
+    if meta and bool(meta.get(SMOKE)) != smoke:
+        made, now = ('a --smoke run', 'a whole training') if meta.get(SMOKE) else ('a whole training', 'a --smoke run')
+        raise UserError(
+            f'--resume: {path} was written by {made}, and {now} cannot go on from it: leave --resume out, and give '
+            'another --work-dir'
+        )
+    return meta.get('seed')
 
 
 def _use_amp(cfg: Config, dtype: str) -> None:

@@ -117,8 +117,11 @@ def local_files_written_by(backend: type) -> Iterator[None]:
 
 
 @patch('mmengine.runner.checkpoint._load_checkpoint_with_prefix')
-def prefixes_keep_metadata() -> Iterator[None]:
-    """Let init_cfg=dict(type='Pretrained', prefix=...) keep the metadata of the modules under the prefix."""
+def prefixes_keep_metadata(check: Callable) -> Iterator[None]:
+    """Let init_cfg=dict(type='Pretrained', prefix=...) keep the metadata of the modules under the prefix.
+
+    `check` is called with the loaded checkpoint, the prefix and the file's name.
+    """
     from mmengine.runner import checkpoint
 
     original = checkpoint._load_checkpoint_with_prefix
@@ -128,6 +131,7 @@ def prefixes_keep_metadata() -> Iterator[None]:
 
         def remember(*args: Any, **kwargs: Any) -> Any:
             loaded.append(load_file(*args, **kwargs))
+            check(loaded[-1], prefix, filename)
             return loaded[-1]
 
         load_file = checkpoint._load_checkpoint

@@ -20,6 +20,7 @@ from mmengine.utils import import_modules_from_strings
 
 from cbam_mmdet.compat.mmengine import yaml_without_code
 from cbam_mmdet.errors import UserError, did_you_mean
+from cbam_mmdet.utils.config_variables import settings_made_of
 
 SPLITS = ('train', 'val', 'test')
 CONFIG_DIR = Path(__file__).parents[1] / '.mim' / 'configs'
@@ -131,7 +132,7 @@ def _merge(cfg: Config, cfg_options: dict, path: str) -> None:
                 f'--cfg-options {key}: the config has no {first!r}, and no setting has this name', stacklevel=3
             )
         elif first not in RUNNER_SETTINGS:
-            _refuse_variable(cfg, key)
+            _refuse_variable(cfg, key, cfg_options[key])
         _refuse_misspelt(cfg, key)
     try:
         cfg.merge_from_dict(cfg_options)
@@ -139,19 +140,27 @@ def _merge(cfg: Config, cfg_options: dict, path: str) -> None:
         raise UserError(f'--cfg-options {cfg_options} does not fit config {path!r}: {error}') from error
 
 
-def _refuse_variable(cfg: Config, key: str) -> None:
-    """Refuse a name that the config file uses for settings called so, which have their values by now.
+def _refuse_variable(cfg: Config, key: str, value: object) -> None:
+    """Refuse a name that the config file uses for settings, which have their values by now.
 
     Raises:
-        UserError: which names these settings.
+        UserError: which names these settings, as options to copy.
     """
-    first, last = key.split('.')[0], key.split('.')[-1]
+    first, _, inner = key.partition('.')
     settings = {name: cfg[name] for name in cfg if name in RUNNER_SETTINGS}
-    meant = [place for place in _places_of(settings) if place.split('.')[-1] == last][:3]
-    if meant:
+    places = list(_places_of(settings))
+    made = {
+        f'{place}.{inner}' if inner else place: same for place, same in settings_made_of(first, cfg.filename).items()
+    }
+    same, computed = ([place for place in places if made.get(place) is wanted] for wanted in (True, False))
+    last = key.split('.')[-1]
+    meant = same or [place for place in places if place.split('.')[-1] == last][:3]
+    if meant or computed:
+        options = ' '.join(f'{place}={value}' for place in meant)
+        more = f' (computed of it: {", ".join(computed)})' if computed else ''
         raise UserError(
             f'--cfg-options {key}: no setting is called {first!r}. The config file uses the name for others, which '
-            f'have their values by now. Set those: {", ".join(meant)}'
+            f'have their values by now. Set those: {options or ", ".join(computed)}{more if options else ""}'
         )
     warnings.warn(
         f'--cfg-options {key}: no setting is called {first!r}. What the config file makes of it stays as it is',

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, IN_THIS_PROCESS, cfg_options
+from conftest import DEMO, IN_THIS_PROCESS, cfg_options, tiny
 
 from cbam_mmdet.apis.smoke import SIDE, make_small
 from cbam_mmdet.utils.config import config_path, load_config, shipped_configs, split_datasets
@@ -33,3 +33,18 @@ def test_it_runs(run_tool, shapes, tmp_path):
     rows = [json.loads(line) for line in next(Path(tmp_path).glob('*/vis_data/scalars.json')).open()]
     assert any('loss' in row for row in rows) or (tmp_path / 'epoch_1.pth').is_file()
     assert any('coco/bbox_mAP' in row for row in rows)
+    result = run_tool('train.py', DEMO, '--resume', 'auto', *options)
+    assert result.code == 2 and 'epoch_1.pth was written by a --smoke run' in result.err
+
+
+def test_it_keeps_out_of_the_work_dir_of_a_training(run_tool, shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ['--data-root', shapes, *cfg_options(IN_THIS_PROCESS, 'work_dir=mine/')]
+    result = run_tool('train.py', DEMO, '--smoke', *options)
+    assert result.code == 0, result.err[-2000:]
+    assert [path.name for path in tmp_path.iterdir()] == ['mine_smoke']
+
+
+def test_it_does_not_go_on_from_a_training(run_tool, trained, shapes, tmp_path):
+    result = run_tool('train.py', DEMO, '--smoke', '--resume', trained / 'epoch_1.pth', *tiny(tmp_path, shapes))
+    assert result.code == 2 and 'epoch_1.pth was written by a whole training' in result.err

@@ -179,8 +179,8 @@ def test_cfg_option_that_nothing_reads_is_named():
 @pytest.mark.parametrize(
     ('config', 'key', 'meant'),
     [
-        (DEMO, 'max_epochs', 'train_cfg.max_epochs'),
-        (ROOT / 'configs/faster_rcnn_r50_cbam.py', 'cbam.gate', 'model.backbone.plugins.0.cfg.gate'),
+        (DEMO, 'max_epochs', 'train_cfg.max_epochs=1 param_scheduler.1.end=1 param_scheduler.1.T_max=1'),
+        (ROOT / 'configs/faster_rcnn_r50_cbam.py', 'cbam.gate', 'model.backbone.plugins.0.cfg.gate=1'),
     ],
 )
 def test_cfg_option_that_the_config_has_used_already_is_refused(config, key, meant):

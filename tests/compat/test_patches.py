@@ -84,7 +84,7 @@ CASES = {
         lambda: (vars(runner.Runner)['dump_config'], vars(runner.FlexibleRunner)['dump_config']),
     ),
     'mmengine.prefixes_keep_metadata': (
-        mmengine_patches.prefixes_keep_metadata,
+        lambda: mmengine_patches.prefixes_keep_metadata(nothing),
         lambda: checkpoint._load_checkpoint_with_prefix,
     ),
     'mmengine.yaml_without_code': (mmengine_patches.yaml_without_code, lambda: yaml_handler.Loader),

@@ -48,3 +48,8 @@ def weights_of(checkpoint: object) -> Mapping | None:
     metadata = getattr(weights, '_metadata', {})
     renamed._metadata = {name.removeprefix('module.'): value for name, value in metadata.items()}
     return renamed
+
+
+def beginnings(weights: Mapping) -> list[str]:
+    """How the keys of a state dict begin, e.g. 'backbone.'."""
+    return list(dict.fromkeys(f'{str(key).partition(".")[0]}.' for key in weights))

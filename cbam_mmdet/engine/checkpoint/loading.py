@@ -21,11 +21,11 @@ from mmengine.logging import HistoryBuffer
 
 from cbam_mmdet.compat.mmengine import checkpoints_loaded_by, prefixes_keep_metadata
 from cbam_mmdet.compat.torch import load_without_code, unpickle_without_code
-from cbam_mmdet.engine.checkpoint.content import meta_of, weights_of
+from cbam_mmdet.engine.checkpoint.content import beginnings, meta_of, weights_of
 from cbam_mmdet.engine.checkpoint.keys import from_network
 from cbam_mmdet.engine.checkpoint.sound import require_sound
 from cbam_mmdet.engine.checkpoint.variants import PAPER, add_variants, cbams_in, set_variant
-from cbam_mmdet.errors import UserError
+from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.utils.logging import log
 from cbam_mmdet.utils.text import abridge
 
@@ -150,7 +150,11 @@ def safe_loading(trust: bool = False) -> Iterator[None]:
     def load_file(filename: str, map_location: str | torch.device | None = None) -> dict:
         filename = os.path.expanduser(filename)
         if not os.path.isfile(filename):
-            raise UserError(f'checkpoint {filename} does not exist')
+            raise UserError(
+                f'checkpoint {filename}, which the config names for its initial weights (init_cfg), does not exist. '
+                'Put the file there, or start from random weights: --cfg-options model.backbone.init_cfg=None. How to '
+                'get those of EfficientNet-Lite0: docs/own_data.md#without-a-gpu-a-pretrained-detector'
+            )
         return _translated(load_checkpoint(filename, map_location, trust), filename)
 
     def load_url(
@@ -159,8 +163,18 @@ def safe_loading(trust: bool = False) -> Iterator[None]:
         path = download(url, model_dir, kwargs.get('progress', True))
         return _translated(load_checkpoint(path, map_location, trust), url)
 
-    with checkpoints_loaded_by(load_file, load_url), prefixes_keep_metadata():
+    with checkpoints_loaded_by(load_file, load_url), prefixes_keep_metadata(_require_prefix):
         yield
+
+
+def _require_prefix(checkpoint: Any, prefix: str, name: str) -> None:
+    weights = weights_of(checkpoint) or {}
+    begins = beginnings(weights)
+    if not any(str(key).startswith(f'{prefix.rstrip(".")}.') for key in weights):
+        raise UserError(
+            f'init_cfg: no key of checkpoint {name} begins with prefix={prefix!r}{did_you_mean(prefix, begins) or "."} '
+            f'They begin with {abridge(begins, 8)}'
+        )
 
 
 def _translated(checkpoint: Any, name: str) -> Any:

@@ -16,7 +16,10 @@ from mmengine.runner import checkpoint as checkpoint_module
 from torch import nn
 
 from cbam_mmdet.compat.mmengine import state_dicts_loaded_by
+from cbam_mmdet.engine.checkpoint.content import beginnings
+from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.gates import find_cbams
+from cbam_mmdet.utils.text import abridge
 
 
 @contextlib.contextmanager
@@ -68,22 +71,44 @@ def _load_plain(
     names = list(find_cbams(module))
     if not strict:
         state_dict = _cbam_at_block_ends(state_dict, names)
-    lacking = tuple(f'{name}.' for name in names if not any(key.startswith(f'{name}.') for key in state_dict))
-    if strict or not lacking:
+    if strict:
         return load_state_dict(module, state_dict, strict, logger)
+    lacking = tuple(f'{name}.' for name in names if not any(key.startswith(f'{name}.') for key in state_dict))
 
-    def drop(_: nn.Module, incompatible: Any) -> None:
+    def look(_: nn.Module, incompatible: Any) -> None:
+        _require_any(module, incompatible.missing_keys, state_dict)
         incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(lacking)]
 
-    hook = module.register_load_state_dict_post_hook(drop)
+    hook = module.register_load_state_dict_post_hook(look)
     try:
         load_state_dict(module, state_dict, strict, logger)
     finally:
         hook.remove()
+    if not lacking:
+        return
     unit = sum(module.get_submodule(name[:-1]).unit for name in lacking)
     print_log(
         f'the checkpoint has no weights for {len(lacking)} CBAM modules of {len(names)}: they keep their initial ones'
         + (f' ({unit} of them are the exact identity)' if unit else ''),
         logger='current',
         level=logging.INFO,
+    )
+
+
+def _require_any(module: nn.Module, missing: list[str], state_dict: Mapping) -> None:
+    """Refuse weights of which none is the module's, as those of a whole detector in a backbone's init_cfg.
+
+    Raises:
+        UserError: which says how the keys begin.
+    """
+    expected = {key for key in module.state_dict() if not key.endswith('num_batches_tracked')}
+    if not expected or expected - {*missing}:
+        return
+    begins = beginnings(state_dict)
+    fitting = [begin for begin in begins if any(key.removeprefix(begin) in expected for key in state_dict)]
+    hint = f": init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix={fitting[0]!r})" if fitting else ''
+    raise UserError(
+        f'a checkpoint was given for {type(module).__name__}, and none of its weights is of the {len(expected)} there. '
+        f"Its keys begin with {abridge(begins, 8)}. An init_cfg of type='Pretrained' takes a part of a checkpoint by "
+        f'its prefix{hint}'
     )

@@ -48,7 +48,7 @@ def add_variants(state_dict: Any, meta: Mapping) -> list[str]:
 def variants_in(config: object) -> list[dict[str, str]]:
     """The different variants of CBAM in the text of a config. Empty if it is none that can be parsed."""
     variants: list[dict[str, str]] = []
-    for node in ast.walk(_parsed(config)):
+    for node in ast.walk(parsed(config)):
         given = _arguments(node)
         if given.get('type') not in NAMES:
             continue
@@ -65,14 +65,14 @@ def variants_in(config: object) -> list[dict[str, str]]:
 def positions_in(config: object) -> set[str]:
     """Where the plugins in the text of a config put CBAM into residual blocks: 'after_conv1', ... Maybe empty."""
     positions = set()
-    for node in ast.walk(_parsed(config)):
+    for node in ast.walk(parsed(config)):
         position = _arguments(node).get('position')
         if isinstance(position, str) and any(_arguments(part).get('type') in NAMES for part in ast.walk(node)):
             positions.add(position)
     return positions
 
 
-def _parsed(config: object) -> ast.AST:
+def parsed(config: object) -> ast.AST:
     try:
         return ast.parse(config) if isinstance(config, str) else ast.Module([], [])
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
 from cbam_mmdet.engine.checkpoint.content import run_state_lacking
+from cbam_mmdet.engine.checkpoint.settings import warn_of_other_settings
 from cbam_mmdet.engine.distributed import unwrapped
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.logging import log
@@ -29,6 +32,8 @@ SHAPED = (
     'acc_delta',
 )
 OWN = ('momentum', 'betas', 'alpha', 'rho')  # settings by which the kinds of optimizers differ
+# What MMEngine's schedulers keep beside their settings.
+PROGRESS = {'optimizer', 'base_values', 'last_step', '_global_step', '_last_value', 'verbose'}
 
 
 @HOOKS.register_module()
@@ -53,6 +58,7 @@ class CheckpointFitHook(Hook):
         model = unwrapped(runner.model)
         name = str(runner._load_from or runner.work_dir)
         compare_state_dicts(checkpoint, model, self.strict, name)
+        warn_of_other_settings(checkpoint, runner.cfg, self.strict, name)
         lacking = run_state_lacking(checkpoint)
         if runner._resume and lacking:
             raise UserError(
@@ -61,6 +67,7 @@ class CheckpointFitHook(Hook):
             )
         if runner._resume:
             _compare_optimizers(checkpoint['optimizer'], runner.optim_wrapper, name)
+            _compare_schedulers(checkpoint.get('param_schedulers'), runner.param_schedulers, name)
 
 
 def _compare_optimizers(state: object, wrapper: Any, name: str) -> None:
@@ -94,6 +101,44 @@ def _compare_optimizers(state: object, wrapper: Any, name: str) -> None:
             f'settings of its optimizer. To train on with others, without --resume: --cfg-options load_from={name}',
             logging.WARNING,
         )
+
+
+def _compare_schedulers(states: object, schedulers: object, name: str) -> None:
+    """Refuse the states of other kinds of schedulers, and say which settings of the config have no effect.
+
+    MMEngine loads the states with their settings, and as many as there are on both sides.
+    """
+    if not isinstance(states, list) or not isinstance(schedulers, list):
+        return  # several optimizers, or no schedule on one side
+    if not all(isinstance(state, Mapping) for state in states):
+        return  # MMEngine cannot load them
+    ours = [{key: vars(one)[key] for key in vars(one).keys() - PROGRESS} for one in schedulers]
+    kinds = [sorted(state.keys() - PROGRESS) for state in states]
+    if kinds != [sorted(settings) for settings in ours]:
+        classes = ', '.join(type(one).__name__ for one in schedulers) or 'none'
+        raise UserError(
+            f'--resume: {name} holds the state of {len(states)} schedulers, and not of those in the config '
+            f'({classes}): their number or their kinds differ. Give the param_scheduler that it was trained with, or '
+            f'start from its weights, without --resume: --cfg-options load_from={name}'
+        )
+    changed = [
+        f'param_scheduler.{number}.{key}={_shown(now[key])} (it is {_shown(before[key])})'
+        for number, (before, now) in enumerate(zip(states, ours, strict=True))
+        for key in sorted(now)
+        if _shown(before[key]) != _shown(now[key])
+    ]
+    if changed:
+        log(
+            f'--resume: {", ".join(changed)} of the config has no effect: a resumed training goes on with the '
+            f'schedule in its checkpoint. To train on with another, without --resume: --cfg-options load_from={name}',
+            logging.WARNING,
+        )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Counter):  # milestones
+        return str(sorted(value.elements()))
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _require_fitting_state(state: Any, groups: list[dict], name: str) -> None:

@@ -93,6 +93,23 @@ def test_train_pretrained_backbone_refuses_code(run_tool, evil, shapes, tmp_path
     assert_refused(run_tool('train.py', config, *tiny(tmp_path / 'work', shapes)), evil)
 
 
+@pytest.mark.parametrize(
+    ('source', 'words'),
+    [
+        (dict(prefix='backbon.'), ["begins with prefix='backbon.'; did you mean 'backbone.'?", 'rpn_head.']),
+        ({}, ['none of its weights is of the', "prefix='backbone.')"]),
+        (dict(checkpoint='weights/no.pth'), ['weights/no.pth', 'docs/own_data.md#without-a-gpu-a-pretrained-detector']),
+    ],
+)
+def test_a_part_of_a_checkpoint_that_is_not_there(run_tool, trained, shapes, tmp_path, source, words):
+    init_cfg = {'_delete_': True, 'type': 'Pretrained', 'checkpoint': str(trained / 'epoch_1.pth'), **source}
+    config = tmp_path / 'own.py'
+    config.write_text(f"_base_ = '{DEMO}'\nmodel = dict(backbone=dict(init_cfg={init_cfg}))\n")
+    result = run_tool('train.py', config, *tiny(tmp_path / 'work', shapes))
+    assert result.code == 2 and 'Traceback' not in result.err, result.err[-2000:]
+    assert all(word in result.err for word in words), result.err
+
+
 @pytest.mark.parametrize('newest', [True, False])
 def test_resume_refuses_code(run_tool, evil, shapes, tmp_path, newest):
     shutil.copytree(tmp_path, tmp_path / 'work')

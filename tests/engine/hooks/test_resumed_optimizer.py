@@ -1,4 +1,4 @@
-"""A resumed training says which settings of the optimizer have no effect, and refuses another optimizer."""
+"""A resumed training says which settings of optimizer and schedule have no effect, and refuses other kinds."""
 
 import shutil
 
@@ -13,6 +13,8 @@ from conftest import DEMO, tiny
         ('optim_wrapper.optimizer.lr=0.5', 0, 'lr=0.5 (it is '),
         ('optim_wrapper.optimizer.weight_decay=0.3', 0, 'weight_decay=0.3 (it is '),
         ('optim_wrapper.optimizer.type=RMSprop', 2, 'state of another optimizer'),
+        ('param_scheduler.1.T_max=48', 0, 'param_scheduler.1.T_max=96 (it is 48)'),  # in iterations
+        ('param_scheduler.0.start_factor=0.5', 0, 'param_scheduler.0.start_factor=0.5 (it is 0.01)'),
     ],
 )
 def test_what_has_no_effect_is_said(run_tool, trained, shapes, tmp_path, option, code, words):
@@ -20,6 +22,13 @@ def test_what_has_no_effect_is_said(run_tool, trained, shapes, tmp_path, option,
     result = run_tool('train.py', DEMO, '--resume', *tiny(work, shapes, 'train_cfg.max_epochs=2', option))
     assert result.code == code, result.err[-2000:]
     assert words in result.out + result.err
+
+
+def test_the_state_of_other_schedulers_is_refused(run_tool, trained, shapes, tmp_path):
+    work, config = shutil.copytree(trained, tmp_path / 'work'), tmp_path / 'stepped.py'
+    config.write_text(f"_base_ = '{DEMO}'\nparam_scheduler = [dict(type='MultiStepLR', milestones=[1])]\n")
+    result = run_tool('train.py', config, '--resume', *tiny(work, shapes, 'train_cfg.max_epochs=2'))
+    assert result.code == 2 and 'the state of 2 schedulers, and not of those in the config (MultiStepLR)' in result.err
 
 
 def test_the_same_settings_are_not_spoken_of(run_tool, trained, shapes, tmp_path):
