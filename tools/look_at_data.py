@@ -13,7 +13,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument('data_root', metavar='FOLDER', help='in the format of COCO, Pascal VOC, YOLO, CVAT or LabelMe')
     parser.add_shared('--train-ann', '--val-ann')
-    parser.add_argument('--out', default='work_dirs/data.html', metavar='FILE.html', help='default: %(default)s')
+    parser.add_argument('--out', metavar='FILE.html', help='default: work_dirs/data_FOLDER.html, with its last name')
     parser.add_shared('--num-images', default=24, help='pictures on the page (default: %(default)s)')
     return parser.parse_args()
 
@@ -25,13 +25,14 @@ def main(args: argparse.Namespace) -> None:
 
     found = read_folder(args.data_root, args.train_ann, args.val_ann)
     found.notes += duplicates(found, Path(args.data_root))
-    tables = write_data_page(found, args.data_root, args.out, args.num_images)
+    out = args.out or f'work_dirs/data_{Path(args.data_root).resolve().name}.html'  # one page for each data set
+    tables = write_data_page(found, args.data_root, out, args.num_images)
     print(f'{args.data_root} is in the format of {found.style}')
     for note in found.notes:
         print(note)
     for table in tables:
         print(f'\n{table.markdown()}')
-    print(f'\npictures with their boxes: {args.out}')
+    print(f'\npictures with their boxes: {out}')
 
 
 if __name__ == '__main__':

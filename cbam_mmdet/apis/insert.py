@@ -134,7 +134,7 @@ def _load_plain_weights(model: nn.Module, checkpoint: Mapping) -> list[str]:
 
 
 def _load_from(cfg: Config, checkpoint: Path) -> None:
-    cfg.load_from, cfg.resume = str(checkpoint), False
+    cfg.load_from, cfg.resume = str(checkpoint.absolute()), False  # from whatever folder it is trained
     imports = cfg.setdefault('custom_imports', ConfigDict(imports=[]))
     imports.imports = list(dict.fromkeys([*imports.imports, 'cbam_mmdet']))
     cfg.pop('work_dir', None)

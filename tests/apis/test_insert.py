@@ -64,6 +64,12 @@ def test_the_new_config_is_of_the_kind_of_the_plain_one(insert, tmp_path):
     assert found.model.backbone.type == 'PluginBackbone'
 
 
+def test_the_new_config_works_from_any_folder(insert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert insert('--out-dir', 'here').code == 0
+    assert Config.fromfile('here/faster_rcnn_cbam.py').load_from == str(tmp_path / 'here/faster_rcnn_cbam.pth')
+
+
 def detections(run_tool, config, checkpoint, shapes, folder, model):
     """Of every image, whatever their score."""
     options = tiny(folder, shapes, 'model.test_cfg.rcnn.score_thr=0.0', model=model)
