@@ -1,5 +1,6 @@
 """The study of CBAM in a pretrained detector: its arms start from the same weights, and its table compares by seed."""
 
+import json
 import statistics
 import sys
 from types import SimpleNamespace
@@ -104,3 +105,44 @@ def test_the_table_compares_by_seed():
     assert (gain, spread, first, shock) == pytest.approx((-0.1, 0, 0.1, -0.2))
     assert interval == '-0.100 to -0.100'
     assert 'lost: bccd, SE, seed 0: exit code 1' in study.report([*plain, lost])
+
+
+@pytest.mark.parametrize(
+    ('arm', 'name'),
+    [
+        ('plain', 'plain'),
+        ('CBAM, paper', 'CBAM as in the paper'),
+        ('CBAM, unit gate', "CBAM, `gate='unit'`"),
+        ('unit gate, its norm trains', 'its norm trains, too'),
+    ],
+)
+def test_the_page_has_the_figures_of_the_record(arm, name):
+    trainings = json.loads(study.RECORD.read_text())['trainings']
+
+    def last(data, arm):
+        epochs = str(study.DATA[data][1])
+        return {
+            row['seed']: row['scores'][epochs]['mAP']
+            for row in trainings
+            if (row['data'], row['arm']) == (data, arm) and row['seed'] in study.CONFIRMATION and 'scores' in row
+        }
+
+    page = (ROOT / 'docs/does_cbam_help.md').read_text()
+    table = page[page.index('### The confirmation') : page.index('The shock:')]
+    (line,) = (line for line in table.splitlines() if line.startswith(f'| {name} |'))
+    cells = [cell.strip() for cell in line.split('|')[2:]]
+    lower, upper = [], []
+    for place, data in ((0, 'bccd'), (2, 'raccoon')):
+        ours, plain = last(data, arm), last(data, 'plain')
+        assert set(ours) == set(plain) == {3, 4, 5, 6, 7}
+        assert cells[place] == f'{statistics.mean(ours.values()):.3f}'
+        if arm != 'plain':
+            gains = [ours[seed] - plain[seed] for seed in plain]
+            gain, low, _, high = cells[place + 1].replace('(', '').replace(')', '').split()
+            assert gain == f'{statistics.mean(gains):+.3f}'
+            assert min(gains) - 5e-4 <= float(low) <= float(gain) <= float(high) <= max(gains) + 5e-4
+            lower.append(float(low))
+            upper.append(float(high))
+    if arm != 'plain':
+        harms, helps = max(upper) < 0, min(lower) > 0
+        assert cells[4].strip('*') == ('harms' if harms else 'helps' if helps else 'undecided')

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
 from cbam_mmdet.engine.checkpoint.content import run_state_lacking
-from cbam_mmdet.engine.checkpoint.settings import warn_of_other_settings
 from cbam_mmdet.engine.distributed import unwrapped
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.logging import log
@@ -55,6 +54,8 @@ class CheckpointFitHook(Hook):
         self.strict = strict
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        from cbam_mmdet.engine.checkpoint.settings import warn_of_other_settings  # it loads MMDetection
+
         model = unwrapped(runner.model)
         name = str(runner._load_from or runner.work_dir)
         compare_state_dicts(checkpoint, model, self.strict, name)
