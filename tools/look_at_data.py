@@ -13,7 +13,9 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument('data_root', metavar='FOLDER', help='in the format of COCO, Pascal VOC, YOLO, CVAT or LabelMe')
     parser.add_shared('--train-ann', '--val-ann')
-    parser.add_argument('--out', metavar='FILE.html', help='default: work_dirs/data_FOLDER.html, with its last name')
+    parser.add_argument(
+        '--out', metavar='FILE.html', help='default: work_dirs/data_NAME.html, NAME being that of FOLDER'
+    )
     parser.add_shared('--num-images', default=24, help='pictures on the page (default: %(default)s)')
     return parser.parse_args()
 

@@ -155,3 +155,12 @@ def test_data_root_reaches_every_loader_and_evaluator(tmp_path):
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         assert evaluator.ann_file == f'{tmp_path}/coco/annotations/instances_val2017.json'
     assert 'data/coco' not in str(cfg.train_dataloader)
+
+
+def test_the_pages_of_two_data_sets_stand_beside_each_other(run_tool, shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('cells', 'raccoons'):
+        shutil.copytree(shapes, tmp_path / 'data' / name)
+        result = run_tool('look_at_data.py', f'data/{name}/', '--num-images', 2)
+        assert result.code == 0 and f'work_dirs/data_{name}.html' in result.out, result.err
+    assert sorted(path.name for path in Path('work_dirs').iterdir()) == ['data_cells.html', 'data_raccoons.html']
