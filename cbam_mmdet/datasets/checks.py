@@ -402,7 +402,7 @@ def _is_mask(value: object, size: tuple[float, float]) -> bool:
         size: the height and width of its image.
     """
     if isinstance(value, list):
-        return bool(value) and all(map(_is_polygon, value))
+        return all(map(_is_polygon, value)) and any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in value)
     if not isinstance(value, dict) or not isinstance(value.get('size'), list) or tuple(value['size']) != size:
         return False
     runs = value.get('counts')
@@ -413,7 +413,7 @@ def _is_mask(value: object, size: tuple[float, float]) -> bool:
 
 def _is_polygon(value: object) -> bool:
     try:
-        return isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0 and bool([*map(_number, value)])
+        return isinstance(value, list) and all(_number(number) is not None for number in value)
     except TypeError:
         return False
 
@@ -609,7 +609,10 @@ def _voc_object(item: ET.Element) -> VOCObject:
         raise ValueError('an object has no name')
     box = tuple(_number(float(item.findtext(f'bndbox/{key}'))) for key in ('xmin', 'ymin', 'xmax', 'ymax'))
     turns = [it.findtext('value') for it in item.iterfind('attributes/attribute') if it.findtext('name') == 'rotation']
-    degrees = _number(float(next(filter(None, turns), 0)))
+    try:
+        degrees = _number(float(next(filter(None, turns), 0)))
+    except (TypeError, ValueError):
+        degrees = 0  # an attribute of that name that says something else
     return VOCObject(name, box, bool(int(item.findtext('difficult') or 0)), degrees)
 
 

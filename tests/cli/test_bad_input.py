@@ -807,7 +807,9 @@ def test_masks_that_are_good(own_shapes):
     sizes = {image['id']: [image['height'], image['width']] for image in content['images']}
     for i, annotation in enumerate(content['annotations']):
         height, width = size = sizes[annotation['image_id']]
-        annotation['segmentation'] = [[1, 2, 3, 4, 5, 6]] if i % 2 else dict(counts=[1, height * width - 1], size=size)
+        annotation['segmentation'] = (
+            [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4]] if i % 2 else dict(counts=[1, height * width - 1], size=size)
+        )
     path.write_text(json.dumps(content))
     cfg = load_config(DEMO)
     cfg.train_dataloader.dataset.data_root = str(own_shapes)

@@ -91,7 +91,7 @@ def _objects(shapes: list[tuple[Sequence[float], dict]]) -> tuple[list[tuple[str
     boxes: dict[tuple, list[Sequence[float]]] = defaultdict(list)
     for i, (corners, shape) in enumerate(shapes):
         group = shape.get('group_id')
-        boxes[class_name(shape['label']), f'alone {i}' if group is None else f'group {group}'].append(corners)
+        boxes[class_name(shape['label']), f'alone {i}' if group in (None, '') else f'group {group}'].append(corners)
     objects = [(label, _around(parts), False) for (label, _), parts in boxes.items()]
     return objects, len(shapes) - len(objects)
 

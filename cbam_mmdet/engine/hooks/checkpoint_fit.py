@@ -32,7 +32,15 @@ SHAPED = (
 )
 OWN = ('momentum', 'betas', 'alpha', 'rho')  # settings by which the kinds of optimizers differ
 # What MMEngine's schedulers keep beside their settings.
-PROGRESS = {'optimizer', 'base_values', 'last_step', '_global_step', '_last_value', 'verbose'}
+PROGRESS = {
+    'optimizer',
+    'base_values',
+    'last_step',
+    '_global_step',
+    '_last_value',
+    'verbose',
+    *('best', 'num_bad_epochs', 'cooldown_counter'),  # of ReduceOnPlateauLR
+}
 
 
 @HOOKS.register_module()
