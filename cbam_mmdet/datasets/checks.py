@@ -31,10 +31,6 @@ from cbam_mmdet.utils.config import class_of, evaluators_of, split_datasets
 from cbam_mmdet.utils.files import copies, write_by_content
 from cbam_mmdet.utils.text import abridge
 
-TURNED_BOXES = (
-    '{} boxes are turned (rotation, as CVAT writes it) and are read as if they were not: tools/convert_annotations.py '
-    'FOLDER NEW --to coco writes the boxes around them'
-)
 MANY = 0.1  # of the boxes: so many do not reach beyond their image by a slip of the hand
 
 
@@ -51,6 +47,7 @@ class Report:
     sizes: Counter = field(default_factory=Counter)
     crowds: int = 0
     ignored: int = 0
+    turned: int = 0
     small_images: int = 0  # that the training's filter leaves out
     other_classes: Counter = field(default_factory=Counter)  # the boxes of classes that the config does not name
     beyond: list = field(default_factory=list)
@@ -333,9 +330,7 @@ def _check_coco(path: str, dataset: ConfigDict, classes: tuple[str, ...], split:
         bool(annotation.get('ignore')) and names[annotation['category_id']] in classes
         for annotation in content['annotations']
     )
-    turned = sum(rotation_of(annotation) != 0 for annotation in content['annotations'])
-    if turned:
-        _warn(report, TURNED_BOXES.format(turned))
+    report.turned = sum(rotation_of(annotation) != 0 for annotation in content['annotations'])
     files = [image['file_name'] for image in images.values()]
     twice = [name for name, count in Counter(files).items() if count > 1]
     if twice:
@@ -402,7 +397,7 @@ def _is_mask(value: object, size: tuple[float, float]) -> bool:
         size: the height and width of its image.
     """
     if isinstance(value, list):
-        return all(map(_is_polygon, value)) and any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in value)
+        return all(map(_are_numbers, value)) and any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in value)
     if not isinstance(value, dict) or not isinstance(value.get('size'), list) or tuple(value['size']) != size:
         return False
     runs = value.get('counts')
@@ -411,11 +406,15 @@ def _is_mask(value: object, size: tuple[float, float]) -> bool:
     return isinstance(runs, str) and bool(runs)
 
 
-def _is_polygon(value: object) -> bool:
+def _are_numbers(value: object) -> bool:
+    if not isinstance(value, list):
+        return False
     try:
-        return isinstance(value, list) and all(_number(number) is not None for number in value)
+        for item in value:
+            _number(item)
     except TypeError:
         return False
+    return True
 
 
 def require_distinct_names(path: str, names: Sequence[str]) -> None:
@@ -642,7 +641,7 @@ def _check_voc(path: str, dataset: ConfigDict, classes: tuple[str, ...], split: 
 def _count_voc_objects(report: Report, dataset: ConfigDict, ids: list[str], classes: tuple[str, ...]) -> list[str]:
     """Count the objects of the images, and return the names of all classes that occur."""
     found: dict[str, None] = {}
-    sizes, turned = [], 0
+    sizes = []
     for image_id in tqdm(ids, desc='reading annotations', disable=None):
         size, objects = read_voc(dataset, report.ann_file, image_id)
         if not min(size) >= 1:
@@ -652,14 +651,12 @@ def _count_voc_objects(report: Report, dataset: ConfigDict, ids: list[str], clas
             )
         for name, (x1, y1, x2, y2), _, degrees in objects:
             found[name] = None
-            turned += degrees != 0
+            report.turned += degrees != 0
             if name in classes:
                 _count(report, image_id, image_id, name, (x1 - 1, y1 - 1, x2 - 1, y2 - 1), size, True)
             else:
                 report.other_classes[name] += 1
         sizes.append(size)
-    if turned:
-        _warn(report, TURNED_BOXES.format(turned))
     report.small_images = _count_small(dataset, report.split, sizes)
     return list(found)
 
@@ -777,6 +774,12 @@ def _log(report: Report) -> None:
             report,
             f'{report.ignored} objects have ignore=1: MMDetection trains as if they were not there, and the score '
             'counts those that are no crowds. To leave them out of both: iscrowd=1 in place of ignore=1',
+        )
+    if report.turned:
+        _warn(
+            report,
+            f'{report.turned} boxes are turned (rotation, as CVAT writes it) and are read as if they were not: '
+            'tools/convert_annotations.py FOLDER NEW --to coco writes the boxes around them',
         )
     if report.small_images:
         _warn(
