@@ -120,7 +120,8 @@ def local_files_written_by(backend: type) -> Iterator[None]:
 def prefixes_keep_metadata(check: Callable) -> Iterator[None]:
     """Let init_cfg=dict(type='Pretrained', prefix=...) keep the metadata of the modules under the prefix.
 
-    `check` is called with the loaded checkpoint, the prefix and the file's name.
+    `check` is called with the loaded checkpoint, the prefix and the file's name. The 'module.' of DataParallel is taken
+    off the prefix, as it is off the keys.
     """
     from mmengine.runner import checkpoint
 
@@ -128,6 +129,7 @@ def prefixes_keep_metadata(check: Callable) -> Iterator[None]:
 
     def load(prefix: str, filename: str, map_location: Any = None) -> OrderedDict:
         loaded = []
+        prefix = prefix.removeprefix('module.')
 
         def remember(*args: Any, **kwargs: Any) -> Any:
             loaded.append(load_file(*args, **kwargs))

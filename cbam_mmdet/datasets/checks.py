@@ -22,6 +22,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from tqdm import tqdm
 
+from cbam_mmdet.datasets.formats.content import rotation_of
 from cbam_mmdet.datasets.formats.folder import read_json
 from cbam_mmdet.datasets.inputs import IMAGES
 from cbam_mmdet.datasets.layouts import HELP, expected_layout, require_data_root
@@ -118,9 +119,11 @@ def _check_evaluator(ann_file: str | None, datasets: Sequence[ConfigDict], split
         raise UserError(f"{split}_evaluator's annotation file {ann_file} does not exist. {remedy}")
     others = [path for path in theirs if not osp.isfile(path) or not osp.samefile(path, ann_file)]
     if others:
+        several = len(theirs) > 1
+        remedy = 'the file must hold all images of these, under the same ids' if several else ''
+        remedy = remedy or f'if that is not meant, --cfg-options {split}_evaluator.ann_file={others[0]}'
         print_log(
-            f'{split}_evaluator scores against {ann_file}, and the {split} data set is {others[0]}: if that is not '
-            f'meant, --cfg-options {split}_evaluator.ann_file={others[0]}',
+            f'{split}_evaluator scores against {ann_file}, and the {split} data set is {abridge(theirs, 4)}: {remedy}',
             logger='current',
             level=logging.WARNING,
         )
@@ -520,13 +523,6 @@ def _coco_object(annotation: dict, images: dict[Any, dict], names: dict[Any, str
         (image['width'], image['height']),
         bool(annotation.get('iscrowd')),
     )
-
-
-def rotation_of(annotation: dict) -> float:
-    """By how many degrees a box is turned about its centre, which CVAT writes beside the upright one."""
-    attributes = annotation.get('attributes')
-    degrees = attributes.get('rotation') if isinstance(attributes, dict) else 0
-    return degrees if isinstance(degrees, (int, float)) and abs(degrees) < 1e15 else 0
 
 
 def _text(value: object) -> str:

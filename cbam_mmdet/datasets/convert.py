@@ -17,7 +17,7 @@ from mmengine.config import ConfigDict
 from tqdm import tqdm
 
 from cbam_mmdet.datasets.checks import complete, read_coco, read_voc, read_voc_ids, require_coco
-from cbam_mmdet.datasets.formats.content import around_turned
+from cbam_mmdet.datasets.formats.content import around_turned, upright
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.datasets.voc import image_names_by_stem, voc_image_folder
 from cbam_mmdet.errors import UserError
@@ -120,7 +120,9 @@ def coco_to_voc(content: dict) -> dict[str, ET.Element]:
         roots = {image['id']: _image_element(image) for image in content['images']}
         for annotation in content['annotations']:
             difficult = bool(annotation.get('iscrowd') or annotation.get('ignore'))
-            _add_object(roots[annotation['image_id']], names[annotation['category_id']], annotation['bbox'], difficult)
+            _add_object(
+                roots[annotation['image_id']], names[annotation['category_id']], upright(annotation)['bbox'], difficult
+            )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the annotations are not in COCO's format: {type(error).__name__}: {error}") from error
     if len(set(stems.values())) < len(stems):

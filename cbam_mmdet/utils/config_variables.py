@@ -7,24 +7,31 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.config.utils import ConfigParsingError
 
 
 def settings_made_of(variable: str, path: str) -> dict[str, bool]:
     """The dotted keys of the settings in which a config file, or one of its bases, uses a variable.
 
     Returns:
-        Key -> whether the setting is the variable itself, and not something computed of it.
+        Key -> whether the setting is the variable itself, and not something computed of it. None for a file that only
+        MMEngine can find or read, as a base of '{{fileDirname}}'.
     """
     if not path.endswith('.py'):
         return {}
+    try:
+        statements = ast.parse(Path(path).read_text(encoding='utf-8')).body
+        bases = [Config._get_cfg_path(base, path)[0] for base in Config._get_base_files(path)]
+    except (OSError, SyntaxError, ConfigParsingError):
+        return {}
     assigned = {
         statement.targets[0].id: statement.value
-        for statement in ast.parse(Path(path).read_text(encoding='utf-8')).body
+        for statement in statements
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
     }
     found: dict[str, bool] = {}
-    for base in Config._get_base_files(path):
-        found |= settings_made_of(variable, Config._get_cfg_path(base, path)[0])
+    for base in bases:
+        found |= settings_made_of(variable, base)
     for name, value in assigned.items():
         if name != variable:
             found |= dict(_uses(value, variable, assigned, name, ()))

@@ -188,6 +188,15 @@ def test_cfg_option_that_the_config_has_used_already_is_refused(config, key, mea
         load_config(str(config), {key: 1})
 
 
+def test_cfg_option_of_a_config_whose_base_only_mmengine_finds(tmp_path):
+    (tmp_path / 'base.py').write_text(f'_base_ = {str(DEMO)!r}\n')
+    (tmp_path / 'own.py').write_text(
+        "_base_ = '{{fileDirname}}/base.py'\nepochs = 3\ntrain_cfg = dict(max_epochs=epochs)\n"
+    )
+    with pytest.raises(UserError, match=r'Set those: train_cfg\.max_epochs=1'):
+        load_config(str(tmp_path / 'own.py'), {'epochs': 1})
+
+
 def test_config_of_mmdetection_2(run_tool, tmp_path):
     (tmp_path / 'old.py').write_text("model = dict(type='FasterRCNN')\ndata = dict(samples_per_gpu=2)\n")
     assert_refused(run_tool('train.py', tmp_path / 'old.py'), 'written for MMDetection 2.x')

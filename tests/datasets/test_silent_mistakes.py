@@ -266,3 +266,4 @@ def test_an_evaluator_of_one_of_two_joined_data_sets_is_named(shapes, tmp_path, 
     check_data(cfg, ['val'])
     said = ''.join(capsys.readouterr())
     assert 'val_evaluator scores against' in said and 'the val data set is' in said and 'instances_train2017' in said
+    assert 'must hold all images of these' in said and 'ann_file=' not in said

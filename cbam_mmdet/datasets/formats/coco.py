@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cbam_mmdet.datasets.checks import complete, require_coco, require_distinct_names, rotation_of
-from cbam_mmdet.datasets.formats.content import Found, around_turned, one_split, part
+from cbam_mmdet.datasets.checks import complete, require_coco, require_distinct_names
+from cbam_mmdet.datasets.formats.content import Found, one_split, part, upright
 from cbam_mmdet.datasets.formats.folder import Folder, split_of, split_of_file
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import abridge, brief
@@ -111,19 +112,14 @@ def _with_places(folder: Folder, path: Path, content: dict, notes: list[str]) ->
     if twice:
         notes.append(f'{path.name} lists {len(twice)} files as several images: {abridge(twice)}')
     ids = {image['id'] for image in images}
-    annotations = [_upright(a) for a in content['annotations'] if a['image_id'] in ids]
+    read = [a for a in content['annotations'] if a['image_id'] in ids]
+    annotations = [upright(annotation) for annotation in read]
+    turned = sum(map(operator.ne, annotations, read))
+    if turned:
+        notes.append(
+            f'{turned} boxes of {path.name} are turned (CVAT writes by how much): the box around each is taken'
+        )
     return dict(content, images=images, annotations=annotations)
-
-
-def _upright(annotation: dict[str, Any]) -> dict[str, Any]:
-    """An annotation whose box is the one around the turned box that CVAT means."""
-    degrees = rotation_of(annotation)
-    if not degrees:
-        return annotation
-    x, y, width, height = annotation['bbox']
-    x1, y1, x2, y2 = around_turned((x, y, x + width, y + height), degrees)
-    attributes = {key: value for key, value in annotation['attributes'].items() if key != 'rotation'}
-    return dict(annotation, bbox=[x1, y1, x2 - x1, y2 - y1], attributes=attributes)
 
 
 def _find_images(

@@ -238,6 +238,24 @@ def around_turned(box: Sequence[float], degrees: float) -> tuple[float, float, f
     return x - half_width, y - half_height, x + half_width, y + half_height
 
 
+def rotation_of(annotation: dict) -> float:
+    """By how many degrees a box is turned about its centre, which CVAT writes beside the upright one."""
+    attributes = annotation.get('attributes')
+    degrees = attributes.get('rotation') if isinstance(attributes, dict) else 0
+    return degrees if isinstance(degrees, (int, float)) and abs(degrees) < 1e15 else 0
+
+
+def upright(annotation: dict[str, Any]) -> dict[str, Any]:
+    """An annotation whose box is the one around the turned box that CVAT means."""
+    degrees = rotation_of(annotation)
+    if not degrees:
+        return annotation
+    x, y, width, height = annotation['bbox']
+    x1, y1, x2, y2 = around_turned((x, y, x + width, y + height), degrees)
+    attributes = {key: value for key, value in annotation['attributes'].items() if key != 'rotation'}
+    return dict(annotation, bbox=[x1, y1, x2 - x1, y2 - y1], attributes=attributes)
+
+
 def left_out(kinds: Counter[str]) -> str:
     """A line on shapes that are left out, by their kinds."""
     counts = ', '.join(f'{count} {brief(kind)}' for kind, count in kinds.most_common(8))

@@ -87,7 +87,10 @@ def read_labelme(folder: Folder, contents: dict[Path, dict]) -> Found:
 
 
 def _objects(shapes: list[tuple[Sequence[float], dict]]) -> tuple[list[tuple[str, Sequence[float], bool]], int]:
-    """The objects that these boxes and shapes are, and how many shapes are further parts of one."""
+    """The objects that these boxes and shapes are, and how many shapes are further parts of one.
+
+    Shapes of any kind that have a label and a group_id in common are one, as for LabelMe's own labelme2coco.py.
+    """
     boxes: dict[tuple, list[Sequence[float]]] = defaultdict(list)
     for i, (corners, shape) in enumerate(shapes):
         group = shape.get('group_id')

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -81,6 +82,8 @@ def _value(node: ast.AST) -> Any:
         return {getattr(key, 'value', None): _value(value) for key, value in zip(node.keys, node.values, strict=True)}
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_value(item) for item in node.elts]
+    if isinstance(node, ast.Name) and node.id == 'inf':  # so MMEngine writes it
+        return math.inf
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError):
@@ -108,7 +111,7 @@ def _differences(before: Any, now: Any, place: str) -> Iterator[tuple[str, tuple
         if any(isinstance(item, Mapping) for item in before):
             for number, (old, new) in enumerate(zip(before, now, strict=True)):
                 yield from _differences(old, new, _inside(place, number))
-        elif _plain(before) != _plain(now):
+        elif UNKNOWN not in (*_flat(before), *_flat(now)) and _plain(before) != _plain(now):
             yield place, (list(before), list(now))
     elif _plain(before) != _plain(now):
         yield place, (before, now)
@@ -126,6 +129,14 @@ def _kind(name: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
 
 
 def _default(name: Any, key: Any) -> Any:

@@ -48,6 +48,8 @@ def test_a_turned_box_of_coco(tmp_path):
         annotation.update(bbox=BOX, attributes=dict(occluded=False, rotation=DEGREES))
     (tmp_path / 'a.json').write_text(json.dumps(content))
     assert np.allclose(boxes(tmp_path), around())
+    notes = read_folder(tmp_path).notes
+    assert '5 boxes of a.json are turned (CVAT writes by how much): the box around each is taken' in notes
 
 
 def test_a_turned_box_of_voc(tmp_path):

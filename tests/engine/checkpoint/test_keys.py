@@ -265,6 +265,17 @@ def test_the_tool_there_and_back(run_tool, tmp_path):
     assert all(torch.equal(back['state_dict'][key], value) for key, value in theirs['state_dict'].items())
 
 
+@pytest.mark.parametrize('prefix', ['backbone.', 'module.backbone.', 'module.backbone'])
+@pytest.mark.parametrize('before', ['', 'module.'])
+def test_a_prefix_with_and_without_that_of_data_parallel(tmp_path, prefix, before):
+    source = backbone(18)
+    torch.save({f'{before}backbone.{key}': value for key, value in source.state_dict().items()}, tmp_path / 'a.pth')
+    model = backbone(18, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'), prefix=prefix))
+    with safe_loading():
+        model.init_weights()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in source.state_dict().items())
+
+
 def test_another_variant_does_not_become_the_authors(run_tool, tmp_path):
     """Their network has the paper's gate alone."""
     model = MODELS.build(dict(type='ResNet', depth=50, plugins=[dict(UNIT, position='after_conv3')]))

@@ -1,5 +1,7 @@
 """A checkpoint that fits, but was trained with other settings of the model, is spoken of."""
 
+import math
+
 import pytest
 from conftest import DEMO, cfg_options, tiny
 
@@ -59,6 +61,16 @@ def test_weights_to_fine_tune_from(loaded):
     assert 'bgr_to_rgb' in loaded(trained, load_config(DEMO, OTHER), strict=False)
     assert ANCHORS not in loaded(trained, load_config(DEMO, OTHER), strict=False)
     assert not loaded(trained, load_config(config_path('faster_rcnn_effnet_lite0.py')), strict=False)
+
+
+def test_a_range_without_an_end(loaded):
+    """As FCOS has it, written `inf` in the text of its config."""
+    ranges = [[-1, 64], [64, math.inf]]
+    trained = load_config(DEMO, {'model.rpn_head.regress_ranges': ranges})
+    assert not loaded(trained, trained)
+    assert 'regress_ranges' in loaded(
+        trained, load_config(DEMO, {'model.rpn_head.regress_ranges': [[-1, 32], [32, math.inf]]})
+    )
 
 
 @pytest.mark.parametrize('name', [name for name in shipped_configs() if not name.startswith('ablation/')])
