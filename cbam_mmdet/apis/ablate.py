@@ -39,6 +39,7 @@ from cbam_mmdet.models.cbam import CBAM
 from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import class_of, config_text, load_config, set_default_scope
 from cbam_mmdet.utils.files import AtomicLocalBackend
+from cbam_mmdet.utils.lock import open_lock
 from cbam_mmdet.utils.tables import Cell, Column, Table
 
 BASE = 'ABLATION_BASE'  # the environment variable that configs/ablation/cbam.py reads
@@ -377,7 +378,7 @@ def _call(command: list[str], log: Path, lock: int) -> int:
 def _locked(folder: Path) -> Iterator[int]:
     """Keep a folder to one ablation; a training inherits the lock, and holds it when its parent is killed alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / '.lock').open('w') as file:
+    with open(open_lock(folder / '.lock'), 'w') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import cbam_mmdet.compat.ssd_head  # noqa: F401  (SSD is mended)
 from cbam_mmdet.datasets.checks import dataset_classes
 from cbam_mmdet.datasets.image_folders import is_classifier
-from cbam_mmdet.datasets.inputs import VIDEOS, expand_inputs, unique_names
+from cbam_mmdet.datasets.inputs import VIDEOS, expand_inputs, keep_inputs, unique_names
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
@@ -177,7 +177,8 @@ def infer(
     files = _without_own_pictures(inputs, out_dir)
     targets = [out_dir / 'vis' / name for name in unique_names(files)]
     if draw:
-        _keep_inputs(files, targets)
+        suffixes = ['.mp4' if file.suffix.lower() in VIDEOS else '.jpg' for file in files]
+        keep_inputs(files, [Path(f'{target}{suffix}') for target, suffix in zip(targets, suffixes, strict=True)])
     if (out_dir / 'predictions.json').exists():
         log(
             f'the results of an earlier run in {out_dir} are replaced: predictions.json, and pictures of the same names'
@@ -235,15 +236,6 @@ def _without_own_pictures(inputs: Iterable[str], out_dir: Path) -> list[Path]:
     if not files:
         raise UserError(f'there is no image and no video but those below --out-dir {out_dir}: give another --out-dir')
     return files
-
-
-def _keep_inputs(files: list[Path], targets: list[Path]) -> None:
-    """Refuse to write a picture over one of the images that are read."""
-    given = {file.resolve() for file in files}
-    for file, target in zip(files, targets, strict=True):
-        picture = Path(f'{target}.mp4' if file.suffix.lower() in VIDEOS else f'{target}.jpg')
-        if picture.resolve() in given:
-            raise UserError(f'the picture of {file} would replace the input {picture}: give another --out-dir')
 
 
 def write_picture(image: np.ndarray, path: str) -> None:
@@ -314,11 +306,24 @@ def _infer_video(model, pipeline, file, target, painter, records, before, score_
             writer.write(picture)
     if writer is not None:
         writer.release()
+        _require_frames(target, count)
     if not count:
         raise UserError(f'video {file} is not one that OpenCV can read: it holds no frame.')
     if count < WHOLE * length:
         warn(f'video {file} says that it has {length} frames, and {count} could be read: it may be cut off')
     return count
+
+
+def _require_frames(video: Path, count: int) -> None:
+    """OpenCV says nothing of frames that it could not write."""
+    capture = cv2.VideoCapture(str(video))
+    written = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+    capture.release()
+    if written < count:
+        raise UserError(
+            f'video {video} could not be written whole ({written} of {count} frames can be read): is the disk full? '
+            'It is not complete; --no-draw writes the detections alone'
+        )
 
 
 def _records(model: nn.Module, sample: DetDataSample, score_thr: float, **where) -> list[dict]:

@@ -20,8 +20,10 @@ from cbam_mmdet.engine.checkpoint.loading import safe_loading
 from cbam_mmdet.engine.hooks.annotated_frame import AnnotatedFrameHook
 from cbam_mmdet.engine.hooks.check_images import CheckImagesHook
 from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
+from cbam_mmdet.engine.hooks.dump_detections import DumpDetectionsHook
 from cbam_mmdet.engine.record import write_record
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.utils.config import split_datasets
 from cbam_mmdet.utils.files import AtomicLocalBackend
 from cbam_mmdet.utils.logging import is_first_process, log
 
@@ -98,7 +100,7 @@ def test(
         if out:
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             dump = DumpResults if is_classifier(cfg) else DumpDetResults
-            runner.test_evaluator.metrics.append(dump(out_file_path=out))
+            runner.register_hook(DumpDetectionsHook(dump(out_file_path=out)))
         metrics = runner.test()
     if is_first_process():
         write_record(runner.cfg, runner.log_dir, copy_in=runner.log_dir, results=out, checkpoint=checkpoint)
@@ -117,9 +119,7 @@ def _use_tta(cfg: Config) -> None:
     cfg.setdefault(
         'tta_model', dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
     )
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
+    datasets = split_datasets(cfg, 'test')
     if 'tta_pipeline' not in cfg:
         pack = dict(
             type='PackDetInputs',
@@ -127,6 +127,10 @@ def _use_tta(cfg: Config) -> None:
         )
         # The merged sample keeps the boxes of the first view as its ground truth: not those of the flipped one.
         flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
-        cfg.tta_pipeline = [*copy.deepcopy(dataset.pipeline[:-1]), dict(type='TestTimeAug', transforms=[flips, [pack]])]
-    dataset.pipeline = cfg.tta_pipeline
+        cfg.tta_pipeline = [
+            *copy.deepcopy(datasets[0].pipeline[:-1]),
+            dict(type='TestTimeAug', transforms=[flips, [pack]]),
+        ]
+    for dataset in datasets:
+        dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmdet.datasets import CocoDataset, VOCDataset, XMLDataset
-from mmdet.registry import DATASETS
+from mmdet.evaluation import VOCMetric
+from mmdet.registry import DATASETS, METRICS
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from tqdm import tqdm
@@ -28,7 +29,7 @@ from cbam_mmdet.datasets.inputs import IMAGES
 from cbam_mmdet.datasets.layouts import HELP, expected_layout, require_data_root
 from cbam_mmdet.datasets.voc import AnySuffixVOCDataset, image_names_by_stem, voc_folder, voc_image_folder
 from cbam_mmdet.errors import UserError, did_you_mean
-from cbam_mmdet.utils.config import class_of, evaluators_of, split_datasets
+from cbam_mmdet.utils.config import class_of, datasets_of, evaluators_of, named_evaluators, split_datasets
 from cbam_mmdet.utils.files import copies, write_by_content
 from cbam_mmdet.utils.text import abridge
 
@@ -85,8 +86,9 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
                     logger='current',
                 )
             _check_num_classes(cfg.model, dataset, where='model')
-        for metric in evaluators_of(cfg, split):
-            _check_evaluator(metric.get('ann_file'), split_datasets(cfg, split), split)
+        for key, metric in named_evaluators(cfg, split):
+            _check_evaluator(metric.get('ann_file'), _scored_by(key, cfg, split), key, split)
+            _require_unchanged_truth(metric, _scored_by(key, cfg, split), key)
     _name_common_images([*reports.values()])
     for report in reports.values():
         _log(report)
@@ -109,24 +111,57 @@ def _name_common_images(reports: Sequence[Report]) -> None:
             )
 
 
-def _check_evaluator(ann_file: str | None, datasets: Sequence[ConfigDict], split: str) -> None:
+def _scored_by(key: str, cfg: Config, split: str) -> list[ConfigDict]:
+    """The data sets of a split that the metric with this key scores: in a MultiDatasetsEvaluator, each has its own."""
+    datasets = cfg.get(f'{split}_dataloader').dataset.get('datasets')
+    if datasets and cfg[f'{split}_evaluator'].get('type') == 'MultiDatasetsEvaluator':
+        number = key.rpartition('.')[2]
+        datasets = datasets[int(number) :][:1] if number.isdigit() else datasets
+        return list(datasets_of(datasets))
+    return split_datasets(cfg, split)
+
+
+def _check_evaluator(ann_file: str | None, datasets: Sequence[ConfigDict], key: str, split: str) -> None:
     """An evaluator has an annotation file of its own, which should be that of its data set."""
     if not ann_file or '://' in ann_file:
         return
     theirs = [annotation_file(dataset) for dataset in datasets]
     if not osp.isfile(ann_file):
-        remedy = f'--cfg-options {split}_evaluator.ann_file={theirs[0]}' if theirs and osp.isfile(theirs[0]) else HELP
-        raise UserError(f"{split}_evaluator's annotation file {ann_file} does not exist. {remedy}")
+        remedy = f'--cfg-options {key}.ann_file={theirs[0]}' if theirs and osp.isfile(theirs[0]) else HELP
+        raise UserError(f"{key}'s annotation file {ann_file} does not exist. {remedy}")
     others = [path for path in theirs if not osp.isfile(path) or not osp.samefile(path, ann_file)]
     if others:
         several = len(theirs) > 1
         remedy = 'the file must hold all images of these, under the same ids' if several else ''
-        remedy = remedy or f'if that is not meant, --cfg-options {split}_evaluator.ann_file={others[0]}'
+        remedy = remedy or f'if that is not meant, --cfg-options {key}.ann_file={others[0]}'
         print_log(
-            f'{split}_evaluator scores against {ann_file}, and the {split} data set is {abridge(theirs, 4)}: {remedy}',
+            f'{key} scores against {ann_file}, and the {split} data set is {abridge(theirs, 4)}: {remedy}',
             logger='current',
             level=logging.WARNING,
         )
+
+
+def _require_unchanged_truth(metric: ConfigDict, datasets: Sequence[ConfigDict], key: str) -> None:
+    """Refuse a pipeline that resizes the boxes with which a metric without a file compares detections.
+
+    Detections are of the original image. MMDetection's own pipelines load the boxes after the resizing.
+
+    Raises:
+        UserError: for such a pipeline.
+    """
+    kind = class_of(METRICS, metric.get('type'))
+    if not (isinstance(kind, type) and (issubclass(kind, VOCMetric) or getattr(kind, 'truth_in_samples', False))):
+        return
+    for dataset in datasets:
+        types = [str(step.get('type')) for step in dataset.get('pipeline') or []]
+        resized = [i for i, name in enumerate(types) if 'Resize' in name]
+        loaded = [i for i, name in enumerate(types) if name.rpartition('.')[2] == 'LoadAnnotations']
+        if loaded and resized and loaded[0] < resized[-1]:
+            raise UserError(
+                f'{key} ({metric.type}) compares with the boxes that the pipeline loads, and {types[resized[-1]]} '
+                'after LoadAnnotations changes them, while detections are of the original image: put LoadAnnotations '
+                f'after {types[resized[-1]]}'
+            )
 
 
 def _check_num_classes(node: object, dataset: ConfigDict, where: str, inside_head: bool = False) -> None:
@@ -152,9 +187,19 @@ def annotation_format(dataset: ConfigDict) -> str | None:
     if '://' in annotation_file(dataset):
         return None
     kind = class_of(DATASETS, dataset['type'])
-    if kind is CocoDataset:
+    if _reads_as_coco(kind):
         return 'coco'
     return 'voc' if kind in (XMLDataset, VOCDataset, AnySuffixVOCDataset) else None
+
+
+def _reads_as_coco(kind: object) -> bool:
+    """Whether a class is CocoDataset, or a subclass that leaves the classes and the reading of files to it."""
+    own = ('__init__', 'load_data_list', 'parse_data_info')
+    return (
+        isinstance(kind, type)
+        and issubclass(kind, CocoDataset)
+        and all(getattr(kind, name) is getattr(CocoDataset, name) for name in own)
+    )
 
 
 def annotation_file(dataset: ConfigDict) -> str:
@@ -205,6 +250,12 @@ def _check_dataset(
 ) -> None:
     style = annotation_format(dataset)
     if style is None:
+        print_log(
+            f'{annotation_file(dataset)} is not checked: type {dataset["type"]} may read and number its classes in '
+            "ways of its own, or the file is remote. Compare its classes with the config's",
+            logger='current',
+            level=logging.WARNING,
+        )
         return
     path = require_annotation_file(dataset, split)
     classes = dataset_classes(dataset)
@@ -241,7 +292,7 @@ def dataset_classes(dataset: ConfigDict) -> tuple[str, ...]:
     classes = meta.get('classes')
     if classes is None:
         cls = class_of(DATASETS, dataset['type'])
-        classes = getattr(cls, 'METAINFO', {}).get('classes', ())
+        classes = getattr(cls, 'METAINFO', {}).get('classes') or ()  # None: it reads them from a file
     return (classes,) if isinstance(classes, str) else tuple(classes)
 
 
@@ -563,13 +614,16 @@ class VOCObject(NamedTuple):
     degrees: float = 0
 
 
-def read_voc(dataset: ConfigDict, path: str, image_id: str) -> tuple[tuple[float, float], list[VOCObject]]:
+def read_voc(
+    dataset: ConfigDict, path: str, image_id: str, strict: bool = False
+) -> tuple[tuple[float, float], list[VOCObject]]:
     """Read one XML file of a VOC data set.
 
     Args:
         dataset: the data set's config.
         path: the image set that lists the image. The error names it.
         image_id: the image's name without suffix.
+        strict: whether MMDetection must be able to read it, too, which takes only integers for size and difficult.
 
     Returns:
         The image's (width, height), infinite where the file does not give them, and the objects.
@@ -582,11 +636,26 @@ def read_voc(dataset: ConfigDict, path: str, image_id: str) -> tuple[tuple[float
         tree = ET.parse(xml).getroot()
         width, height = (float(tree.findtext(f'size/{key}', 'inf')) for key in ('width', 'height'))
         objects = voc_objects(tree)
+        if strict:
+            for key in ('object/difficult', 'size/width', 'size/height'):
+                _require_integers(tree, key)
     except FileNotFoundError as error:
         raise UserError(f'{path} lists {image_id}, but its annotation {xml} does not exist.') from error
     except (ET.ParseError, OSError, TypeError, ValueError) as error:
         raise UserError(f"annotation file {xml} is not in Pascal VOC's format: {error}.") from error
     return (width, height), objects
+
+
+def _require_integers(annotation: ET.Element, key: str) -> None:
+    name = key.rpartition('/')[2]
+    texts = [(item.text or '').strip() for item in annotation.iterfind(key)]
+    if key.startswith('size') and annotation.find('size') is not None and not texts:
+        texts = ['']
+    for text in texts:
+        try:
+            int(text)
+        except ValueError:
+            raise ValueError(f'its {name} is {text!r}, where MMDetection reads integers only: write one') from None
 
 
 def voc_objects(annotation: ET.Element) -> list[VOCObject]:
@@ -639,7 +708,7 @@ def _count_voc_objects(report: Report, dataset: ConfigDict, ids: list[str], clas
     found: dict[str, None] = {}
     sizes = []
     for image_id in tqdm(ids, desc='reading annotations', disable=None):
-        size, objects = read_voc(dataset, report.ann_file, image_id)
+        size, objects = read_voc(dataset, report.ann_file, image_id, strict=True)
         if not min(size) >= 1:
             raise UserError(
                 f'{report.ann_file}: the .xml of {image_id} gives the size {size[0]:g} x {size[1]:g}. Write that of '

@@ -49,6 +49,18 @@ def expand_inputs(given: str | Path) -> list[Path]:
     return [source]
 
 
+def keep_inputs(files: Iterable[Path], pictures: Iterable[Path]) -> None:
+    """Refuse to write a picture over one of the files that are read.
+
+    Raises:
+        UserError: if one would be.
+    """
+    given = {file.resolve() for file in files}
+    for picture in pictures:
+        if picture.resolve() in given:
+            raise UserError(f'a picture would replace the input {picture}: give another --out-dir')
+
+
 def files_below(root: Path, unreadable: Callable[[OSError], None] | None = None) -> list[Path]:
     """What is below a folder, but folders, sorted. Links to folders are followed, but not in a circle.
 

@@ -212,8 +212,13 @@ def _read_run(work_dir: Path, name: str) -> TrainingRecord:
 
 
 def _training_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
-    logs = [(folder, rows) for folder, rows in scalar_logs(work_dir) if any(map(is_training, rows))]
-    if not logs:
+    """The logs of trainings. One that was killed early may hold only the validation that its start made up for."""
+    logs = [
+        (folder, rows)
+        for folder, rows in scalar_logs(work_dir)
+        if any(map(is_training, rows)) or (any(map(is_validation, rows)) and not read_record(folder).get('checkpoint'))
+    ]
+    if not any(is_training(row) for _, rows in logs for row in rows):
         raise UserError(
             f'{work_dir} holds no log of a training run (*/{SCALARS}): give the --work-dir of tools/train.py'
         )
@@ -221,21 +226,22 @@ def _training_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
 
 
 def _join(logs: list[tuple[Path, list[dict]]]) -> tuple[list[dict], list[dict]]:
-    """The rows of the newest training. Those before its first step come from the trainings that it resumed."""
+    """The rows of the newest training. Those before its first step come from the trainings that it resumed.
+
+    A validation is that of the last step before it, in its own log or in those before: a resumed training first makes
+    up for one that its checkpoint lacks.
+    """
     train: list[dict] = []
     validations: list[dict] = []
-    first = float('inf')
-    for _, rows in reversed(logs):
-        at, earlier, measured = 0, [], []
+    for _, rows in logs:
+        first = next((row['step'] for row in rows if is_training(row)), float('inf'))
+        train = [row for row in train if row['step'] < first]
+        validations = [row for row in validations if row['step'] < first]
         for row in rows:
             if is_training(row):
-                at = row['step']
-                earlier.append(row)
+                train.append(row)
             elif is_validation(row):
-                measured.append({**row, 'step': at})
-        train = [row for row in earlier if row['step'] < first] + train
-        validations = [row for row in measured if row['step'] < first] + validations
-        first = train[0]['step']
+                validations.append({**row, 'step': train[-1]['step'] if train else 0})
     return train, validations
 
 

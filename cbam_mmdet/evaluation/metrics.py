@@ -344,6 +344,8 @@ class SampleCocoMetric(HotCocoMetric):
         **kwargs: those of CocoMetric, except ann_file.
     """
 
+    truth_in_samples = True  # no transform may change the boxes, see datasets.checks
+
     def __init__(self, **kwargs) -> None:
         if kwargs.get('ann_file'):
             raise UserError('SampleCocoMetric takes no ann_file; with one, use HotCocoMetric')

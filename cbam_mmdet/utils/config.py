@@ -244,10 +244,22 @@ def split_datasets(cfg: Config, split: str) -> list[ConfigDict]:
 
 def evaluators_of(cfg: Config, split: str) -> list[ConfigDict]:
     """The metrics of one split, 'val' or 'test'."""
-    evaluator = cfg.get(f'{split}_evaluator')
-    if not evaluator:
-        return []
-    return list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
+    return [metric for _, metric in named_evaluators(cfg, split)]
+
+
+def named_evaluators(cfg: Config, split: str) -> list[tuple[str, ConfigDict]]:
+    """The metrics of one split, each with its dotted key: one, those of a list, or an evaluator's `metrics`."""
+    return list(_evaluators(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'))
+
+
+def _evaluators(node: ConfigDict | list | None, key: str) -> Iterator[tuple[str, ConfigDict]]:
+    if isinstance(node, (list, tuple)):
+        for i, item in enumerate(node):
+            yield from _evaluators(item, f'{key}.{i}')
+    elif node and node.get('metrics'):
+        yield from _evaluators(node.metrics, f'{key}.metrics')
+    elif node:
+        yield key, node
 
 
 def set_data_root(cfg: Config, data_root: str) -> None:
@@ -268,15 +280,15 @@ def set_data_root(cfg: Config, data_root: str) -> None:
             for key, folder in (dataset.get('data_prefix') or {}).items():
                 dataset.data_prefix[key] = _below_new_root(folder, old_roots, new)
     for split in SPLITS:
-        for metric in evaluators_of(cfg, split):
+        for key, metric in named_evaluators(cfg, split):
             ann_file = metric.get('ann_file')
             if not ann_file:
                 continue
             metric.ann_file = _below_new_root(ann_file, old_roots, new)
             if metric.ann_file == ann_file and not ann_file.startswith(new):
                 raise UserError(
-                    f"--data-root: {split}_evaluator's ann_file {ann_file!r} is not below the config's data_root "
-                    f'{sorted(old_roots)}; give it by --cfg-options {split}_evaluator.ann_file=FILE'
+                    f"--data-root: {key}'s ann_file {ann_file!r} is not below the config's data_root "
+                    f'{sorted(old_roots)}; give it by --cfg-options {key}.ann_file=FILE'
                 )
     if 'data_root' in cfg:
         cfg.data_root = new
@@ -311,10 +323,10 @@ def check_evaluators(cfg: Config) -> None:
         UserError: if one is not. The message says what to install.
     """
     for split in ('val', 'test'):
-        for metric in evaluators_of(cfg, split):
+        for key, metric in named_evaluators(cfg, split):
             if metric.get('type') == 'FasterCocoMetric' and importlib.util.find_spec('faster_coco_eval') is None:
                 raise UserError(
-                    f'{split}_evaluator.type=FasterCocoMetric needs the package faster-coco-eval, '
+                    f'{key}.type=FasterCocoMetric needs the package faster-coco-eval, '
                     'which is not installed here (pip install faster-coco-eval); '
                     "type='cbam_mmdet.HotCocoMetric' gives the same figures, with or without another package"
                 )

@@ -46,9 +46,9 @@ class AtomicLocalBackend(LocalBackend):
 
 
 def write_by_content(folder: str | Path, files: dict[str, bytes]) -> Path:
-    """Write files into FOLDER/HASH/, by a hash of their names and content, unless they are there.
+    """Write files into FOLDER/HASH/, by a hash of their names and content, unless they are there with this content.
 
-    So files with other content never take their place.
+    So files with other content never take their place. One that was changed by hand is written anew.
 
     Returns:
         The absolute path of FOLDER/HASH.
@@ -56,8 +56,9 @@ def write_by_content(folder: str | Path, files: dict[str, bytes]) -> Path:
     digest = hashlib.sha256(b''.join(name.encode() + content for name, content in sorted(files.items()))).hexdigest()
     target = Path(folder, digest[:12]).absolute()
     for name, content in files.items():
-        if not (target / name).is_file():
-            AtomicLocalBackend().put(content, target / name)
+        path = target / name
+        if not path.is_file() or path.read_bytes() != content:
+            AtomicLocalBackend().put(content, path)
     return target
 
 

@@ -28,7 +28,7 @@ def locked(folder: str | Path, advice: str) -> Iterator[None]:
         advice: what to do where another process holds the lock, for the message.
 
     Raises:
-        UserError: if another process holds it. The message names that process.
+        UserError: if another process holds it, which the message names, or if the file of the lock is a link.
     """
     path = Path(folder, NAME)
     file = _open_locked(path, advice)
@@ -41,9 +41,20 @@ def locked(folder: str | Path, advice: str) -> Iterator[None]:
         os.close(file)
 
 
+def open_lock(path: Path) -> int:
+    """Open a file to lock, which is created if it is not there, and is not emptied.
+
+    Raises:
+        UserError: for a link: locking would write into the file that it leads to.
+    """
+    if path.is_symlink():
+        raise UserError(f'{path} is a symbolic link, and would be written to: remove it')
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+
+
 def _open_locked(path: Path, advice: str) -> int:
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = open_lock(path)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -53,7 +64,7 @@ def _open_locked(path: Path, advice: str) -> int:
                 raise UserError(f'{path.parent} is in use by {holder}: {advice}') from error
             message = f'{path.parent} cannot be locked ({error.strerror}): see that nothing else writes there'
             warnings.warn(message, stacklevel=4)
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            return open_lock(path)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file

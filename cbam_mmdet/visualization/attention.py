@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from cbam_mmdet.datasets.inputs import unique_names
+from cbam_mmdet.datasets.inputs import keep_inputs, unique_names
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError
@@ -190,16 +190,16 @@ def attend(
         The rows of the table.
 
     Raises:
-        UserError: if the model holds no CBAM, or no image can be read.
+        UserError: if the model holds no CBAM, no image can be read, or a picture would replace an input.
     """
     out_dir = Path(out_dir)
+    names = unique_names(files)
+    keep_inputs(files, [out_dir / 'average.png', *(out_dir / 'vis' / f'{name}.png' for name in names)])
     out_dir.mkdir(parents=True, exist_ok=True)
     pipeline = array_pipeline(model.cfg)
     averages: dict[str, GateAverage] = {}
     by_image, drawn = [], 0
-    for file, name in zip(
-        tqdm(files, desc='looking', unit='image', disable=len(files) < 2), unique_names(files), strict=True
-    ):
+    for file, name in zip(tqdm(files, desc='looking', unit='image', disable=len(files) < 2), names, strict=True):
         try:
             image = read_image(str(file))
         except UserError as error:
@@ -219,9 +219,9 @@ def attend(
     rows = [row for average in averages.values() for row in average.rows()]
     draw_gates(averages.values(), out_dir / 'average.png', title=f'average of {rows[0].images} images')
     write_text(out_dir / 'gates.md', markdown(rows))
-    names = [field.name for field in fields(GateRow)]
-    write_text(out_dir / 'gates.csv', Table(names, list(map(astuple, rows))).csv())
-    single = Table(['file', *names], [(file, *astuple(row)) for file, row in by_image])
+    columns = [field.name for field in fields(GateRow)]
+    write_text(out_dir / 'gates.csv', Table(columns, list(map(astuple, rows))).csv())
+    single = Table(['file', *columns], [(file, *astuple(row)) for file, row in by_image])
     write_text(out_dir / 'gates_by_image.csv', single.csv())
     return rows
 

@@ -30,7 +30,7 @@ from cbam_mmdet.analysis.gradcam import (
     require_explainable,
 )
 from cbam_mmdet.apis.infer import advice_on_scores
-from cbam_mmdet.datasets.inputs import unique_names
+from cbam_mmdet.datasets.inputs import keep_inputs, unique_names
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.utils.files import write_text
@@ -104,14 +104,16 @@ def explain_images(
 
     Raises:
         UserError: for an unknown layer, class or method, for detectors of different classes, for a box and several
-            images, and for a single image that cannot be explained.
+            images, for a single image that cannot be explained, and if a sheet would replace an input.
     """
     classes = _check(models, files, choice, method)
     layers_of = {name: find_layers(model, layers) for name, model in models.items()}
     out_dir = Path(out_dir)
     written = []
+    sheets = [out_dir / f'{stem}.png' for stem in unique_names(files)]
+    keep_inputs(files, sheets)
     progress = tqdm(files, desc='explaining', unit='image', disable=len(files) < 2)
-    for file, stem in zip(progress, unique_names(files), strict=True):
+    for file, sheet in zip(progress, sheets, strict=True):
         try:
             image, targets = _read(file, next(iter(models.values())), choice)
         except UserError as error:
@@ -129,9 +131,9 @@ def explain_images(
                     'nearest is taken'
                 )
             record = dict(image=str(file), method=method, targets=[_as_dict(target, classes) for target in targets])
-            _write_raw(it, record, out_dir / 'raw', f'{stem}_{it.name}')
+            _write_raw(it, record, out_dir / 'raw', f'{sheet.stem}_{it.name}')
         title = f'{file.name}, {method}'
-        written.append(draw_cams(image, targets, explanations, classes, out_dir / f'{stem}.png', title))
+        written.append(draw_cams(image, targets, explanations, classes, sheet, title))
     return written
 
 

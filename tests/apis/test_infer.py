@@ -33,14 +33,26 @@ def test_pictures_of_an_earlier_run_are_no_inputs(run_tool, trained, shapes, tmp
         assert f'the results of an earlier run in {out} are replaced' in said
 
 
-def test_no_picture_replaces_an_input(run_tool, trained, shapes, tmp_path):
-    image = tmp_path / 'vis/a.jpg'
-    image.parent.mkdir()
+@pytest.mark.parametrize(
+    ('tool', 'name'), [('infer.py', 'vis/a.jpg'), ('gradcam.py', 'a.png'), ('attention_maps.py', 'vis/a.png')]
+)
+def test_no_picture_replaces_an_input(run_tool, trained, shapes, tmp_path, tool, name):
+    image = tmp_path / name
+    image.parent.mkdir(exist_ok=True)
     shutil.copy(next((shapes / 'val2017').iterdir()), image)
     before = image.read_bytes()
-    result = run_tool('infer.py', DEMO, trained, image, '--out-dir', tmp_path, *WHERE)
-    assert result.code == 2 and f'the picture of {image} would replace the input' in result.err
+    where = WHERE if tool != 'attention_maps.py' else ['--device', 'cpu', *cfg_options(SMALL)]
+    result = run_tool(tool, DEMO, trained, image, '--out-dir', tmp_path, *where)
+    assert result.code == 2 and f'a picture would replace the input {image}' in result.err
     assert image.read_bytes() == before
+
+
+def test_a_detector_of_grey_images_is_refused(run_tool, trained, shapes, tmp_path):
+    """Its own loading is replaced by an image in memory, which is in colour."""
+    grey = {'test_pipeline.0.color_type': 'grayscale', 'test_dataloader.dataset.pipeline.0.color_type': 'grayscale'}
+    image = next((shapes / 'val2017').iterdir())
+    result = run_tool('infer.py', DEMO, trained, image, '--out-dir', tmp_path, *WHERE, *cfg_options(grey)[1:])
+    assert result.code == 2 and "reads images as color_type='grayscale'" in result.err
 
 
 def test_boxes_at_the_edge_are_no_reason_to_warn(trained, shapes, tmp_path):

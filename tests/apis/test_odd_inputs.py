@@ -11,6 +11,7 @@ import torch
 from conftest import DEMO, SMALL, cfg_options
 from mmengine.config import Config
 
+from cbam_mmdet.apis.infer import _require_frames
 from cbam_mmdet.datasets.checks import check_data
 from cbam_mmdet.datasets.convert import convert
 from cbam_mmdet.engine.checkpoint.files import find_checkpoint
@@ -42,6 +43,17 @@ def test_a_video_that_is_cut_off_is_named(infer, tmp_path):
     (tmp_path / 'half.avi').write_bytes(data[: len(data) // 2])
     result = infer(tmp_path / 'half.avi')
     assert 'half.avi' in result.err and ('cut off' in result.err or 'is not one that OpenCV can read' in result.err)
+
+
+def test_a_video_that_is_not_written_whole_is_named(tmp_path):
+    """As on a full disk, of which OpenCV's writer says nothing."""
+    write_video(tmp_path / 'whole.avi', 20)
+    _require_frames(tmp_path / 'whole.avi', 20)
+    data = (tmp_path / 'whole.avi').read_bytes()
+    (tmp_path / 'half.avi').write_bytes(data[: len(data) // 2])
+    for name, count in (('half.avi', 20), ('whole.avi', 21), ('nothing.avi', 1)):
+        with pytest.raises(UserError, match=f'{name} could not be written whole'):
+            _require_frames(tmp_path / name, count)
 
 
 @pytest.mark.parametrize('kind', ['pipe', 'text', 'picture', 'thin'])

@@ -1,5 +1,6 @@
 """Annotations and configs that were scored or trained on wrongly without a word."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import DEMO, tiny
+from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.config import ConfigDict
 from mmengine.runner import Runner
@@ -18,7 +20,7 @@ from cbam_mmdet.datasets.checks import check_data, complete
 from cbam_mmdet.datasets.class_order import follow_class_order
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.metrics import HotCocoMetric
-from cbam_mmdet.utils.config import evaluators_of, load_config, split_datasets
+from cbam_mmdet.utils.config import SPLITS, evaluators_of, load_config, set_default_scope, split_datasets
 
 
 @pytest.fixture
@@ -130,6 +132,78 @@ def test_concatenated_data_sets_keep_their_own_annotations(shapes, tmp_path):
         len(json.loads((root / f'annotations/instances_{s}2017.json').read_text())['images']) for s in ('train', 'val')
     ]
     assert counts == truth
+
+
+@pytest.mark.parametrize('kind', ['Evaluator', 'MultiDatasetsEvaluator'])
+def test_the_metrics_inside_an_evaluator_follow(shapes, tmp_path, logged, kind):
+    """To the data root, and into the order of a checkpoint's classes."""
+    root, names = str(shapes), ('annotations/instances_train2017.json', 'annotations/instances_val2017.json')
+    cfg = load_config(DEMO)
+    first = cfg.test_dataloader.dataset
+    old = cfg.test_evaluator.ann_file.partition('annotations')[0]
+    if kind == 'Evaluator':
+        names = names[1:]
+    else:
+        others = [
+            ConfigDict(copy.deepcopy(first), ann_file=name, data_prefix=dict(img=f'{split}2017/'))
+            for name, split in zip(names, ('train', 'val'), strict=True)
+        ]
+        cfg.test_dataloader.dataset = ConfigDict(type='ConcatDataset', datasets=others)
+    cfg.test_evaluator = ConfigDict(
+        type=kind, metrics=[ConfigDict(cfg.test_evaluator, ann_file=f'{old}{name}') for name in names]
+    )
+    prepare(cfg, root, None, str(tmp_path / 'work'), 'none')
+    check_data(cfg, ['test'])
+    assert not any('scores against' in message for message in logged.messages)
+    classes = [c['name'] for c in json.loads((shapes / names[0]).read_text())['categories']][::-1]
+    follow_class_order(cfg, ['test'], classes, 'a checkpoint', str(tmp_path / 'work'))
+    for metric, dataset in zip(cfg.test_evaluator.metrics, split_datasets(cfg, 'test'), strict=True):
+        assert metric.ann_file == dataset.ann_file
+        assert [c['name'] for c in json.loads(Path(metric.ann_file).read_text())['categories']] == classes
+
+
+@pytest.mark.parametrize('metric', ['VOCMetric', 'cbam_mmdet.SampleCocoMetric', 'CocoMetric'])
+def test_a_truth_that_the_pipeline_resizes(shapes, tmp_path, metric):
+    """CocoMetric reads a file, or boxes that no transform changes."""
+    cfg = load_config(DEMO)
+    prepare(cfg, str(shapes), None, str(tmp_path / 'work'), 'none')
+    cfg.test_evaluator = ConfigDict(type=metric)
+    check_data(cfg, ['test'])
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    resize, load = ([step for step in pipeline if step.type == name] for name in ('Resize', 'LoadAnnotations'))
+    cfg.test_dataloader.dataset.pipeline = [pipeline[0], *load, *resize, pipeline[-1]]
+    if metric == 'CocoMetric':
+        return check_data(cfg, ['test'])
+    with pytest.raises(UserError, match='put LoadAnnotations after Resize'):
+        check_data(cfg, ['test'])
+
+
+class OwnCoco(CocoDataset):
+    """A data set as people write it, with classes of their own."""
+
+
+class OwnReader(CocoDataset):
+    def load_data_list(self):
+        return super().load_data_list()
+
+
+@pytest.mark.parametrize('kind', [OwnCoco, OwnReader])
+def test_a_data_set_of_an_own_class(shapes, tmp_path, logged, monkeypatch, kind):
+    """The file numbers the classes for those that leave the reading to CocoDataset; of others a warning says so."""
+    monkeypatch.setitem(DATASETS.module_dict, kind.__name__, kind)
+    content = json.loads((shapes / 'annotations/instances_val2017.json').read_text())
+    names = tuple(category['name'] for category in content['categories'])
+    cfg = load_config(DEMO)
+    for split in SPLITS:
+        for dataset in split_datasets(cfg, split):
+            dataset.type = kind.__name__
+    prepare(cfg, str(shapes), ','.join(names[::-1]), str(tmp_path / 'work'), 'none')
+    check_data(cfg, ['train', 'val'])
+    set_default_scope(cfg)
+    [dataset] = split_datasets(cfg, 'val')
+    reads = kind is OwnReader
+    assert DATASETS.build(dataset).metainfo['classes'] == (names[::-1] if reads else names)
+    assert any(f'is not checked: type {kind.__name__}' in message for message in logged.messages) == reads
 
 
 def test_an_evaluator_that_spells_its_file_otherwise_follows_the_order(shapes, tmp_path):

@@ -55,6 +55,18 @@ def test_a_resumed_training_is_read_from_its_start(tmp_path):
     assert [(row['coco/bbox_mAP'], row['step']) for row in validations] == [(0.1, 10), (0.2, 20)]
 
 
+@pytest.mark.parametrize('killed_again', [False, True])
+def test_a_validation_that_a_resumed_training_makes_up_for(tmp_path, killed_again):
+    """It is of the step at which the checkpoint was saved, also where that start of the training came no further."""
+    first, second = {'coco/bbox_mAP': 0.1, 'step': 1}, {'coco/bbox_mAP': 0.2, 'step': 2}
+    write_log(tmp_path, '20260101_000000', loss(5, 1), loss(10, 1))
+    write_log(tmp_path, '20260101_000100', first, *([] if killed_again else [loss(15, 2)]))
+    write_log(tmp_path, '20260101_000200', loss(15, 2), loss(20, 2), second)
+    train, validations = read_scalars(tmp_path)
+    assert [row['step'] for row in train] == [5, 10, 15, 20]
+    assert [(row['coco/bbox_mAP'], row['step']) for row in validations] == [(0.1, 10), (0.2, 20)]
+
+
 def test_the_metrics_at_the_end_of_a_training(tmp_path):
     assert final_metrics(tmp_path, 2) is None
     write_log(tmp_path, '20260101_000000', loss(2, 1), gates(2), {'coco/bbox_mAP': 0.1, 'time': 0.2, 'step': 1})

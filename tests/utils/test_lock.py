@@ -37,6 +37,16 @@ def test_another_process_is_named(tmp_path, holder):
         pass
 
 
+def test_a_link_is_not_written_through(tmp_path):
+    other = tmp_path / 'precious.txt'
+    other.write_text('all of it')
+    (tmp_path / 'work').mkdir()
+    (tmp_path / 'work/.lock').symlink_to(other)
+    with pytest.raises(UserError, match=r'\.lock is a symbolic link'), locked(tmp_path / 'work', ''):
+        pass
+    assert other.read_text() == 'all of it'
+
+
 def test_a_killed_process_holds_nothing(tmp_path, holder):
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()

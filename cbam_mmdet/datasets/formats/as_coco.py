@@ -110,7 +110,8 @@ def _reading(dataset: ConfigDict, root: str, ann_file: str) -> ConfigDict:
         dataset.dataset = _reading(dataset.dataset, root, ann_file)
         return dataset
     kept = {key: dataset[key] for key in KEPT if key in dataset}
-    coco = ConfigDict(type='CocoDataset', data_root=root, ann_file=ann_file, data_prefix=dict(img=''), **kept)
+    kind = dataset['type'] if annotation_format(dataset) == 'coco' else 'CocoDataset'
+    coco = ConfigDict(type=kind, data_root=root, ann_file=ann_file, data_prefix=dict(img=''), **kept)
     set_metainfo(coco, dataset_classes(dataset))
     return coco
 

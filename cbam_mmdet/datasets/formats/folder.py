@@ -231,10 +231,18 @@ def read_json(path: Path, encoding: str = 'utf-8-sig') -> Any:
     """The content of a JSON file.
 
     Raises:
-        UserError: if it is none.
+        UserError: if it is none, or has a key twice in one object, of which a reader would take the last.
     """
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in (other for other, _ in pairs[:i]))
+            raise UserError(f'annotation file {path} has the key {brief(twice)!r} twice in one object: remove one.')
+        return made
+
     try:
-        return json.loads(read_text(path, encoding))
+        return json.loads(read_text(path, encoding), object_pairs_hook=distinct)
     except RecursionError as error:
         raise UserError(f'annotation file {path} is nested too deeply to be one.') from error
     except json.JSONDecodeError as error:

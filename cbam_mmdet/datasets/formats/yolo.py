@@ -171,6 +171,7 @@ def _listed_by_darknet(folder: Folder) -> list[tuple[str, str | None]]:
     names: dict[str, list[str]] = {}
     for stem, path in lists.items():
         names.setdefault(LISTS[stem], []).extend(_listed(folder, path))
+    _make_disjoint(names, lists['train'])
     return _with_splits(names)
 
 

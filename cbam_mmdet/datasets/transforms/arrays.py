@@ -6,11 +6,22 @@ from mmcv.transforms import Compose
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
 
+from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import set_default_scope
 
 
 def array_pipeline(cfg: Config) -> Compose:
-    """The test pipeline of a config for images in memory: it takes dict(img=(H, W, 3) BGR, ...)."""
+    """The test pipeline of a config for images in memory: it takes dict(img=(H, W, 3) BGR, ...).
+
+    Raises:
+        UserError: for a config that reads images in another way than in colour.
+    """
     set_default_scope(cfg)  # a program may have built another model since this one
     pipeline = get_test_pipeline_cfg(cfg.copy())
+    color_type = pipeline[0].get('color_type', 'color')
+    if not color_type.startswith('color'):
+        raise UserError(
+            f'the test pipeline reads images as color_type={color_type!r}, which tools/test.py does: the tools for a '
+            "user's own images and for export read them in colour (3 channels) only"
+        )
     return Compose([dict(type='mmdet.LoadImageFromNDArray'), *pipeline[1:]])

@@ -24,12 +24,17 @@ class CheckImagesHook(Hook):
         UserError: if broken_images is neither, and during the run for a broken image.
     """
 
+    priority = 'LOW'  # after MMDetection's PipelineSwitchHook
+
     def __init__(self, broken_images: str = 'skip') -> None:
         if broken_images not in ('skip', 'raise'):
             raise UserError(f"broken_images={broken_images!r} in the config: expected 'skip' or 'raise'")
         self.broken_images = broken_images
 
     def before_train(self, runner: Runner) -> None:
+        _check_images(runner.train_dataloader.dataset, self.broken_images)
+
+    def before_train_epoch(self, runner: Runner) -> None:
         _check_images(runner.train_dataloader.dataset, self.broken_images)
 
     def before_val(self, runner: Runner) -> None:

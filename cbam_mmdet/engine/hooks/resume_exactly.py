@@ -9,7 +9,9 @@ other random numbers.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
+import os
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +32,9 @@ IN_ITERATION, IN_IMAGE = 0, 1
 
 # The key in a checkpoint's meta for the number of finished batches of its epoch, and the number of batches of an epoch.
 EPOCH_PROGRESS = 'epoch_progress'
+# That for a hash of the training images.
+DATA = 'train_data'
+IMAGES_HASHED = 1000  # at least, if there are as many
 
 
 def between_steps(runner: Runner) -> bool:
@@ -44,6 +49,21 @@ def seed_all(*key: int) -> None:
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))
+
+
+def data_digest(dataset: Any) -> str | None:
+    """A hash of the number of images, and of names and numbers of boxes of some of them, evenly spread.
+
+    Not of their folder, which may be another after a move. None for a data set that does not say them.
+    """
+    while not hasattr(dataset, 'get_data_info'):
+        if not hasattr(dataset, 'dataset'):
+            return None
+        dataset = dataset.dataset
+    count = len(dataset)
+    infos = map(dataset.get_data_info, range(0, count, max(count // IMAGES_HASHED, 1)))
+    seen = [(os.path.basename(str(info.get('img_path'))), len(info.get('instances') or ())) for info in infos]
+    return hashlib.sha256(repr((count, seen)).encode()).hexdigest()[:16]
 
 
 class PlacedIndex(int):
@@ -128,14 +148,24 @@ class ResumeExactlyHook(Hook):
         self.seed = 0
         self.warned = False
         self.resumed: dict | None = None  # the progress of the resumed run in its epoch
+        self.data: str | None = None  # the hash of the images, of this run or of the one that it resumes
         self.epoch = self.epoch_began_at = 0  # the current epoch, and the iteration of its first batch
         self.changes = contextlib.ExitStack()  # undoes the changes of the loader after the training
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self.resumed = meta_of(checkpoint).get(EPOCH_PROGRESS)
+        self.data = meta_of(checkpoint).get(DATA)
 
     def before_train(self, runner: Runner) -> None:
         loader = runner.train_dataloader
+        before, self.data = self.data, data_digest(loader.dataset)
+        if runner.iter and None not in (before, self.data) and before != self.data:
+            print_log(
+                'the training images are not those of the checkpoint (other names, another order or other numbers of '
+                'boxes): the resumed run is not the same run',
+                logger='current',
+                level=logging.WARNING,
+            )
         self.seed = runner.seed or 0
         if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
             self.batches = PlacedBatches(loader.batch_sampler, self.seed, get_rank())
@@ -203,6 +233,7 @@ class ResumeExactlyHook(Hook):
             meta = checkpoint['meta']
             done = meta['iter'] - self.epoch_began_at if meta['epoch'] == self.epoch else 0
             meta[EPOCH_PROGRESS] = dict(done=done, batches=len(runner.train_dataloader))
+        checkpoint['meta'][DATA] = self.data
         if not self.warned and not between_steps(runner):
             self.warned = True
             print_log(

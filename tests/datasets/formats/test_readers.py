@@ -780,6 +780,9 @@ def test_lists_of_darknet_without_a_data_file(tmp_path):
     found = read_folder(tmp_path)
     assert [len(found.splits[split]['images']) for split in ('train', 'val')] == [2, 1]
     assert '1 images that no list names are left out' in found.notes
+    (tmp_path / 'valid.txt').write_text('obj/1.jpg\nobj/2.jpg\n')
+    with pytest.raises(UserError, match=r'train\.txt: 1 images are in train and in val: the first is obj/1\.jpg'):
+        read_folder(tmp_path)
 
 
 def test_links_to_one_folder_of_images(tmp_path):

@@ -161,6 +161,37 @@ def test_resumed_from_a_checkpoint_that_does_not_say_where_in_its_epoch(logged_b
         assert 'trained from its start' in logged_by_print[-1]
 
 
+class Infos(list):
+    """A data set of these images."""
+
+    def get_data_info(self, index):
+        return self[index]
+
+
+def test_resumed_with_other_images(logged_by_print):
+    def say(before, now):
+        logged_by_print.clear()
+        loop = Mock(spec=EpochBasedTrainLoop)
+        runner = SimpleNamespace(train_dataloader=DataLoader(before), train_loop=loop, seed=0, iter=0, epoch=0)
+        first, second = resume.ResumeExactlyHook(), resume.ResumeExactlyHook()
+        first.before_train(runner)
+        checkpoint = dict(meta=dict(iter=len(before), epoch=1))
+        runner.optim_wrapper = None
+        first.before_save_checkpoint(runner, checkpoint)
+        second.after_load_checkpoint(runner, checkpoint)
+        runner.train_dataloader, runner.iter, runner.epoch = DataLoader(now), len(before), 1
+        second.before_train(runner)
+        return any('images are not those of the checkpoint' in message for message in logged_by_print)
+
+    def images(*names, folder='a', boxes=1):
+        return Infos(dict(img_path=f'{folder}/{name}', instances=[{}] * boxes) for name in names)
+
+    before = images('1.jpg', '2.jpg')
+    assert not say(before, images('1.jpg', '2.jpg', folder='moved'))
+    for other in (images('1.jpg', '3.jpg'), images('2.jpg', '1.jpg'), images('1.jpg', '2.jpg', boxes=2)):
+        assert say(before, other)
+
+
 @pytest.mark.parametrize('checkpoint', [{}, dict(meta=None), dict(meta=['of', 'others'])])
 def test_weights_of_no_run_say_nothing_of_an_epoch(checkpoint):
     hook = resume.ResumeExactlyHook()
