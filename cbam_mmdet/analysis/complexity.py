@@ -34,7 +34,7 @@ from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import CBAM
 from cbam_mmdet.models.gates import find_cbams
 from cbam_mmdet.models.plugins.checks import check_plugins
-from cbam_mmdet.utils.config import set_default_scope, split_datasets
+from cbam_mmdet.utils.config import set_default_scope, split_datasets, type_name
 from cbam_mmdet.utils.devices import choose_device
 from cbam_mmdet.utils.tables import Cell, Column, Table, code
 
@@ -168,7 +168,7 @@ def input_size(cfg: Config, name: str = 'the config') -> tuple[int, int]:
     """
     datasets = split_datasets(cfg, 'test') or split_datasets(cfg, 'val')
     for transform in datasets[0].get('pipeline', []) if datasets else []:
-        if transform.type.rpartition('.')[2] == 'Resize' and 'scale' in transform:
+        if type_name(transform.type) == 'Resize' and 'scale' in transform:
             width, height = transform.scale
             if transform.get('keep_ratio'):
                 width, height = max(width, height), min(width, height)

@@ -75,6 +75,8 @@ def load_detector(cfg: Config, checkpoint: str, device: str | None = None, trust
         return _load_onnx(cfg, checkpoint)
     check_plugins(cfg)
     device = choose_device(device)
+    if cfg.get('data_preprocessor'):  # as MMEngine's Runner does, and MMDetection's init_detector does not
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     given = copy.deepcopy(cfg)  # DETR and its kin write into what they are built of
     with safe_loading(trust_checkpoint):
         weights = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')

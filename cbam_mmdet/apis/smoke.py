@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from cbam_mmdet.utils.config import SPLITS, split_datasets
+from cbam_mmdet.utils.config import SPLITS, split_datasets, type_name
 from cbam_mmdet.utils.logging import log
 
 IMAGES = {'train': 4, 'val': 10, 'test': 10}
@@ -35,8 +35,10 @@ def make_small(cfg: Config) -> None:
     for node in _dicts(cfg.model):
         if 'score_thr' in node:
             node.score_thr = 0.0
-        if (node.get('init_cfg') or {}).get('type') == 'Pretrained':
+        if any(type_name(init.get('type')).startswith('Pretrained') for init in _dicts(node.get('init_cfg'))):
             node.init_cfg = None
+        if node.get('pretrained'):
+            node.pretrained = False if node.pretrained is True else None
     log(
         f'--smoke: a first look only: {IMAGES["train"]} images of at most {SIDE} pixels, one epoch, random weights, '
         'every score. The figures mean nothing.'

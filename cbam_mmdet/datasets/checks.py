@@ -29,7 +29,7 @@ from cbam_mmdet.datasets.inputs import IMAGES
 from cbam_mmdet.datasets.layouts import HELP, expected_layout, require_data_root
 from cbam_mmdet.datasets.voc import AnySuffixVOCDataset, image_names_by_stem, voc_folder, voc_image_folder
 from cbam_mmdet.errors import UserError, did_you_mean
-from cbam_mmdet.utils.config import class_of, datasets_of, evaluators_of, named_evaluators, split_datasets
+from cbam_mmdet.utils.config import class_of, datasets_of, evaluators_of, named_evaluators, split_datasets, type_name
 from cbam_mmdet.utils.files import copies, write_by_content
 from cbam_mmdet.utils.text import abridge
 
@@ -114,7 +114,8 @@ def _name_common_images(reports: Sequence[Report]) -> None:
 def _scored_by(key: str, cfg: Config, split: str) -> list[ConfigDict]:
     """The data sets of a split that the metric with this key scores: in a MultiDatasetsEvaluator, each has its own."""
     datasets = cfg.get(f'{split}_dataloader').dataset.get('datasets')
-    if datasets and cfg[f'{split}_evaluator'].get('type') == 'MultiDatasetsEvaluator':
+    evaluator = cfg[f'{split}_evaluator']
+    if datasets and isinstance(evaluator, dict) and type_name(evaluator.get('type')) == 'MultiDatasetsEvaluator':
         number = key.rpartition('.')[2]
         datasets = datasets[int(number) :][:1] if number.isdigit() else datasets
         return list(datasets_of(datasets))
@@ -153,14 +154,14 @@ def _require_unchanged_truth(metric: ConfigDict, datasets: Sequence[ConfigDict],
     if not (isinstance(kind, type) and (issubclass(kind, VOCMetric) or getattr(kind, 'truth_in_samples', False))):
         return
     for dataset in datasets:
-        types = [str(step.get('type')) for step in dataset.get('pipeline') or []]
+        types = [type_name(step.get('type')) for step in dataset.get('pipeline') or []]
         resized = [i for i, name in enumerate(types) if 'Resize' in name]
-        loaded = [i for i, name in enumerate(types) if name.rpartition('.')[2] == 'LoadAnnotations']
+        loaded = [i for i, name in enumerate(types) if name == 'LoadAnnotations']
         if loaded and resized and loaded[0] < resized[-1]:
             raise UserError(
-                f'{key} ({metric.type}) compares with the boxes that the pipeline loads, and {types[resized[-1]]} '
-                'after LoadAnnotations changes them, while detections are of the original image: put LoadAnnotations '
-                f'after {types[resized[-1]]}'
+                f'{key} ({type_name(metric.type)}) compares with the boxes that the pipeline loads, and '
+                f'{types[resized[-1]]} after LoadAnnotations changes them, while detections are of the original image: '
+                f'put LoadAnnotations after {types[resized[-1]]}'
             )
 
 

@@ -156,7 +156,7 @@ def read_results(path: str | Path) -> list[dict]:
         labels = [label for sample in samples for label in sample['pred_instances']['labels'].tolist()]
         samples[0]['pred_instances']['bboxes']
         if len(set(images)) < len(images):
-            raise ValueError('an image is in it twice')
+            raise ValueError('an image id is in it twice, as where a test has several data sets: a report takes one')
         if any(type(label) is not int or label < 0 for label in labels):
             raise ValueError('a label is not the index of a class')
     except UserError:
@@ -264,7 +264,7 @@ def _facts(cfg: Config, record: dict, log: str, config: Path, train: list[dict])
         'Trained': _duration(log),
         'Length': f'{train[-1]["step"]} iterations'
         + (
-            f', {train[-1]["epoch"]} of {loop.max_epochs} epochs'
+            f', the last one in epoch {train[-1]["epoch"]} of {loop.max_epochs}'
             if loop.get('max_epochs') and 'epoch' in train[-1]
             else ''
         ),

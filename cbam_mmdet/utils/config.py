@@ -224,6 +224,11 @@ def class_of(registry: Registry, type_: str | type | None) -> type | None:
     return registry.get(type_) if isinstance(type_, str) else type_
 
 
+def type_name(type_: object) -> str:
+    """The name that a config's `type` means, without its package: of a name, or of the class itself."""
+    return type_.__name__ if isinstance(type_, type) else str(type_).rpartition('.')[2]
+
+
 def datasets_of(dataset: ConfigDict | list | None) -> Iterator[ConfigDict]:
     """The data sets that hold data, inside all wrappers (RepeatDataset, ConcatDataset, MultiImageMixDataset)."""
     for candidate in dataset if isinstance(dataset, (list, tuple)) else [dataset]:

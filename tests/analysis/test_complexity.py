@@ -5,6 +5,7 @@ import csv
 import pytest
 import torch
 from conftest import DEMO, ROOT
+from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 from torch import nn
 
@@ -93,6 +94,10 @@ def test_image_size_is_the_test_pipelines():
     assert input_size(load_config(DEMO)) == (128, 128)
     assert input_size(load_config(str(ROOT / 'configs/faster_rcnn_r50_cbam.py'))) == (800, 1344)
     assert input_size(load_config(SSD)) == (300, 300)
+    cfg = load_config(DEMO)
+    for step in cfg.test_dataloader.dataset.pipeline:
+        step['type'] = TRANSFORMS.get(step['type'])  # as in MMEngine's configs of pure Python
+    assert input_size(cfg) == (128, 128)
     with pytest.raises(UserError, match='--shape'):
         input_size(Config(dict(model=dict(type='X'))))
 

@@ -12,7 +12,8 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import nn
 
-from cbam_mmdet.apis.infer import LEGIBLE, _Painter
+from cbam_mmdet.apis.infer import LEGIBLE, _Painter, load_detector
+from cbam_mmdet.utils.config import load_config
 
 WHERE = ['--device', 'cpu', '--score-thr', 0, *cfg_options(SMALL)]
 
@@ -71,6 +72,15 @@ def test_a_config_without_a_test_pipeline(run_tool, trained, shapes, tmp_path):
     result = run_tool('infer.py', tmp_path / 'config.py', trained, shapes / 'val2017', *WHERE)
     assert result.code == 2 and 'Traceback' not in result.err
     assert 'config.py has no test pipeline' in result.err and 'test_dataloader is None' in result.err
+
+
+def test_a_preprocessor_beside_the_model(trained):
+    """MMEngine's Runner puts it into the model, so a training and a test have it."""
+    cfg = load_config(str(next(trained.glob('*.py'))))
+    inside = load_detector(cfg.copy(), str(trained), 'cpu').data_preprocessor
+    cfg.data_preprocessor = cfg.model.pop('data_preprocessor')
+    beside = load_detector(cfg, str(trained), 'cpu').data_preprocessor
+    assert torch.equal(beside.mean, inside.mean) and beside.pad_size_divisor == inside.pad_size_divisor
 
 
 @pytest.mark.parametrize('tool', ['infer.py', 'gradcam.py', 'attention_maps.py'])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO, IN_THIS_PROCESS, cfg_options, tiny
+from mmengine.model import PretrainedInit
 
 from cbam_mmdet.apis.smoke import SIDE, make_small
 from cbam_mmdet.utils.config import config_path, load_config, shipped_configs, split_datasets
@@ -24,6 +25,17 @@ def test_a_shipped_config_is_small(name):
             assert dataset.indices <= 10
             scales = re.findall(r'\((\d+), (\d+)\)', str(dataset.pipeline))
             assert scales and all(int(side) <= SIDE for scale in scales for side in scale)
+
+
+@pytest.mark.parametrize(
+    'init', [dict(type=PretrainedInit, checkpoint='a.pth'), [dict(type='Pretrained', checkpoint='a')]]
+)
+def test_no_weights_are_fetched(init):
+    cfg = load_config(DEMO)
+    cfg.model.backbone.init_cfg = init
+    cfg.model.neck.pretrained = True
+    make_small(cfg)
+    assert cfg.model.backbone.init_cfg is None and cfg.model.neck.pretrained is False
 
 
 def test_it_runs(run_tool, shapes, tmp_path):

@@ -131,7 +131,7 @@ def test_detections_of_another_checkpoint_are_not_taken_for_those_of_this_one(tr
 
 
 @pytest.mark.parametrize(
-    ('images', 'label', 'words'), [([1, 1], 0, 'an image is in it twice'), ([1, 2], -1, 'not the index of a class')]
+    ('images', 'label', 'words'), [([1, 1], 0, 'an image id is in it twice'), ([1, 2], -1, 'not the index of a class')]
 )
 def test_detections_that_cannot_be_are_refused(tmp_path, images, label, words):
     samples = [

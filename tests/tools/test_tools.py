@@ -11,6 +11,8 @@ from conftest import DEMO, ROOT, needs_served_operators, pretend_tested, tiny
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from cbam_mmdet.engine.checkpoint.loading import load_plain_pickle
+
 
 def test_train_writes_a_checkpoint_and_a_log(trained):
     assert (trained / 'epoch_1.pth').is_file()
@@ -64,6 +66,28 @@ def test_tta_and_show_dir(run_tool, trained, shapes, tmp_path):
     result = run_tool('test.py', DEMO, trained / 'epoch_1.pth', '--show-dir', 'vis', *tiny(tmp_path, shapes))
     assert result.code == 0
     assert len(list(tmp_path.glob('*/vis/*'))) == 4
+
+
+@pytest.mark.parametrize('flags', [[], ['--tta']])
+def test_two_data_sets_of_which_each_has_its_metric(run_tool, trained, shapes, tmp_path, flags):
+    """MMDetection's MultiDatasetsEvaluator takes as many metrics as data sets."""
+    config = tmp_path / 'two.py'
+    config.write_text(
+        f'_base_ = {DEMO!r}\n'
+        "first = dict(_base_.test_dataloader.dataset, ann_file='annotations/instances_train2017.json', "
+        "data_prefix=dict(img='train2017/'))\n"
+        'second = dict(_base_.test_dataloader.dataset)\n'
+        "test_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=[first, second]))\n"
+        'metric = dict(_base_.test_evaluator)\n'
+        "test_evaluator = dict(_delete_=True, type='MultiDatasetsEvaluator', dataset_prefixes=['a', 'b'], metrics=["
+        "dict(metric, ann_file=metric['ann_file'].replace('val2017', 'train2017')), metric])\n"
+    )
+    out = tmp_path / 'all.pkl'
+    options = tiny(tmp_path / 'work', shapes)
+    result = run_tool('test.py', config, trained / 'epoch_1.pth', '--out', out, *flags, *options)
+    assert result.code == 0, result.err[-2000:]
+    assert all(f'{prefix}/coco/bbox_mAP' in result.out + result.err for prefix in 'ab')
+    assert len(load_plain_pickle(str(out))) == 12
 
 
 def test_infer_on_images_a_folder_and_a_video(run_tool, trained, shapes, tmp_path):

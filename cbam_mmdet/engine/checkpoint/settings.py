@@ -18,7 +18,7 @@ from mmengine.config import Config
 
 from cbam_mmdet.engine.checkpoint.content import meta_of
 from cbam_mmdet.engine.checkpoint.variants import NAMES, parsed
-from cbam_mmdet.utils.config import class_of
+from cbam_mmdet.utils.config import class_of, type_name
 from cbam_mmdet.utils.logging import log
 from cbam_mmdet.utils.text import brief
 
@@ -123,7 +123,7 @@ def _inside(place: str, key: object) -> str:
 
 def _kind(name: Any) -> Any:
     """The name of a class without its package. The kinds of BatchNorm compute the same once they are trained."""
-    text = name.__name__ if isinstance(name, type) else str(name).rpartition('.')[2]
+    text = type_name(name)
     return 'BN' if text in ('SyncBN', 'MMSyncBN', 'BN2d', 'NaiveSyncBN') else text
 
 
