@@ -8,7 +8,7 @@ A config takes them beside its plain twin:
 The choices, and their reasons:
 
 - `gate='unit'` starts as the exact identity, so CBAM does not disturb the ImageNet weights. 'sigmoid', the paper's, cost
-  0.104 and 0.436 mAP on two small data sets; the unit gate cost nothing, and a gain is undecided
+  0.104 and 0.436 mAP on two small data sets; of the unit gate no loss is shown, nor a gain
   (docs/does_cbam_help.md).
 - The place is the paper's: after the last norm of a residual block, before the addition. MMDetection's Bottleneck
   ResNets take CBAM there by `plugins`, at position='after_conv3'. `PluginBackbone` puts it into any other backbone, at
