@@ -22,6 +22,8 @@ KNOWN = (
     'obj.names or classes.txt), CVAT for images, LabelMe'
 )
 
+OTHER_IMAGES = ('.heic', '.heif', '.avif', '.jfif', '.gif', '.jp2', '.dng')
+
 
 def read_folder(root: str, train_ann: str | None = None, val_ann: str | None = None) -> Found:
     """Recognize the format of a folder's annotations, and read them.
@@ -48,7 +50,7 @@ def read_folder(root: str, train_ann: str | None = None, val_ann: str | None = N
     else:
         found = _recognize(folder)
     _require_pixels(folder, found)
-    found.notes += [*folder.moved(), *_places(found)]
+    found.notes += [*folder.moved(), *_places(found), *_unread(folder)]
     return _complete_splits(found)
 
 
@@ -61,6 +63,13 @@ def _require_pixels(folder: Folder, found: Found) -> None:
             f'{folder.root}: all {len(boxes)} boxes lie within the first pixel of their image, as if they were shares '
             f'of its width and height. {found.style} counts in pixels: multiply them'
         )
+
+
+def _unread(folder: Folder) -> list[str]:
+    """A line on images in formats that OpenCV cannot read everywhere."""
+    counts = {suffix: len(folder.files[suffix]) for suffix in OTHER_IMAGES if folder.files.get(suffix)}
+    listed = ', '.join(f'{count} {suffix}' for suffix, count in counts.items())
+    return [f'images in other formats are left out ({listed}): convert them to .jpg or .png'] if counts else []
 
 
 def _places(found: Found) -> list[str]:

@@ -136,3 +136,15 @@ def test_boxes_that_are_shares_are_refused(tmp_path, style):
         write_voc(tmp_path, (0.25, 0.3, 0.75, 0.7), '')
     with pytest.raises(UserError, match='shares of its width and height'):
         read_folder(tmp_path)
+
+
+def test_images_in_formats_that_are_not_read_are_counted(tmp_path):
+    write_pictures(tmp_path, '0.jpg', '1.jpg')
+    for i in range(2):
+        (tmp_path / f'{i}.json').write_text(labelme_of(f'{i}.jpg'))
+    assert not any('other formats' in note for note in read_folder(tmp_path).notes)
+    for name in ('2.HEIC', '3.heic', '4.jfif'):
+        (tmp_path / name).write_bytes(b'')
+    assert 'images in other formats are left out (2 .heic, 1 .jfif): convert them to .jpg or .png' in (
+        read_folder(tmp_path).notes
+    )
