@@ -231,14 +231,18 @@ def read_json(path: Path, encoding: str = 'utf-8-sig') -> Any:
     """The content of a JSON file.
 
     Raises:
-        UserError: if it is none, or has a key twice in one object, of which a reader would take the last.
+        UserError: if it is none, or has two values under one key, of which a reader would take the last.
     """
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in (other for other, _ in pairs[:i]))
-            raise UserError(f'annotation file {path} has the key {brief(twice)!r} twice in one object: remove one.')
+            for key, value in pairs:
+                if made[key] != value:
+                    raise UserError(
+                        f'annotation file {path} has the key {brief(key)!r} twice in one object, with different '
+                        'values: remove one.'
+                    )
         return made
 
     try:

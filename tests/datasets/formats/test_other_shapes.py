@@ -7,6 +7,7 @@ import pytest
 from test_readers import coco_of, labelme_of, voc_of, write_pictures
 
 from cbam_mmdet.datasets.convert import voc_to_coco
+from cbam_mmdet.datasets.formats.folder import read_json
 from cbam_mmdet.datasets.formats.recognize import read_folder
 from cbam_mmdet.errors import UserError
 
@@ -148,3 +149,13 @@ def test_images_in_formats_that_are_not_read_are_counted(tmp_path):
     assert 'images in other formats are left out (2 .heic, 1 .jfif): convert them to .jpg or .png' in (
         read_folder(tmp_path).notes
     )
+
+
+def test_a_key_that_stands_twice_in_a_json_file(tmp_path):
+    """A reader takes the last value of one key, so boxes would be lost."""
+    path = tmp_path / 'a.json'
+    path.write_text('{"images": [], "images": []}')
+    assert read_json(path) == dict(images=[])
+    path.write_text('{"info": {"boxes": [1, 2], "boxes": [1]}}')
+    with pytest.raises(UserError, match="has the key 'boxes' twice in one object, with different values"):
+        read_json(path)
