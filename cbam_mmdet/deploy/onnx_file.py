@@ -115,11 +115,57 @@ def _in_half_precision(model: Any) -> Any:
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    # Pixels, coordinates and scores stay in float32.
+    # Coordinates and scores stay in float32, and sums of squares, which exceed the largest number of float16, 65504.
     blocked = [*DEFAULT_OP_BLOCK_LIST, 'RoiAlign', 'NonMaxSuppression', 'TopK', 'Range', 'Cast', 'Where', 'ScatterND']
-    made = OnnxModel(convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked))
+    blocked += ['Pow', 'ReduceL2', 'ReduceLogSumExp', 'ReduceSum', 'ReduceSumSquare']
+    inside = _nodes_of_the_network(model.graph)
+    outside = [node.name for node in model.graph.node if node.name not in inside]
+    half = convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked, node_block_list=outside)
+    _remove_detours(half.graph)
+    made = OnnxModel(half)
+    made.prune_graph()
     made.topological_sort()  # the conversion appends its casts at the end
     return made.model
+
+
+def _nodes_of_the_network(graph: Any) -> set[str]:
+    """The names of the nodes whose results are features that reach a convolution or a product with weights.
+
+    All others work on boxes and scores, also those that say from where RoiAlign takes features.
+    """
+    # The inputs that are features, of operators that also take a place, a shape or a choice.
+    data = ('RoiAlign', 'Gather', 'GatherElements', 'GatherND', 'Reshape', 'Expand', 'Slice', 'Resize')
+    features = {**dict.fromkeys(data, slice(1)), **dict.fromkeys(('Cast', 'Shape'), slice(0))}
+    features |= {'Where': slice(1, 3), 'ScatterND': slice(0, 3, 2)}
+    makers = {name: node for node in graph.node for name in node.output}
+    found: set[str] = set()
+    left = [node for node in graph.node if node.op_type in ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')]
+    while left:
+        node = left.pop()
+        if node.name not in found:
+            found.add(node.name)
+            left += [makers[name] for name in node.input[features.get(node.op_type, slice(None))] if name in makers]
+    return found
+
+
+def _remove_detours(graph: Any) -> None:
+    """Let nodes in float32 take their input from each other. The conversion puts casts to float16 and back between."""
+    from onnx import TensorProto
+
+    def is_cast(node: Any, to: int) -> bool:
+        return node is not None and node.op_type == 'Cast' and node.attribute[0].i == to
+
+    makers = {name: node for node in graph.node for name in node.output}
+    origin = {
+        node.output[0]: makers[node.input[0]].input[0]
+        for node in graph.node
+        if is_cast(node, TensorProto.FLOAT) and is_cast(makers.get(node.input[0]), TensorProto.FLOAT16)
+    }
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            while name in origin:
+                name = origin[name]
+            node.input[i] = name
 
 
 def facts_of_model(model: nn.Module) -> dict[str, Any]:

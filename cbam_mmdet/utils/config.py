@@ -27,7 +27,8 @@ CONFIG_DIR = Path(__file__).parents[1] / '.mim' / 'configs'
 # Top-level names that a training or a test reads: those of MMEngine's Runner, and those of this package.
 RUNNER_SETTINGS = {*inspect.signature(Runner.__init__).parameters} - {'self', 'cfg'} | {
     'runner_type', 'strategy', 'model_wrapper_cfg', 'find_unused_parameters', 'sync_bn', 'compile', 'auto_scale_lr',
-    'tta_model', 'tta_pipeline', 'custom_imports', 'gate_statistics', 'broken_images',
+    'tta_model', 'tta_pipeline', 'custom_imports', 'gate_statistics', 'broken_images', 'data_preprocessor',
+    'activation_checkpointing', 'efficient_conv_bn_eval',
 }  # fmt: skip
 PREFIX = 'cbam_mmdet::'
 

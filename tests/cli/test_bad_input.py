@@ -19,6 +19,7 @@ from mmengine.config import ConfigDict
 
 from cbam_mmdet.datasets.checks import check_data, read_voc
 from cbam_mmdet.errors import UserError
+from cbam_mmdet.models.plugins.checks import check_plugins
 from cbam_mmdet.utils.config import load_config
 from cbam_mmdet.visualization.sheets import image_grid, save_sheet
 
@@ -195,6 +196,17 @@ def test_cfg_option_of_a_config_whose_base_only_mmengine_finds(tmp_path):
     )
     with pytest.raises(UserError, match=r'Set those: train_cfg\.max_epochs=1'):
         load_config(str(tmp_path / 'own.py'), {'epochs': 1})
+
+
+def test_a_setting_that_takes_norms_out():
+    """MMEngine's Runner would erase the calls of the norms, of which the plugins are parts."""
+    config = str(ROOT / 'configs/demo/bccd_r18_cbam.py')
+    cfg = load_config(config, {'efficient_conv_bn_eval': '[backbone]'})
+    with pytest.raises(UserError, match=r'efficient_conv_bn_eval.*takes the norms'):
+        check_plugins(cfg)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        check_plugins(load_config(config, {'efficient_conv_bn_eval': None}))
 
 
 def test_config_of_mmdetection_2(run_tool, tmp_path):

@@ -141,6 +141,29 @@ def test_padding_that_depends_on_the_size(tmp_path):
     onnx_file.write_onnx(model, tmp_path / 'fixed.onnx', fixed_size=(75, 133))
 
 
+@pytest.mark.parametrize('name', ['Faster R-CNN', 'SSD', 'RetinaNet'])
+def test_half_precision_ends_with_the_network(name, tmp_path):
+    """No coordinate is in float16, whose largest number is 65504: the last label of 80 classes is moved further."""
+    onnx_file.write_onnx(tiny(write(name, tmp_path)), tmp_path / 'half.onnx', half=True)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / 'half.onnx')).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    makers = {name: node for node in graph.node for name in node.output}
+    left = [name for node in graph.node if node.op_type == 'NonMaxSuppression' for name in node.input[:2]]
+    assert left
+    seen, last = set(), set()
+    while left:
+        name = left.pop()
+        if name in seen or name not in makers:
+            continue
+        seen.add(name)
+        node = makers[name]
+        if types.get(name) == onnx.TensorProto.FLOAT16:
+            last.add(node.op_type)
+        else:
+            left += node.input
+    assert last and last <= {'Conv', 'Gemm', 'MatMul'}, last
+
+
 def test_half_precision(tmp_path):
     """A graph that onnxruntime takes, with weights in float16, and nearly the same detections.
 

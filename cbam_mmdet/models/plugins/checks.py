@@ -36,6 +36,11 @@ def check_plugins(cfg: Config) -> None:
     from mmdet.registry import MODELS as DETECTION_MODELS  # MMDetection takes seconds to import
 
     cls = class_of(DETECTION_MODELS, backbone.get('type'))
+    if cls is PluginBackbone and cfg.get('efficient_conv_bn_eval'):
+        raise UserError(
+            f'efficient_conv_bn_eval={cfg.efficient_conv_bn_eval!r} takes the norms of the backbone out of the '
+            'network, and with them the plugins that PluginBackbone puts behind norms: set it to None'
+        )
     if cls is None or cls is PluginBackbone:
         return  # for an unknown type the registry raises an error when the model is built
     _check_backbone(cls, backbone)
