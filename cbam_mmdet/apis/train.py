@@ -112,6 +112,7 @@ def train(
         patches.enter_context(safe_loading(trust_checkpoint))
         patches.enter_context(summarize_missing_cbam())
         patches.enter_context(local_files_written_by(AtomicLocalBackend))
+        resume, given = _asked(cfg, resume), cfg.get('load_from')
         resumes = _choose_checkpoint(cfg, resume, trust_checkpoint, smoke)
         splits = ['train', 'val'] if cfg.get('val_dataloader') else ['train']
         if cfg.get('load_from'):
@@ -119,7 +120,7 @@ def train(
         check_splits(cfg, splits)
         stop = StopSignalHook()
         late = [stop, *([ValidateResumedHook()] if resumes else []), *([MarkSmokeHook()] if smoke else [])]
-        runner = build_runner(cfg, [*_hooks(cfg, resumes), *late])
+        runner = build_runner(cfg, [*_hooks(cfg, resumes), KeepRecordHook(given), *late])
         patches.enter_context(hooks_of_class(runner.hooks, CheckpointHook, SafeCheckpointHook))
         _warn_of_unserved_operators(runner.model)
         if resumes:
@@ -173,6 +174,22 @@ def _scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
+def _asked(cfg: Config, resume: str | bool) -> str | bool:
+    """What to resume from, by --resume or else by the config, whose `resume` is then False.
+
+    MMEngine's Runner would follow the config past all that is checked for --resume.
+    """
+    by_config, cfg.resume = cfg.get('resume'), False
+    if resume or not by_config:
+        return resume
+    found, cfg.load_from = cfg.get('load_from') or 'auto', None
+    log(
+        f'resume=True in the config: as --resume {found}. A new training needs resume=False and load_from=None there',
+        logging.WARNING,
+    )
+    return found
+
+
 def _choose_checkpoint(cfg: Config, resume: str | bool, trust_checkpoint: bool, smoke: bool) -> bool:
     """Set what the training starts from: load_from, resume, and the seed of a run that is resumed.
 
@@ -207,7 +224,6 @@ def _hooks(cfg: Config, resumes: bool) -> list[Hook]:
         CheckpointFitHook(strict=resumes),
         CheckImagesHook(cfg.get('broken_images', 'skip')),
         ResumeExactlyHook(),
-        KeepRecordHook(),
         AnnotatedFrameHook(),
         ValidateOneModelHook(),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from mmengine.dist import master_only
@@ -17,12 +18,17 @@ class KeepRecordHook(Hook):
     """Write the config and the record of a training after its first iteration (see engine.record.write_record).
 
     The config in a work dir is that of the newest training there. One that fails before it has trained anything, for
-    the sake of its data or of a checkpoint that does not fit, leaves it as it was.
+    the sake of its data or of a checkpoint that does not fit, leaves it as it was. It does not say that a run was
+    resumed: who trains with it starts anew.
+
+    Args:
+        load_from: the config's, before a run was resumed.
     """
 
     priority = 'VERY_HIGH'  # before a checkpoint is written
 
-    def __init__(self) -> None:
+    def __init__(self, load_from: str | None = None) -> None:
+        self.load_from = load_from
         self.written = False
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
@@ -32,4 +38,7 @@ class KeepRecordHook(Hook):
 
     @master_only
     def _write(self, runner: Runner) -> None:
-        write_record(runner.cfg, runner.log_dir, copy_in=runner.work_dir)
+        cfg = copy.deepcopy(runner.cfg)
+        if cfg.get('resume'):
+            cfg.resume, cfg.load_from = False, self.load_from
+        write_record(cfg, runner.log_dir, copy_in=runner.work_dir)

@@ -49,6 +49,23 @@ def test_a_training_that_does_not_begin_leaves_it_as_it_is(run_tool, work, shape
     assert contents(work) == before
 
 
+@pytest.mark.parametrize(('flags', 'options'), [(['--resume'], []), ([], ['resume=True'])])
+def test_a_training_by_the_config_of_a_resumed_one_starts_anew(run_tool, work, shapes, tmp_path, flags, options):
+    """Else a second seed would go on from the first one's weights."""
+    resumed = run_tool('train.py', DEMO, *flags, *tiny(work, shapes, 'train_cfg.max_epochs=2', *options))
+    assert resumed.code == 0, resumed.err[-2000:]
+    said = resumed.out + resumed.err
+    assert f'resuming from {work}/epoch_1.pth' in said and 'resumed epoch: 1' in said
+    assert ('resume=True in the config: as --resume auto' in said) == (not flags)
+    saved = Config.fromfile(work / 'faster_rcnn_cbam.py')
+    assert not saved.resume and saved.load_from is None
+    changes = json.loads(next(path for path in work.glob('*/vis_data/run.json')).read_text())['differences']
+    assert 'load_from' not in [name for name, *_ in changes]
+    anew = run_tool('train.py', work / 'faster_rcnn_cbam.py', '--work-dir', tmp_path / 'anew')
+    assert anew.code == 0, anew.err[-2000:]
+    assert 'resumed' not in anew.out + anew.err and 'Epoch(train) [1]' in (anew.out + anew.err).replace('  ', ' ')
+
+
 @pytest.mark.parametrize('suffix', ['py', 'json', 'yaml'])
 def test_braces_in_a_name_are_no_variable(suffix, tmp_path):
     classes = ['{{ fileDirname }}', '{{$HOME:x}}', '{{{{', '}}', '{{_base_.a}}', "'\\"]
