@@ -4,6 +4,7 @@ Writes the config and the checkpoint of the same detector with CBAM in its backb
 """
 
 import argparse
+import shlex
 
 from arguments import KeyValues, Parser, run
 
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     print(f'{len(made.modules)} CBAM modules, {made.parameters / 1e6:.3f} M parameters:')
     for name in made.modules:
         print(f'  {name}')
-    print(f'{made.config}\n{made.checkpoint}\npython tools/train.py {made.config}')
+    print(f'{made.config}\n{made.checkpoint}\npython tools/train.py {shlex.quote(str(made.config))}')
 
 
 if __name__ == '__main__':

@@ -172,7 +172,8 @@ def input_size(cfg: Config, name: str = 'the config') -> tuple[int, int]:
             width, height = transform.scale
             if transform.get('keep_ratio'):
                 width, height = max(width, height), min(width, height)
-            divisor = cfg.model.get('data_preprocessor', {}).get('pad_size_divisor', 1)
+            pixels = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}  # as the Runner takes it
+            divisor = pixels.get('pad_size_divisor', 1)
             return _round_up(height, divisor), _round_up(width, divisor)
     raise UserError(
         f'{name}: its test pipeline has no Resize with a scale, so the image has no known size: give it, '

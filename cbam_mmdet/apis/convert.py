@@ -74,6 +74,8 @@ def _converted(
 ) -> tuple[Conversion, dict]:
     """The conversion, and what the file of it holds."""
     plain = {key: checkpoint[key] for key in PLAIN if key in checkpoint}
+    if in_norm and (official or from_network(state_dict) is None):
+        raise UserError("--in-norm is for weights of the authors' networks or pytorchcv's that become those of here")
     if official:
         notes = _refuse_other_variants(state_dict, meta_of(checkpoint), source)
         made = to_official(state_dict)

@@ -115,7 +115,13 @@ def _draw(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> No
 
 
 def _use_tta(cfg: Config) -> None:
-    """As MMDetection's tools/test.py: flip horizontally, merge by NMS, unless the config says otherwise."""
+    """As MMDetection's tools/test.py: flip horizontally, merge by NMS, unless the config says otherwise.
+
+    Raises:
+        UserError: for a detector with masks, which MMDetection cannot merge.
+    """
+    if (cfg.model.get('roi_head') or {}).get('mask_head') or cfg.model.get('mask_head'):
+        raise UserError("--tta: MMDetection's test-time augmentation merges boxes, and this detector also has masks")
     cfg.setdefault(
         'tta_model', dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
     )

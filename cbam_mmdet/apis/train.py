@@ -44,6 +44,7 @@ from cbam_mmdet.engine.hooks.safe_checkpoint import SafeCheckpointHook
 from cbam_mmdet.engine.hooks.stop_signal import StopSignalHook
 from cbam_mmdet.engine.hooks.validate_resumed import ValidateResumedHook
 from cbam_mmdet.errors import Stopped, UserError, is_dead_worker
+from cbam_mmdet.utils.config import type_name
 from cbam_mmdet.utils.files import AtomicLocalBackend, remove_unfinished
 from cbam_mmdet.utils.lock import locked
 from cbam_mmdet.utils.logging import is_first_process, log
@@ -105,6 +106,10 @@ def train(
         warn_of_another_length(cfg)
     if amp:
         _use_amp(cfg, 'fp16' if amp is True else amp)
+    elif type_name(cfg.optim_wrapper.get('type')) == 'AmpOptimWrapper' and get_device() == 'cpu':
+        raise UserError(
+            "optim_wrapper.type='AmpOptimWrapper' needs a GPU, and torch sees none here; --amp bf16 works on a CPU, too"
+        )
     if auto_scale_lr:
         _scale_lr(cfg)
     with contextlib.ExitStack() as patches:
@@ -287,6 +292,8 @@ def _seed_of(path: str, trust_checkpoint: bool, smoke: bool) -> int | None:
 def _use_amp(cfg: Config, dtype: str) -> None:
     if dtype == 'bf16':
         cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+        for key in {'dtype', 'loss_scale'} & cfg.optim_wrapper.keys():  # MMEngine's AmpOptimWrapper takes them
+            log(f'--amp bf16: without optim_wrapper.{key}={cfg.optim_wrapper.pop(key)!r}')
     elif get_device() == 'cpu':
         raise UserError('--amp: fp16 training needs a GPU, and torch sees none here; --amp bf16 works on a CPU, too')
     else:

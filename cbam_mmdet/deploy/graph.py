@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.dense_heads.rpn_head import RPNHead
-from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from mmdet.models.roi_heads import BBoxHead, CascadeRoIHead, ConvFCBBoxHead, StandardRoIHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
@@ -103,6 +103,10 @@ def require_exportable(model: nn.Module) -> None:
             raise UserError(f'{type(model).__name__} without an RPNHead cannot be exported')
         if isinstance(roi_head, CascadeRoIHead) and roi_head.with_mask:
             raise UserError("a CascadeRoIHead with masks cannot be exported; Mask R-CNN's StandardRoIHead can")
+        if getattr(roi_head, 'with_shared_head', False):
+            raise UserError('a roi_head with a shared_head (as in the C4 detectors) cannot be exported')
+        for head in roi_head.bbox_head if isinstance(roi_head.bbox_head, nn.ModuleList) else [roi_head.bbox_head]:
+            _require_known_box_head(head)
         extractor = roi_head.bbox_roi_extractor
         for each in extractor if isinstance(extractor, nn.ModuleList) else [extractor]:
             if type(each) is not SingleRoIExtractor or type(each.roi_layers[0]).__name__ != 'RoIAlign':
@@ -119,6 +123,15 @@ def require_exportable(model: nn.Module) -> None:
                 'RetinaNet, SSD, FCOS, ATSS or RTMDet'
             )
         _require_known_selection(head.test_cfg, 'model.test_cfg', ('nms_pre', 'max_per_img'))
+
+
+def _require_known_box_head(head: nn.Module) -> None:
+    steps = dict(forward=(BBoxHead, ConvFCBBoxHead), predict_by_feat=(BBoxHead,), _predict_by_feat_single=(BBoxHead,))
+    for step, owners in steps.items():
+        if getattr(type(head), step, None) not in [getattr(owner, step) for owner in owners]:
+            raise UserError(f"{type(head).__name__} cannot be exported: its {step} is not BBoxHead's")
+    if getattr(head, 'custom_cls_channels', False):
+        raise UserError(f'the classes of {type(head).__name__} are not those of a softmax: it cannot be exported')
 
 
 # Settings of mmcv's nms, as they are here.

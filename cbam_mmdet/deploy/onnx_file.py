@@ -25,6 +25,7 @@ from cbam_mmdet.deploy.pixels import Pixels
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import class_of, set_default_scope
 from cbam_mmdet.utils.files import AtomicLocalBackend
+from cbam_mmdet.utils.text import abridge, brief
 from cbam_mmdet.version import __version__
 
 OPSET = 17
@@ -74,17 +75,25 @@ def write_onnx(
     with torch.no_grad(), warnings.catch_warnings():
         # The older exporter, which knows the operators of torchvision in every version of torch from 2.1 on.
         warnings.simplefilter('ignore')
-        torch.onnx.export(
-            graph,
-            (images,),
-            content,
-            opset_version=OPSET,
-            input_names=[INPUT],
-            output_names=list(graph.outputs),
-            dynamic_axes=axes,
-            **_older_exporter(),
-        )
+        try:
+            torch.onnx.export(
+                graph,
+                (images,),
+                content,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=list(graph.outputs),
+                dynamic_axes=axes,
+                **_older_exporter(),
+            )
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(
+                f'{type(model).__name__} cannot be exported: a part of it has no ONNX operators ({brief(error)})'
+            ) from error
     made = onnx.load_from_string(content.getvalue())
+    foreign = sorted({f'{node.domain}::{node.op_type}' for node in made.graph.node if node.domain})
+    if foreign:
+        raise UserError(f'{type(model).__name__} cannot be exported: ONNX has no operator {abridge(foreign)}')
     made = _in_half_precision(made) if half else made
     facts = dict(**facts_of_model(model), mask_threshold=_mask_threshold(model), half=half)
     onnx.helper.set_model_props(made, {key: json.dumps(value) for key, value in facts.items()})

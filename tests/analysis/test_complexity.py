@@ -95,6 +95,7 @@ def test_image_size_is_the_test_pipelines():
     assert input_size(load_config(str(ROOT / 'configs/faster_rcnn_r50_cbam.py'))) == (800, 1344)
     assert input_size(load_config(SSD)) == (300, 300)
     cfg = load_config(DEMO)
+    cfg.data_preprocessor = cfg.model.pop('data_preprocessor')  # beside the model, where MMEngine's Runner finds it
     for step in cfg.test_dataloader.dataset.pipeline:
         step['type'] = TRANSFORMS.get(step['type'])  # as in MMEngine's configs of pure Python
     assert input_size(cfg) == (128, 128)

@@ -188,6 +188,28 @@ def test_other_heads_are_refused(head, message):
 
 
 @pytest.mark.parametrize(
+    ('config', 'message'),
+    [
+        ('faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco.py', 'a roi_head with a shared_head'),
+        ('sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py', "SABLHead cannot be exported: its forward is not BBoxHead's"),
+        ('seesaw_loss/mask-rcnn_r50_fpn_seesaw-loss_random-ms-2x_lvis-v1.py', 'are not those of a softmax'),
+        ('libra_rcnn/libra-faster-rcnn_r50_fpn_1x_coco.py', 'a part of it has no ONNX operators'),
+        ('vfnet/vfnet_r50_fpn_1x_coco.py', 'cannot be exported'),
+    ],
+)
+def test_parts_that_no_graph_can_hold_are_named(config, message, tmp_path):
+    (tmp_path / 'config.py').write_text(f"_base_ = 'mmdet::{config}'\n")
+    cfg = Config.fromfile(tmp_path / 'config.py')
+    init_default_scope('mmdet')
+    cfg.model.backbone.init_cfg = None
+    model = MODELS.build(cfg.model)
+    model.cfg, model.dataset_meta = cfg, dict(classes=('a',))
+    with pytest.raises(UserError, match=message):
+        onnx_file.write_onnx(model, tmp_path / 'a.onnx')
+    assert not (tmp_path / 'a.onnx').exists()
+
+
+@pytest.mark.parametrize(
     ('stage', 'change', 'message'),
     [
         ('rcnn', dict(max_per_img=-1), r'model\.test_cfg\.rcnn\.max_per_img=-1 cannot be exported'),

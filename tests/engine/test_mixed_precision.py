@@ -26,3 +26,17 @@ def test_fp16_without_a_gpu(run_tool, shapes, tmp_path):
     result = run_tool('train.py', DEMO, '--amp', *tiny(tmp_path, shapes))
     assert result.code == 2
     assert '--amp bf16' in result.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='fp16 works on a GPU')
+def test_mmengines_wrapper_in_a_config(run_tool, shapes, tmp_path):
+    """It needs a GPU. --amp bf16 takes its place, and leaves out the settings that are its own."""
+    config = tmp_path / 'amp.py'
+    config.write_text(
+        f"_base_ = {DEMO!r}\noptim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale='dynamic')\n"
+    )
+    result = run_tool('train.py', config, *tiny(tmp_path / 'a', shapes))
+    assert result.code == 2 and "'AmpOptimWrapper' needs a GPU" in result.err and '--amp bf16' in result.err
+    result = run_tool('train.py', config, '--amp', 'bf16', *tiny(tmp_path / 'b', shapes))
+    assert result.code == 0, result.err[-2000:]
+    assert "without optim_wrapper.loss_scale='dynamic'" in result.out + result.err

@@ -68,6 +68,13 @@ def test_tta_and_show_dir(run_tool, trained, shapes, tmp_path):
     assert len(list(tmp_path.glob('*/vis/*'))) == 4
 
 
+def test_tta_does_not_merge_masks(run_tool, trained, shapes, tmp_path):
+    config = tmp_path / 'masks.py'
+    config.write_text(f"_base_ = {DEMO!r}\nmodel = dict(roi_head=dict(mask_head=dict(type='FCNMaskHead')))\n")
+    result = run_tool('test.py', config, trained / 'epoch_1.pth', '--tta', *tiny(tmp_path, shapes))
+    assert result.code == 2 and 'this detector also has masks' in result.err
+
+
 @pytest.mark.parametrize('flags', [[], ['--tta']])
 def test_two_data_sets_of_which_each_has_its_metric(run_tool, trained, shapes, tmp_path, flags):
     """MMDetection's MultiDatasetsEvaluator takes as many metrics as data sets."""

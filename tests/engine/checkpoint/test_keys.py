@@ -295,6 +295,13 @@ def test_converted_weights_are_of_the_papers_variant(run_tool, tmp_path):
             model.init_weights()
 
 
+def test_in_norm_where_it_would_do_nothing(run_tool, tmp_path):
+    torch.save({'channel.fc1.weight': torch.zeros(4, 4, 1, 1)}, tmp_path / 'other.pth')
+    for more in ([], ['--to', 'official']):
+        result = run_tool('convert_checkpoint.py', tmp_path / 'other.pth', tmp_path / 'out.pth', '--in-norm', *more)
+        assert result.code == 2 and '--in-norm is for weights of' in result.err
+
+
 def test_the_tool_refuses(run_tool, tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / 'plain.pth')
     for arguments, message in (([], 'has no CBAM of'), (['--to', 'official'], 'keys missing: layer1.0.cbam')):
