@@ -29,6 +29,15 @@ class InitWeights:
                 plugin.load_state_dict(state)
                 if hasattr(plugin, 'init_weights') and not getattr(plugin, 'is_init', False):
                     plugin.init_weights()
+                self._tell(plugin)
+
+    def _tell(self, plugin: nn.Module) -> None:
+        """Correct what MMEngine's log of the initialization would say of a plugin: what the norm around it got."""
+        told = getattr(self.module, '_params_init_info', {})
+        for parameter in plugin.parameters():
+            if parameter in told:
+                mean = parameter.data.mean().cpu()
+                told[parameter].update(init_info=f'by {type(plugin).__name__} itself', tmp_mean_value=mean)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from mmengine.model import ExponentialMovingAverage, convert_sync_batchnorm, revert_sync_batchnorm
+from mmengine.model import BaseModule, ExponentialMovingAverage, convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -266,6 +266,23 @@ def test_frozen_stage_freezes_its_plugins_from_the_start():
     ]
     assert frozen == [1, 2]
     assert model.layer3[0].bn2.training, 'norm_eval comes with train(), not before'
+
+
+class Detector(BaseModule):
+    """It holds a backbone, and what MMEngine would write into the log of the weights of CBAM."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def _dump_init_info(self):
+        self.told = {n: self._params_init_info[p]['init_info'] for n, p in self.named_parameters() if 'cbam' in n}
+
+
+def test_the_log_of_the_initialization_says_of_whom_the_weights_are():
+    detector = Detector(build(dict(R18, zero_init_residual=True), cfg=CBAM_CFG))
+    detector.init_weights()
+    assert detector.told and set(detector.told.values()) == {'by CBAM itself'}
 
 
 @pytest.mark.parametrize('zero_init_residual', [True, False])
