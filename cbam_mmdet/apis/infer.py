@@ -304,6 +304,7 @@ def _infer_video(model, pipeline, file, target, painter, records, before, score_
             picture = painter(frame, sample)
             if writer is None:
                 height, width = picture.shape[:2]
+                target.unlink(missing_ok=True)  # one of an earlier run
                 writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), video.fps or 25, (width, height))
             writer.write(picture)
     if writer is not None:

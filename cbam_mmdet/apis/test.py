@@ -126,17 +126,15 @@ def _use_tta(cfg: Config) -> None:
         'tta_model', dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
     )
     datasets = split_datasets(cfg, 'test')
-    if 'tta_pipeline' not in cfg:
+    given = cfg.get('tta_pipeline')
+    if not given:
         pack = dict(
             type='PackDetInputs',
             meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction'),
         )
         # The merged sample keeps the boxes of the first view as its ground truth: not those of the flipped one.
         flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
-        cfg.tta_pipeline = [
-            *copy.deepcopy(datasets[0].pipeline[:-1]),
-            dict(type='TestTimeAug', transforms=[flips, [pack]]),
-        ]
+        flipped = dict(type='TestTimeAug', transforms=[flips, [pack]])
     for dataset in datasets:
-        dataset.pipeline = cfg.tta_pipeline
+        dataset.pipeline = given or [*dataset.pipeline[:-1], copy.deepcopy(flipped)]
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)

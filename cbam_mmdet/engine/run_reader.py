@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -222,7 +223,16 @@ def _training_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
         raise UserError(
             f'{work_dir} holds no log of a training run (*/{SCALARS}): give the --work-dir of tools/train.py'
         )
-    return logs
+    begun = [i for i, (folder, _) in enumerate(logs) if _started_anew(folder)]
+    return logs[begun[-1] :] if begun else logs
+
+
+def _started_anew(folder: Path) -> bool:
+    """Whether a training says that it resumed none, by the config that MMEngine writes beside its log."""
+    with contextlib.suppress(OSError):
+        text = (folder / 'vis_data/config.py').read_text(encoding='utf-8', errors='replace')
+        return re.search(r'^resume = False$', text, re.M) is not None
+    return False
 
 
 def _join(logs: list[tuple[Path, list[dict]]]) -> tuple[list[dict], list[dict]]:

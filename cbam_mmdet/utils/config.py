@@ -262,10 +262,17 @@ def _evaluators(node: ConfigDict | list | None, key: str) -> Iterator[tuple[str,
     if isinstance(node, (list, tuple)):
         for i, item in enumerate(node):
             yield from _evaluators(item, f'{key}.{i}')
-    elif node and node.get('metrics'):
+    elif node and _holds_metrics(node):
         yield from _evaluators(node.metrics, f'{key}.metrics')
     elif node:
         yield key, node
+
+
+def _holds_metrics(evaluator: ConfigDict) -> bool:
+    """Whether `metrics` are metrics. Those of MMEngine's Evaluator are, and a metric may have names under this key."""
+    inner = evaluator.get('metrics')
+    items = inner if isinstance(inner, (list, tuple)) else [inner]
+    return bool(inner) and all(isinstance(item, dict) for item in items)
 
 
 def set_data_root(cfg: Config, data_root: str) -> None:

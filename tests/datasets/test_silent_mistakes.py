@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 from pycocotools.coco import COCO
 
 from cbam_mmdet.apis.runner import prepare
+from cbam_mmdet.apis.test import _use_tta
 from cbam_mmdet.datasets.checks import check_data, complete
 from cbam_mmdet.datasets.class_order import follow_class_order
 from cbam_mmdet.errors import UserError
@@ -176,6 +177,26 @@ def test_a_truth_that_the_pipeline_resizes(shapes, tmp_path, metric):
         return check_data(cfg, ['test'])
     with pytest.raises(UserError, match='put LoadAnnotations after Resize'):
         check_data(cfg, ['test'])
+
+
+def test_a_metric_with_names_of_metrics():
+    """As some have an argument of this name. It is the metric, and not an evaluator that holds others."""
+    cfg = ConfigDict(val_evaluator=dict(type='Mine', metrics=['AP', 'AR']))
+    assert evaluators_of(cfg, 'val') == [cfg.val_evaluator]
+    cfg = ConfigDict(val_evaluator=[dict(type='Evaluator', metrics=dict(type='A'))])
+    assert [metric.type for metric in evaluators_of(cfg, 'val')] == ['A']
+
+
+def test_each_data_set_keeps_its_pipeline_in_tta():
+    cfg = load_config(DEMO)
+    first = cfg.test_dataloader.dataset
+    second = copy.deepcopy(first)
+    second.pipeline[1].scale = (512, 512)
+    cfg.test_dataloader.dataset = ConfigDict(type='ConcatDataset', datasets=[first, second])
+    scales = [dataset.pipeline[1].scale for dataset in split_datasets(cfg, 'test')]
+    _use_tta(cfg)
+    assert [dataset.pipeline[1].scale for dataset in split_datasets(cfg, 'test')] == scales
+    assert all(dataset.pipeline[-1].type == 'TestTimeAug' for dataset in split_datasets(cfg, 'test'))
 
 
 class OwnCoco(CocoDataset):

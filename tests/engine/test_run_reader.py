@@ -67,6 +67,18 @@ def test_a_validation_that_a_resumed_training_makes_up_for(tmp_path, killed_agai
     assert [(row['coco/bbox_mAP'], row['step']) for row in validations] == [(0.1, 10), (0.2, 20)]
 
 
+def test_a_training_that_resumed_none_is_not_joined_with_an_older_one(tmp_path):
+    """MMEngine writes beside each log with which config it was made."""
+    write_log(tmp_path, '20260101_000000', loss(40, 1), {'coco/bbox_mAP': 0.9, 'step': 1}, loss(80, 2))
+    write_log(tmp_path, '20260101_000100', loss(50, 1), {'coco/bbox_mAP': 0.1, 'step': 1}, loss(100, 2))
+    write_log(tmp_path, '20260101_000200', loss(60, 1), {'coco/bbox_mAP': 0.2, 'step': 1})
+    for timestamp, resumed in (('000000', False), ('000100', False), ('000200', True)):
+        (tmp_path / f'20260101_{timestamp}/vis_data/config.py').write_text(f'a = 1\nresume = {resumed}\n')
+    train, validations = read_scalars(tmp_path)
+    assert [row['step'] for row in train] == [50, 60]
+    assert [(row['coco/bbox_mAP'], row['step']) for row in validations] == [(0.1, 50), (0.2, 60)]
+
+
 def test_the_metrics_at_the_end_of_a_training(tmp_path):
     assert final_metrics(tmp_path, 2) is None
     write_log(tmp_path, '20260101_000000', loss(2, 1), gates(2), {'coco/bbox_mAP': 0.1, 'time': 0.2, 'step': 1})

@@ -14,12 +14,12 @@ def array_pipeline(cfg: Config) -> Compose:
     """The test pipeline of a config for images in memory: it takes dict(img=(H, W, 3) BGR, ...).
 
     Raises:
-        UserError: for a config that reads images in another way than in colour.
+        UserError: for a config that reads images in grey.
     """
     set_default_scope(cfg)  # a program may have built another model since this one
     pipeline = get_test_pipeline_cfg(cfg.copy())
-    color_type = pipeline[0].get('color_type', 'color')
-    if not color_type.startswith('color'):
+    color_type = pipeline[0].get('color_type')
+    if str(color_type).startswith('grayscale'):
         raise UserError(
             f'the test pipeline reads images as color_type={color_type!r}, which tools/test.py does: the tools for a '
             "user's own images and for export read them in colour (3 channels) only"
