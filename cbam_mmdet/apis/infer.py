@@ -306,6 +306,8 @@ def _infer_video(model, pipeline, file, target, painter, records, before, score_
                 height, width = picture.shape[:2]
                 target.unlink(missing_ok=True)  # one of an earlier run
                 writer = cv2.VideoWriter(str(target), cv2.VideoWriter_fourcc(*'mp4v'), video.fps or 25, (width, height))
+                if not writer.isOpened():
+                    raise UserError(f'{target} cannot be written: OpenCV takes no {video.fps:g} frames a second there')
             writer.write(picture)
     if writer is not None:
         writer.release()

@@ -120,7 +120,8 @@ def _use_tta(cfg: Config) -> None:
     Raises:
         UserError: for a detector with masks, which MMDetection cannot merge.
     """
-    if (cfg.model.get('roi_head') or {}).get('mask_head') or cfg.model.get('mask_head'):
+    masks = (cfg.model.get('roi_head') or {}).get('mask_head') or cfg.model.get('mask_head')
+    if masks and 'tta_model' not in cfg:
         raise UserError("--tta: MMDetection's test-time augmentation merges boxes, and this detector also has masks")
     cfg.setdefault(
         'tta_model', dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))

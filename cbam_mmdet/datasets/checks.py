@@ -195,12 +195,17 @@ def annotation_format(dataset: ConfigDict) -> str | None:
 
 def _reads_as_coco(kind: object) -> bool:
     """Whether a class is CocoDataset, or a subclass that leaves the classes and the reading of files to it."""
-    own = ('__init__', 'load_data_list', 'parse_data_info')
+    own = ('__init__', '_load_metainfo', 'load_data_list', 'parse_data_info')
     return (
         isinstance(kind, type)
         and issubclass(kind, CocoDataset)
-        and all(getattr(kind, name) is getattr(CocoDataset, name) for name in own)
+        and all(_function(getattr(kind, name)) is _function(getattr(CocoDataset, name)) for name in own)
     )
+
+
+def _function(method: Any) -> Any:
+    """What a class method is bound to differs between classes."""
+    return getattr(method, '__func__', method)
 
 
 def annotation_file(dataset: ConfigDict) -> str:

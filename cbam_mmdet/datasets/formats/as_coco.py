@@ -14,7 +14,7 @@ from cbam_mmdet.datasets.formats.content import Found
 from cbam_mmdet.datasets.formats.recognize import read_folder
 from cbam_mmdet.datasets.voc import fit_layout
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.config import SPLITS, evaluators_of, set_data_root, split_datasets
+from cbam_mmdet.utils.config import SPLITS, evaluators_of, set_data_root, split_datasets, type_name
 from cbam_mmdet.utils.files import copies, write_by_content
 from cbam_mmdet.utils.logging import log
 from cbam_mmdet.utils.text import abridge
@@ -95,6 +95,12 @@ def use_coco_files(cfg: Config, data_root: str, files: dict[str, str]) -> None:
         loader = cfg.get(f'{split}_dataloader')
         if not loader or split not in files:
             continue
+        evaluator = cfg.get(f'{split}_evaluator')
+        if isinstance(evaluator, dict) and type_name(evaluator.get('type')) == 'MultiDatasetsEvaluator':
+            raise UserError(
+                f'--data-root: {split}_evaluator (MultiDatasetsEvaluator) scores several data sets, and {data_root} is '
+                'one: take a config that has one'
+            )
         loader.dataset = _reading(loader.dataset, root, files[split])
         for metric in evaluators_of(cfg, split):
             if metric.get('ann_file'):

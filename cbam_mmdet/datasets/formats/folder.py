@@ -25,6 +25,12 @@ NOT_SPLITS = ('images', 'image', 'imgs', 'img', 'set', 'data', 'split')  # words
 
 MASKS = {'mask', 'masks', 'segmentationclass', 'segmentationobject', 'segmentation', 'segmentations'}
 
+# The keys of annotations in JSON that decide of images, boxes and classes.
+READ = {
+    'images', 'annotations', 'categories', 'id', 'image_id', 'category_id', 'file_name', 'name', 'bbox', 'iscrowd',
+    'segmentation', 'width', 'height', 'shapes', 'points', 'label', 'group_id', 'shape_type', 'imagePath',
+}  # fmt: skip
+
 
 class Folder:
     """A folder's images and the files that may be annotations. Hidden files and folders are left out.
@@ -238,7 +244,7 @@ def read_json(path: Path, encoding: str = 'utf-8-sig') -> Any:
         made = dict(pairs)
         if len(made) < len(pairs):
             for key, value in pairs:
-                if made[key] != value:
+                if key in READ and made[key] != value:
                     raise UserError(
                         f'annotation file {path} has the key {brief(key)!r} twice in one object, with different '
                         'values: remove one.'

@@ -56,10 +56,10 @@ def data_digest(dataset: Any) -> str | None:
 
     Not of their folder, which may be another after a move. None for a data set that does not say them.
     """
-    while not hasattr(dataset, 'get_data_info'):
-        if not hasattr(dataset, 'dataset'):
-            return None
+    while hasattr(dataset, 'dataset'):  # that of a RepeatDataset and the like
         dataset = dataset.dataset
+    if not hasattr(dataset, 'get_data_info'):
+        return None
     count = len(dataset)
     infos = map(dataset.get_data_info, range(0, count, max(count // IMAGES_HASHED, 1)))
     seen = [(os.path.basename(str(info.get('img_path'))), len(info.get('instances') or ())) for info in infos]

@@ -156,6 +156,8 @@ def test_a_key_that_stands_twice_in_a_json_file(tmp_path):
     path = tmp_path / 'a.json'
     path.write_text('{"images": [], "images": []}')
     assert read_json(path) == dict(images=[])
-    path.write_text('{"info": {"boxes": [1, 2], "boxes": [1]}}')
-    with pytest.raises(UserError, match="has the key 'boxes' twice in one object, with different values"):
+    path.write_text('{"info": {"lr": 1, "lr": 2}}')
+    assert read_json(path) == dict(info=dict(lr=2)), 'which is nothing of the annotations'
+    path.write_text('{"annotations": [{"bbox": [1, 2], "bbox": [1]}]}')
+    with pytest.raises(UserError, match="has the key 'bbox' twice in one object, with different values"):
         read_json(path)
