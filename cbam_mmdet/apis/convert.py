@@ -74,14 +74,15 @@ def _converted(
 ) -> tuple[Conversion, dict]:
     """The conversion, and what the file of it holds."""
     plain = {key: checkpoint[key] for key in PLAIN if key in checkpoint}
-    if in_norm and (official or from_network(state_dict) is None):
+    network = None if official else from_network(state_dict, in_norm)
+    if in_norm and network is None:
         raise UserError("--in-norm is for weights of the authors' networks or pytorchcv's that become those of here")
     if official:
         notes = _refuse_other_variants(state_dict, meta_of(checkpoint), source)
         made = to_official(state_dict)
         made = replace(made, notes=(*made.notes, *notes))
         out = dict(**meta_of(checkpoint).get('official', {}), state_dict=made.state_dict)
-    elif (network := from_network(state_dict, in_norm)) is not None:
+    elif network is not None:
         made = replace(
             network,
             state_dict={_as_classifier(key): value for key, value in network.state_dict.items()},

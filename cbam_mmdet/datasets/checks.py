@@ -87,8 +87,9 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
                 )
             _check_num_classes(cfg.model, dataset, where='model')
         for key, metric in named_evaluators(cfg, split):
-            _check_evaluator(metric.get('ann_file'), _scored_by(key, cfg, split), key, split)
-            _require_unchanged_truth(metric, _scored_by(key, cfg, split), key)
+            scored = _scored_by(key, cfg, split)
+            _check_evaluator(metric.get('ann_file'), scored, key, split)
+            _require_unchanged_truth(metric, scored, key)
     _name_common_images([*reports.values()])
     for report in reports.values():
         _log(report)
@@ -132,9 +133,10 @@ def _check_evaluator(ann_file: str | None, datasets: Sequence[ConfigDict], key: 
         raise UserError(f"{key}'s annotation file {ann_file} does not exist. {remedy}")
     others = [path for path in theirs if not osp.isfile(path) or not osp.samefile(path, ann_file)]
     if others:
-        several = len(theirs) > 1
-        remedy = 'the file must hold all images of these, under the same ids' if several else ''
-        remedy = remedy or f'if that is not meant, --cfg-options {key}.ann_file={others[0]}'
+        if len(theirs) > 1:
+            remedy = 'the file must hold all images of these, under the same ids'
+        else:
+            remedy = f'if that is not meant, --cfg-options {key}.ann_file={others[0]}'
         print_log(
             f'{key} scores against {ann_file}, and the {split} data set is {abridge(theirs, 4)}: {remedy}',
             logger='current',

@@ -14,7 +14,7 @@ def settings_made_of(variable: str, path: str) -> dict[str, bool]:
     """The dotted keys of the settings in which a config file, or one of its bases, uses a variable.
 
     Returns:
-        Key -> whether the setting is the variable itself, and not something computed of it. None for a file that only
+        Key -> whether the setting is the variable itself, and not something computed of it. Empty for a file that only
         MMEngine can find or read, as a base of '{{fileDirname}}'.
     """
     if not path.endswith('.py'):

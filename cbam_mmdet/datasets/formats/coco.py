@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cbam_mmdet.datasets.checks import complete, require_coco, require_distinct_names
-from cbam_mmdet.datasets.formats.content import Found, one_split, part, upright
+from cbam_mmdet.datasets.formats.content import Found, one_split, part, rotation_of, upright
 from cbam_mmdet.datasets.formats.folder import Folder, split_of, split_of_file
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.text import abridge, brief
@@ -112,14 +111,13 @@ def _with_places(folder: Folder, path: Path, content: dict, notes: list[str]) ->
     if twice:
         notes.append(f'{path.name} lists {len(twice)} files as several images: {abridge(twice)}')
     ids = {image['id'] for image in images}
-    read = [a for a in content['annotations'] if a['image_id'] in ids]
-    annotations = [upright(annotation) for annotation in read]
-    turned = sum(map(operator.ne, annotations, read))
+    annotations = [annotation for annotation in content['annotations'] if annotation['image_id'] in ids]
+    turned = sum(rotation_of(annotation) != 0 for annotation in annotations)
     if turned:
         notes.append(
             f'{turned} boxes of {path.name} are turned (CVAT writes by how much): the box around each is taken'
         )
-    return dict(content, images=images, annotations=annotations)
+    return dict(content, images=images, annotations=[*map(upright, annotations)])
 
 
 def _find_images(
