@@ -117,8 +117,9 @@ def train(
         patches.enter_context(safe_loading(trust_checkpoint))
         patches.enter_context(summarize_missing_cbam())
         patches.enter_context(local_files_written_by(AtomicLocalBackend))
-        resume, given = _asked(cfg, resume), cfg.get('load_from')
-        resumes = _choose_checkpoint(cfg, resume, trust_checkpoint, smoke)
+        resume, otherwise = _asked(cfg, resume)
+        given = cfg.get('load_from')
+        resumes = _choose_checkpoint(cfg, resume, otherwise, trust_checkpoint, smoke)
         splits = ['train', 'val'] if cfg.get('val_dataloader') else ['train']
         if cfg.get('load_from'):
             follow_checkpoint(cfg, cfg.load_from, splits, trust_checkpoint, others=not resumes)
@@ -179,24 +180,39 @@ def _scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def _asked(cfg: Config, resume: str | bool) -> str | bool:
+def _asked(cfg: Config, resume: str | bool) -> tuple[str | bool, str | None]:
     """What to resume from, by --resume or else by the config, whose `resume` is then False.
 
     MMEngine's Runner would follow the config past all that is checked for --resume.
+
+    Returns:
+        What to resume from, and what in place of 'auto' where there is nothing.
     """
     by_config, cfg.resume = cfg.get('resume'), False
-    if resume or not by_config:
-        return resume
-    found, cfg.load_from = cfg.get('load_from') or 'auto', None
-    log(
-        f'resume=True in the config: as --resume {found}. A new training needs resume=False and load_from=None there',
-        logging.WARNING,
-    )
-    return found
+    if not by_config:
+        return resume, None
+    named, cfg.load_from = cfg.get('load_from'), None
+    if not resume:
+        resume = named or 'auto'
+        log(
+            f'resume=True in the config: as --resume {resume}. A new training needs resume=False and load_from=None '
+            'there',
+            logging.WARNING,
+        )
+    return resume, named
 
 
-def _choose_checkpoint(cfg: Config, resume: str | bool, trust_checkpoint: bool, smoke: bool) -> bool:
+def _choose_checkpoint(
+    cfg: Config, resume: str | bool, otherwise: str | None, trust_checkpoint: bool, smoke: bool
+) -> bool:
     """Set what the training starts from: load_from, resume, and the seed of a run that is resumed.
+
+    Args:
+        cfg: the config, changed in place.
+        resume: as `train` takes it.
+        otherwise: the checkpoint to resume from where 'auto' finds none.
+        trust_checkpoint: as `train` takes it.
+        smoke: whether this is a first look.
 
     Returns:
         Whether a run is resumed.
@@ -208,7 +224,9 @@ def _choose_checkpoint(cfg: Config, resume: str | bool, trust_checkpoint: bool, 
                 f'--resume: no checkpoint in {cfg.work_dir} to resume from; leave --resume out to start anew, or give '
                 '--resume auto'
             )
-        resume = newest
+        resume = newest or otherwise
+        if resume and not newest:
+            log(f'--resume auto: resuming from {resume}, which the config names beside resume=True', logging.WARNING)
     if resume:
         cfg.resume, cfg.load_from = True, resume
     if cfg.get('load_from'):

@@ -11,7 +11,7 @@ import os
 import os.path as osp
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -623,7 +623,7 @@ class VOCObject(NamedTuple):
 
 
 def read_voc(
-    dataset: ConfigDict, path: str, image_id: str, strict: bool = False
+    dataset: ConfigDict, path: str, image_id: str, read: Collection[str] = ()
 ) -> tuple[tuple[float, float], list[VOCObject]]:
     """Read one XML file of a VOC data set.
 
@@ -631,7 +631,8 @@ def read_voc(
         dataset: the data set's config.
         path: the image set that lists the image. The error names it.
         image_id: the image's name without suffix.
-        strict: whether MMDetection must be able to read it, too, which takes only integers for size and difficult.
+        read: the classes whose objects MMDetection must be able to read, too, which takes only integers for
+            `difficult` there, and for the size.
 
     Returns:
         The image's (width, height), infinite where the file does not give them, and the objects.
@@ -644,9 +645,13 @@ def read_voc(
         tree = ET.parse(xml).getroot()
         width, height = (float(tree.findtext(f'size/{key}', 'inf')) for key in ('width', 'height'))
         objects = voc_objects(tree)
-        if strict:
-            for key in ('object/difficult', 'size/width', 'size/height'):
-                _require_integers(tree, key)
+        if read:
+            for item in tree.iterfind('object'):
+                if item.findtext('name') in read and item.find('difficult') is not None:
+                    _require_integer('difficult', item.findtext('difficult'))
+            if tree.find('size') is not None:
+                for key in ('width', 'height'):
+                    _require_integer(key, tree.findtext(f'size/{key}'))
     except FileNotFoundError as error:
         raise UserError(f'{path} lists {image_id}, but its annotation {xml} does not exist.') from error
     except (ET.ParseError, OSError, TypeError, ValueError) as error:
@@ -654,16 +659,12 @@ def read_voc(
     return (width, height), objects
 
 
-def _require_integers(annotation: ET.Element, key: str) -> None:
-    name = key.rpartition('/')[2]
-    texts = [(item.text or '').strip() for item in annotation.iterfind(key)]
-    if key.startswith('size') and annotation.find('size') is not None and not texts:
-        texts = ['']
-    for text in texts:
-        try:
-            int(text)
-        except ValueError:
-            raise ValueError(f'its {name} is {text!r}, where MMDetection reads integers only: write one') from None
+def _require_integer(name: str, text: str | None) -> None:
+    try:
+        int(text or '')
+    except ValueError:
+        said = (text or '').strip()
+        raise ValueError(f'its {name} is {said!r}, where MMDetection reads integers only: write one') from None
 
 
 def voc_objects(annotation: ET.Element) -> list[VOCObject]:
@@ -716,7 +717,7 @@ def _count_voc_objects(report: Report, dataset: ConfigDict, ids: list[str], clas
     found: dict[str, None] = {}
     sizes = []
     for image_id in tqdm(ids, desc='reading annotations', disable=None):
-        size, objects = read_voc(dataset, report.ann_file, image_id, strict=True)
+        size, objects = read_voc(dataset, report.ann_file, image_id, read=classes)
         if not min(size) >= 1:
             raise UserError(
                 f'{report.ann_file}: the .xml of {image_id} gives the size {size[0]:g} x {size[1]:g}. Write that of '

@@ -279,19 +279,27 @@ def set_data_root(cfg: Config, data_root: str) -> None:
     """Point every dataloader and every evaluator of a config at another folder with the same layout.
 
     Raises:
-        UserError: if an evaluator's annotation file is not below the config's data root.
+        UserError: if an evaluator's annotation file is not below the config's data root, or data sets of several roots
+            would become the same.
     """
     new = data_root.rstrip('/') + '/'
     old_roots = set()
     for split in SPLITS:
-        for dataset in split_datasets(cfg, split):
-            if dataset.get('data_root'):
-                old_roots.add(dataset.data_root.rstrip('/') + '/')
+        roots: dict[str, str | None] = {}  # of the data sets, by what they read below the new one
+        for dataset, old in [(it, it.get('data_root')) for it in split_datasets(cfg, split)]:  # it may be there twice
+            if old:
+                old_roots.add(old.rstrip('/') + '/')
             dataset.data_root = new
             if dataset.get('ann_file'):
                 dataset.ann_file = _below_new_root(dataset.ann_file, old_roots, new)
             for key, folder in (dataset.get('data_prefix') or {}).items():
                 dataset.data_prefix[key] = _below_new_root(folder, old_roots, new)
+            read = repr((dataset.get('ann_file'), dataset.get('data_prefix')))
+            if dataset.get('ann_file') and roots.setdefault(read, old) != old:
+                raise UserError(
+                    f'--data-root: the {split} data sets of the config are in {roots[read]} and {old}, and below '
+                    f'{data_root} both would be {dataset.ann_file}: take a config that has one'
+                )
     for split in SPLITS:
         for key, metric in named_evaluators(cfg, split):
             ann_file = metric.get('ann_file')

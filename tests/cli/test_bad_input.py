@@ -929,3 +929,23 @@ def test_a_box_of_voc_that_is_no_number(tmp_path, value):
     (tmp_path / 'Annotations/a.xml').write_text(text)
     with pytest.raises(UserError, match=r"a\.xml is not in Pascal VOC's format"):
         read_voc(ConfigDict(data_root=str(tmp_path)), 'x.txt', 'a')
+
+
+@pytest.mark.parametrize('value', ['', 'Unspecified'])
+def test_what_mmdetection_reads_of_voc_as_integers(tmp_path, value):
+    """Of the objects of its classes only."""
+    (tmp_path / 'Annotations').mkdir()
+    box = '<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>'
+    size = '<size><width>9</width><height>9</height></size>'
+
+    def read(text):
+        (tmp_path / 'Annotations/a.xml').write_text(f'<annotation>{text}</annotation>')
+        return read_voc(ConfigDict(data_root=str(tmp_path)), 'x.txt', 'a', read=('a',))
+
+    named, other = (f'<object><name>{n}</name>{box}<difficult>{value}</difficult></object>' for n in 'ab')
+    if not value:
+        assert [item.name for item in read(size + other)[1]] == ['b']
+    with pytest.raises(UserError, match=f"its difficult is '{value}'" if not value else 'not in Pascal VOC'):
+        read(size + named)
+    with pytest.raises(UserError, match="its width is ''"):
+        read('<size><height>9</height></size>' + f'<object><name>a</name>{box}</object>')

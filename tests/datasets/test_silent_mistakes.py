@@ -21,7 +21,14 @@ from cbam_mmdet.datasets.checks import check_data, complete
 from cbam_mmdet.datasets.class_order import follow_class_order
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.metrics import HotCocoMetric
-from cbam_mmdet.utils.config import SPLITS, evaluators_of, load_config, set_default_scope, split_datasets
+from cbam_mmdet.utils.config import (
+    SPLITS,
+    evaluators_of,
+    load_config,
+    set_data_root,
+    set_default_scope,
+    split_datasets,
+)
 
 
 @pytest.fixture
@@ -163,6 +170,20 @@ def test_the_metrics_inside_an_evaluator_follow(shapes, tmp_path, logged, kind):
         assert [c['name'] for c in json.loads(Path(metric.ann_file).read_text())['categories']] == classes
 
 
+@pytest.mark.parametrize('split', ['train', 'test'])
+def test_data_sets_of_several_roots_become_no_one_data_set(split):
+    cfg = load_config(DEMO)
+    first = cfg[f'{split}_dataloader'].dataset
+    cfg[f'{split}_dataloader'].dataset = ConfigDict(
+        type='ConcatDataset', datasets=[ConfigDict(first, data_root=f'{root}/') for root in ('a', 'b')]
+    )
+    with pytest.raises(UserError, match=f'the {split} data sets of the config are in a/ and b/, and below new both'):
+        set_data_root(cfg, 'new')
+    cfg = load_config(DEMO)
+    cfg[f'{split}_dataloader'].dataset = ConfigDict(type='ConcatDataset', datasets=[copy.deepcopy(first)] * 2)
+    set_data_root(cfg, 'new')  # twice the same is meant so
+
+
 @pytest.mark.parametrize('metric', ['VOCMetric', 'cbam_mmdet.SampleCocoMetric', 'CocoMetric'])
 def test_a_truth_that_the_pipeline_resizes(shapes, tmp_path, metric):
     """CocoMetric reads a file, or boxes that no transform changes."""
@@ -174,7 +195,8 @@ def test_a_truth_that_the_pipeline_resizes(shapes, tmp_path, metric):
     resize, load = ([step for step in pipeline if step.type == name] for name in ('Resize', 'LoadAnnotations'))
     cfg.test_dataloader.dataset.pipeline = [pipeline[0], *load, *resize, pipeline[-1]]
     if metric == 'CocoMetric':
-        return check_data(cfg, ['test'])
+        check_data(cfg, ['test'])
+        return
     with pytest.raises(UserError, match='put LoadAnnotations after Resize'):
         check_data(cfg, ['test'])
 

@@ -142,20 +142,26 @@ def read_darknet(folder: Folder, path: Path) -> Found:
         UserError: for a malformed file, and if no image has labels.
     """
     classes = _names(read_text(path).strip().splitlines(), path)
-    listed = _listed_by_darknet(folder)
+    listed, same = _listed_by_darknet(folder)
     labelled = listed or [(name, None) for name in folder.images if _labels_of(folder, name)]
     if not labelled:
         raise UserError(f'{folder.root}: none of its {len(folder.images)} images has a .txt of its name')
     found = _read(folder, classes, labelled)
     found.style, found.sources = f'YOLO ({path.name})', [path, *found.sources]
+    if same:
+        found.notes.append('the list to validate on has the training images, so it is left out')
     without = len(folder.images) - len(labelled)
     if without:
         found.notes.append(f'{without} images {"that no list names" if listed else "without a .txt"} are left out')
     return found
 
 
-def _listed_by_darknet(folder: Folder) -> list[tuple[str, str | None]]:
-    """The images, each with its split, of the lists that a `.data` file names, or of train.txt. Maybe empty."""
+def _listed_by_darknet(folder: Folder) -> tuple[list[tuple[str, str | None]], bool]:
+    """The images, each with its split, of the lists that a `.data` file names, or of train.txt.
+
+    Returns:
+        The images, maybe none, and whether those to validate on are those to train on, and left out.
+    """
     for path in folder.files['.data']:
         values = _data_file(path)
         splits = {'train': values.get('train'), 'val': values.get('valid') or values.get('val')}
@@ -163,16 +169,16 @@ def _listed_by_darknet(folder: Folder) -> list[tuple[str, str | None]]:
         splits = {split: given for split, given in splits.items() if given}
         if 'train' in splits and (len(splits) > 1 or _place(folder, splits['train'], '')):
             names = {split: _images_of(folder, given, None, path, split) for split, given in splits.items()}
-            _make_disjoint(names, path)
-            return _with_splits(names)
+            same = _make_disjoint(names, path)
+            return _with_splits(names), same
     lists = {path.stem: path for path in folder.files['.txt'] if path.stem in LISTS and not folder.has_stem(path.stem)}
     if 'train' not in lists:
-        return []
+        return [], False
     names: dict[str, list[str]] = {}
     for stem, path in lists.items():
         names.setdefault(LISTS[stem], []).extend(_listed(folder, path))
-    _make_disjoint(names, lists['train'])
-    return _with_splits(names)
+    same = _make_disjoint(names, lists['train'])
+    return _with_splits(names), same
 
 
 def _make_disjoint(names: dict[str, list[str]], path: Path) -> bool:

@@ -32,8 +32,8 @@ IN_ITERATION, IN_IMAGE = 0, 1
 
 # The key in a checkpoint's meta for the number of finished batches of its epoch, and the number of batches of an epoch.
 EPOCH_PROGRESS = 'epoch_progress'
-# That for a hash of the training images.
-DATA = 'train_data'
+# That for a hash of the training images and their boxes.
+DATA = 'train_boxes'
 IMAGES_HASHED = 1000  # at least, if there are as many
 
 
@@ -52,7 +52,7 @@ def seed_all(*key: int) -> None:
 
 
 def data_digest(dataset: Any) -> str | None:
-    """A hash of the number of images, and of names and numbers of boxes of some of them, evenly spread.
+    """A hash of the number of images, and of the names and boxes of some of them, evenly spread.
 
     Not of their folder, which may be another after a move. None for a data set that does not say them.
     """
@@ -62,8 +62,14 @@ def data_digest(dataset: Any) -> str | None:
         return None
     count = len(dataset)
     infos = map(dataset.get_data_info, range(0, count, max(count // IMAGES_HASHED, 1)))
-    seen = [(os.path.basename(str(info.get('img_path'))), len(info.get('instances') or ())) for info in infos]
+    seen = [(os.path.basename(str(info.get('img_path'))), _boxes_in(info)) for info in infos]
     return hashlib.sha256(repr((count, seen)).encode()).hexdigest()[:16]
+
+
+def _boxes_in(info: dict) -> list[tuple]:
+    """Each box's class, and its sides to a tenth of a pixel, as far as an image's information has them."""
+    instances = info.get('instances') or ()
+    return [(it.get('bbox_label'), [round(float(x), 1) for x in it.get('bbox') or ()]) for it in instances]
 
 
 class PlacedIndex(int):
@@ -161,7 +167,7 @@ class ResumeExactlyHook(Hook):
         before, self.data = self.data, data_digest(loader.dataset)
         if runner.iter and None not in (before, self.data) and before != self.data:
             print_log(
-                'the training images are not those of the checkpoint (other names, another order or other numbers of '
+                'the training images are not those of the checkpoint (other names, another order or other '
                 'boxes): the resumed run is not the same run',
                 logger='current',
                 level=logging.WARNING,

@@ -1072,6 +1072,13 @@ def test_a_single_list_of_darknet_is_followed(tmp_path, described):
     found = read_folder(tmp_path)
     assert names_in(found) == ['obj/1.jpg', 'obj/2.jpg']
     assert '4 images that no list names are left out' in found.notes
+    (tmp_path / 'valid.txt').write_text((tmp_path / 'train.txt').read_text())
+    if described:
+        with (tmp_path / 'obj.data').open('a') as file:
+            file.write('valid = data/valid.txt\n')
+    same = read_folder(tmp_path)
+    assert same.splits == found.splits
+    assert {*same.notes} - {*found.notes} == {'the list to validate on has the training images, so it is left out'}
 
 
 def test_blanks_around_a_class_name_of_voc_are_none_of_it(tmp_path):

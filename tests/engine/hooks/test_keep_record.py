@@ -66,6 +66,14 @@ def test_a_training_by_the_config_of_a_resumed_one_starts_anew(run_tool, work, s
     assert 'resumed' not in anew.out + anew.err and 'Epoch(train) [1]' in (anew.out + anew.err).replace('  ', ' ')
 
 
+def test_what_the_config_resumes_is_resumed_where_there_is_nothing_else(run_tool, work, shapes, tmp_path):
+    options = ('train_cfg.max_epochs=2', 'resume=True', f'load_from={work / "epoch_1.pth"}')
+    result = run_tool('train.py', DEMO, '--resume', 'auto', *tiny(tmp_path / 'anew', shapes, *options))
+    assert result.code == 0, result.err[-2000:]
+    said = result.out + result.err
+    assert '--resume auto: resuming from' in said and 'resumed epoch: 1' in said
+
+
 @pytest.mark.parametrize('suffix', ['py', 'json', 'yaml'])
 def test_braces_in_a_name_are_no_variable(suffix, tmp_path):
     classes = ['{{ fileDirname }}', '{{$HOME:x}}', '{{{{', '}}', '{{_base_.a}}', "'\\"]

@@ -1,5 +1,6 @@
 """A run that was stopped anywhere and taken up again gives the losses of one that was not, iteration by iteration."""
 
+import copy
 import json
 import os
 import re
@@ -184,12 +185,16 @@ def test_resumed_with_other_images(logged_by_print):
         return any('images are not those of the checkpoint' in message for message in logged_by_print)
 
     def images(*names, folder='a', boxes=1):
-        return Infos(dict(img_path=f'{folder}/{name}', instances=[{}] * boxes) for name in names)
+        instances = [dict(bbox_label=0, bbox=[0, 0, 9, 8 + i]) for i in range(boxes)]
+        return Infos(dict(img_path=f'{folder}/{name}', instances=instances) for name in names)
 
     before = images('1.jpg', '2.jpg')
     assert not say(before, images('1.jpg', '2.jpg', folder='moved'))
     for other in (images('1.jpg', '3.jpg'), images('2.jpg', '1.jpg'), images('1.jpg', '2.jpg', boxes=2)):
         assert say(before, other)
+    corrected = copy.deepcopy(before)
+    corrected[1]['instances'][0]['bbox'][0] = 1
+    assert say(before, corrected)
 
 
 @pytest.mark.parametrize('checkpoint', [{}, dict(meta=None), dict(meta=['of', 'others'])])
