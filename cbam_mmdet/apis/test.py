@@ -117,6 +117,9 @@ def _draw(cfg: Config, show: bool, show_dir: str | None, wait_time: float) -> No
 def _use_tta(cfg: Config) -> None:
     """As MMDetection's tools/test.py: flip horizontally, merge by NMS, unless the config says otherwise.
 
+    The image is flipped as it was loaded. MMDetection's tool flips it at the pipeline's end, where a Pad has added its
+    border on one side, and DetTTAModel, which knows no border, would put the boxes elsewhere.
+
     Raises:
         UserError: for a detector with masks, which MMDetection cannot merge.
     """
@@ -135,7 +138,11 @@ def _use_tta(cfg: Config) -> None:
         )
         # The merged sample keeps the boxes of the first view as its ground truth: not those of the flipped one.
         flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
-        flipped = dict(type='TestTimeAug', transforms=[flips, [pack]])
     for dataset in datasets:
-        dataset.pipeline = given or [*dataset.pipeline[:-1], copy.deepcopy(flipped)]
+        if given:
+            dataset.pipeline = given
+            continue
+        load, *others = dataset.pipeline[:-1]
+        steps = [flips, *([step] for step in others), [pack]]
+        dataset.pipeline = [load, dict(type='TestTimeAug', transforms=copy.deepcopy(steps))]
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)

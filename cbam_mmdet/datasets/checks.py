@@ -11,7 +11,7 @@ import os
 import os.path as osp
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,9 +145,9 @@ def _check_evaluator(ann_file: str | None, datasets: Sequence[ConfigDict], key: 
 
 
 def _require_unchanged_truth(metric: ConfigDict, datasets: Sequence[ConfigDict], key: str) -> None:
-    """Refuse a pipeline that resizes the boxes with which a metric without a file compares detections.
+    """Refuse a pipeline that resizes or flips the boxes with which a metric without a file compares detections.
 
-    Detections are of the original image. MMDetection's own pipelines load the boxes after the resizing.
+    Detections are of the original image. MMDetection's own pipelines load the boxes afterwards.
 
     Raises:
         UserError: for such a pipeline.
@@ -156,15 +156,26 @@ def _require_unchanged_truth(metric: ConfigDict, datasets: Sequence[ConfigDict],
     if not (isinstance(kind, type) and (issubclass(kind, VOCMetric) or getattr(kind, 'truth_in_samples', False))):
         return
     for dataset in datasets:
-        types = [type_name(step.get('type')) for step in dataset.get('pipeline') or []]
-        resized = [i for i, name in enumerate(types) if 'Resize' in name]
+        types = [type_name(step.get('type')) for step in _steps(dataset.get('pipeline'))]
+        changed = [i for i, name in enumerate(types) if 'Resize' in name or 'Flip' in name]
         loaded = [i for i, name in enumerate(types) if name == 'LoadAnnotations']
-        if loaded and resized and loaded[0] < resized[-1]:
+        if loaded and changed and loaded[0] < changed[-1]:
             raise UserError(
                 f'{key} ({type_name(metric.type)}) compares with the boxes that the pipeline loads, and '
-                f'{types[resized[-1]]} after LoadAnnotations changes them, while detections are of the original image: '
-                f'put LoadAnnotations after {types[resized[-1]]}'
+                f'{types[changed[-1]]} after LoadAnnotations changes them, while detections are of the original image: '
+                f'put LoadAnnotations after {types[changed[-1]]}'
             )
+
+
+def _steps(pipeline: Sequence | None) -> Iterator[Mapping]:
+    """The steps of a pipeline, with those of each view of a TestTimeAug."""
+    for step in pipeline or ():
+        if isinstance(step, (list, tuple)):
+            yield from _steps(step)
+        elif type_name(step.get('type')) == 'TestTimeAug':
+            yield from _steps(step.get('transforms'))
+        else:
+            yield step
 
 
 def _check_num_classes(node: object, dataset: ConfigDict, where: str, inside_head: bool = False) -> None:

@@ -3,11 +3,13 @@
 import copy
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import DEMO, tiny
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
@@ -217,8 +219,38 @@ def test_each_data_set_keeps_its_pipeline_in_tta():
     cfg.test_dataloader.dataset = ConfigDict(type='ConcatDataset', datasets=[first, second])
     scales = [dataset.pipeline[1].scale for dataset in split_datasets(cfg, 'test')]
     _use_tta(cfg)
-    assert [dataset.pipeline[1].scale for dataset in split_datasets(cfg, 'test')] == scales
-    assert all(dataset.pipeline[-1].type == 'TestTimeAug' for dataset in split_datasets(cfg, 'test'))
+    augs = [dataset.pipeline[-1] for dataset in split_datasets(cfg, 'test')]
+    assert all(aug.type == 'TestTimeAug' for aug in augs)
+    assert [aug.transforms[1][0].scale for aug in augs] == scales
+
+
+def test_a_border_is_no_part_of_what_tta_flips(shapes, tmp_path):
+    """Else DetTTAModel would flip the boxes back to where the border has moved the object."""
+    cfg = load_config(DEMO)
+    prepare(cfg, str(shapes), None, str(tmp_path / 'work'), 'none')
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    pipeline.insert(2, dict(type='Pad', size=(192, 256)))
+    _use_tta(cfg)
+    set_default_scope(cfg)
+    plain, flipped = DATASETS.build(cfg.test_dataloader.dataset)[0]['inputs']
+    width, height = cfg.test_dataloader.dataset.pipeline[1].transforms[1][0].scale
+    assert plain.shape[1:] == flipped.shape[1:] == (256, 192)
+    assert torch.equal(flipped[:, :height, :width], plain[:, :height, :width].flip(-1))
+    assert plain[:, :height, :width].float().std() > 0 and (flipped[:, :, width:] == 0).all()
+
+
+@pytest.mark.parametrize('before', ['LoadAnnotations', 'RandomFlip'])
+def test_a_truth_that_tta_flips(shapes, tmp_path, before):
+    cfg = load_config(DEMO)
+    prepare(cfg, str(shapes), None, str(tmp_path / 'work'), 'none')
+    cfg.test_evaluator = ConfigDict(type='VOCMetric')
+    load, resize, truth, pack = cfg.test_dataloader.dataset.pipeline
+    steps = [[dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)], [truth]]
+    steps = steps[::-1] if before == 'LoadAnnotations' else steps
+    cfg.tta_pipeline = [load, dict(type='TestTimeAug', transforms=[[resize], *steps, [pack]])]
+    _use_tta(cfg)
+    with nullcontext() if before == 'RandomFlip' else pytest.raises(UserError, match='LoadAnnotations after RandomF'):
+        check_data(cfg, ['test'])
 
 
 class OwnCoco(CocoDataset):

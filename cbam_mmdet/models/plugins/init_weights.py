@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mmengine.model import BaseModule
 from torch import nn
 
 
@@ -14,7 +15,7 @@ class InitWeights:
 
     MMEngine's initialization descends only through its own modules, but a plugin is often a child of a module of
     PyTorch. Also, the backbone's init_cfg for a norm (`zero_init_residual`) would overwrite the weights of a plugin
-    inside that norm.
+    inside that norm. So each plugin is initialized after the backbone, again if it was already.
     """
 
     def __init__(self, module: Any, plugins: Sequence[nn.Module]) -> None:
@@ -27,7 +28,10 @@ class InitWeights:
         for plugin, state in zip(self.plugins, own, strict=True):
             if plugin not in loaded:
                 plugin.load_state_dict(state)
-                if hasattr(plugin, 'init_weights') and not getattr(plugin, 'is_init', False):
+                for part in plugin.modules():
+                    if isinstance(part, BaseModule):
+                        part._is_init = False
+                if hasattr(plugin, 'init_weights'):
                     plugin.init_weights()
                 self._tell(plugin)
 

@@ -168,6 +168,14 @@ def test_plain_checkpoint_loads_and_unit_gate_changes_nothing():
     assert all(outputs_equal(plain, ours))
 
 
+@pytest.mark.parametrize('after', ['outputs', 'layer4', 'layer4.1', 'layer4.1.bn2'])
+def test_a_plugins_own_init_cfg_is_followed(after):
+    model = build(cfg=dict(type='CBAM', init_cfg=dict(type='Constant', layer='Linear', val=0.125)), after=after)
+    model.init_weights()
+    weights = [module.channel.fc1.weight for module in model.modules() if isinstance(module, CBAM)]
+    assert weights and all((weight == 0.125).all() for weight in weights)
+
+
 @pytest.mark.parametrize('mode', [True, False])
 def test_dry_run_leaves_no_trace(mode):
     model = Restless().train(mode)
