@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from mmengine.config import Config
 
 from cbam_mmdet.engine.checkpoint.loading import load_plain_pickle
 from cbam_mmdet.engine.record import Setting, base_differences, read_record, shipped_config
-from cbam_mmdet.engine.scalars import SCALARS, is_training, is_validation, scalar_logs
+from cbam_mmdet.engine.scalars import SCALARS, is_training, is_validation, scalar_logs, training_logs
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.utils.config import load_config, split_datasets
 
@@ -199,11 +198,14 @@ def _read_run(work_dir: Path, name: str) -> TrainingRecord:
     trained = load_config(str(config))
     test = find_tested_config(work_dir, work_dir / RESULTS)
     tested = load_config(str(test)) if test else trained
-    log = next((path.read_text(encoding='utf-8', errors='replace') for path in folder.glob('*.log')), '')
+    texts = [
+        next((path.read_text(encoding='utf-8', errors='replace') for path in start.glob('*.log')), '')
+        for start, _ in logs
+    ]
     record = read_record(folder)
 
     run = TrainingRecord(
-        name, work_dir, trained, tested, train, validations, _facts(trained, record, log, config, train)
+        name, work_dir, trained, tested, train, validations, _facts(trained, record, texts, config, train)
     )
     if record:
         run.bases, run.changes = record['bases'], [Setting(*change) for change in record['differences']]
@@ -213,26 +215,11 @@ def _read_run(work_dir: Path, name: str) -> TrainingRecord:
 
 
 def _training_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
-    """The logs of trainings. One that was killed early may hold only the validation that its start made up for."""
-    logs = [
-        (folder, rows)
-        for folder, rows in scalar_logs(work_dir)
-        if any(map(is_training, rows)) or (any(map(is_validation, rows)) and not read_record(folder).get('checkpoint'))
-    ]
+    logs = training_logs(work_dir)
     if not any(is_training(row) for _, rows in logs for row in rows):
-        raise UserError(
-            f'{work_dir} holds no log of a training run (*/{SCALARS}): give the --work-dir of tools/train.py'
-        )
-    begun = [i for i, (folder, _) in enumerate(logs) if _started_anew(folder)]
-    return logs[begun[-1] :] if begun else logs
-
-
-def _started_anew(folder: Path) -> bool:
-    """Whether a training says that it resumed none, by the config that MMEngine writes beside its log."""
-    with contextlib.suppress(OSError):
-        text = (folder / 'vis_data/config.py').read_text(encoding='utf-8', errors='replace')
-        return re.search(r'^resume = False$', text, re.M) is not None
-    return False
+        what = f'a training that has logged no losses yet ({logs[-1][0].name})' if logs else 'no log of a training run'
+        raise UserError(f'{work_dir} holds {what} (*/{SCALARS}): give the --work-dir of tools/train.py')
+    return logs
 
 
 def _join(logs: list[tuple[Path, list[dict]]]) -> tuple[list[dict], list[dict]]:
@@ -255,7 +242,8 @@ def _join(logs: list[tuple[Path, list[dict]]]) -> tuple[list[dict], list[dict]]:
     return train, validations
 
 
-def _facts(cfg: Config, record: dict, log: str, config: Path, train: list[dict]) -> dict[str, str]:
+def _facts(cfg: Config, record: dict, logs: list[str], config: Path, train: list[dict]) -> dict[str, str]:
+    log = logs[-1]
     loader, loop = cfg.train_dataloader, cfg.train_cfg
     environment = dict(re.findall(r'^    ([A-Z][\w ,]*?): (.+)$', log.partition('Runtime environment:')[0], re.M))
     versions = record.get('versions') or {
@@ -271,7 +259,7 @@ def _facts(cfg: Config, record: dict, log: str, config: Path, train: list[dict])
     facts = {
         'Config': record.get('config') or config.name,
         'Command': record.get('command', ''),
-        'Trained': _duration(log),
+        'Trained': _duration(logs),
         'Length': f'{train[-1]["step"]} iterations'
         + (
             f', the last one in epoch {train[-1]["epoch"]} of {loop.max_epochs}'
@@ -294,15 +282,24 @@ def data_of(cfg: Config, split: str) -> list[str]:
     return [os.path.join(d.get('data_root') or '', d.get('ann_file') or '') for d in split_datasets(cfg, split)]
 
 
-def _duration(log: str) -> str:
-    times = re.findall(r'^(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d) - ', log, re.M)
-    if not times:
+def _duration(logs: list[str]) -> str:
+    """When a training began, and how long it took, the time between its starts left out."""
+    spans = [span for span in map(_span, logs) if span]
+    if not spans:
         return ''
-    try:
-        start, end = (datetime.strptime(time, '%Y/%m/%d %H:%M:%S') for time in (times[0], times[-1]))
-    except ValueError:  # not a log of MMEngine's
-        return ''
-    seconds = round((end - start).total_seconds())
+    seconds = round(sum((end - start).total_seconds() for start, end in spans))
     minutes = round(seconds / 60)
     hours = f'{minutes // 60} h ' if minutes >= 60 else ''
-    return f'{start:%Y-%m-%d %H:%M}, for ' + (f'{hours}{minutes % 60} min' if minutes else f'{seconds} s')
+    duration = f'{hours}{minutes % 60} min' if minutes else f'{seconds} s'
+    parts = f', in {len(spans)} parts' if len(spans) > 1 else ''
+    return f'{spans[0][0]:%Y-%m-%d %H:%M}, for {duration}{parts}'
+
+
+def _span(log: str) -> tuple[datetime, datetime] | None:
+    """The times of the first and of the last line of MMEngine's log."""
+    times = re.findall(r'^(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d) - ', log, re.M)
+    try:
+        start, end = (datetime.strptime(times[i], '%Y/%m/%d %H:%M:%S') for i in (0, -1))
+    except (IndexError, ValueError):  # not a log of MMEngine's
+        return None
+    return start, end

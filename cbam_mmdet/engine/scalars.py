@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from pathlib import Path
+
+from cbam_mmdet.engine.record import read_record
 
 SCALARS = 'vis_data/scalars.json'
 NOT_METRICS = ('step', 'time', 'data_time', 'memory')
@@ -20,6 +23,36 @@ def scalar_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
     """(log folder, rows) of each start of a training in a work dir, in the order of time."""
     files = sorted(Path(work_dir).glob(f'*/{SCALARS}'))
     return [(path.parent.parent, [row for row in json_lines(path) if 'step' in row]) for path in files]
+
+
+def training_logs(work_dir: str | Path) -> list[tuple[Path, list[dict]]]:
+    """(log folder, rows) of the newest training in a work dir, from its start even if it was resumed.
+
+    A start that was killed early may hold only the validation that it made up for, or nothing but its record.
+
+    Raises:
+        UserError: for a malformed record.
+    """
+    rows_in = dict(scalar_logs(work_dir))
+    logs: list[tuple[Path, list[dict]]] = []
+    for folder in sorted(path.parent for path in Path(work_dir).glob('*/vis_data')):
+        rows, record = rows_in.get(folder, []), read_record(folder)
+        if record.get('checkpoint'):  # that of a test
+            continue
+        has_trained = bool(record) or any(map(is_training, rows))
+        if has_trained and _started_anew(folder):
+            logs.clear()
+        if has_trained or any(map(is_validation, rows)):
+            logs.append((folder, rows))
+    return logs
+
+
+def _started_anew(folder: Path) -> bool:
+    """Whether a training says that it resumed none, by the config that MMEngine writes beside its log."""
+    with contextlib.suppress(OSError):
+        text = (folder / 'vis_data/config.py').read_text(encoding='utf-8', errors='replace')
+        return re.search(r'^resume = False$', text, re.M) is not None
+    return False
 
 
 def json_lines(path: Path) -> list[dict]:
@@ -63,9 +96,10 @@ def final_metrics(work_dir: str | Path, last_step: int) -> dict[str, float] | No
         last_step: its last epoch, or its last iteration if validations count iterations.
 
     Returns:
-        The metrics, an empty dict if nothing was detected, or None if the training has not reached this validation.
+        The metrics, an empty dict if nothing was detected, or None if the newest training there has not reached this
+        validation.
     """
-    for _, rows in reversed(scalar_logs(work_dir)):
+    for _, rows in reversed(training_logs(work_dir)):
         for row in reversed(rows):
             if is_validation(row) and row.get('step') == last_step:
                 return metrics_of(row)

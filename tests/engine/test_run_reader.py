@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -11,7 +12,15 @@ import pytest
 import torch
 from conftest import WritesAFile, pretend_tested
 
-from cbam_mmdet.engine.run_reader import find_config, find_tested_config, read_results, read_scalars, was_made_of
+from cbam_mmdet.engine.record import RECORDED
+from cbam_mmdet.engine.run_reader import (
+    find_config,
+    find_tested_config,
+    read_results,
+    read_runs,
+    read_scalars,
+    was_made_of,
+)
 from cbam_mmdet.engine.scalars import final_metrics
 from cbam_mmdet.errors import UserError
 
@@ -77,6 +86,35 @@ def test_a_training_that_resumed_none_is_not_joined_with_an_older_one(tmp_path):
     train, validations = read_scalars(tmp_path)
     assert [row['step'] for row in train] == [50, 60]
     assert [(row['coco/bbox_mAP'], row['step']) for row in validations] == [(0.1, 50), (0.2, 60)]
+
+
+def test_a_new_training_has_no_scores_of_an_older_one(tmp_path):
+    """Also where nothing but its record was written yet."""
+    score = {'coco/bbox_mAP': 0.9, 'step': 1}
+    write_log(tmp_path, '20260101_000000', loss(40, 1), score)
+    assert final_metrics(tmp_path, 1) == {'coco/bbox_mAP': 0.9}
+    for name in ('test', 'training'):
+        folder = tmp_path / f'20260101_000100_{name}/vis_data'
+        folder.mkdir(parents=True)
+        (folder / 'config.py').write_text('resume = False\n')
+        empty = {key: kind[0]() if isinstance(kind, tuple) else kind() for key, kind in RECORDED.items()}
+        (folder / 'run.json').write_text(json.dumps(empty | (dict(checkpoint='a.pth') if name == 'test' else {})))
+        assert (final_metrics(tmp_path, 1) is None) == (name == 'training')
+    with pytest.raises(UserError, match='holds a training that has logged no losses yet'):
+        read_scalars(tmp_path)
+
+
+def test_the_time_of_a_resumed_training_is_that_of_all_its_parts(trained, tmp_path):
+    work = shutil.copytree(trained, tmp_path / 'work')
+    (log,) = work.glob('*/*.log')
+    times = re.findall(r'^(\d{4}/\d\d/\d\d) \d\d:\d\d:\d\d - ', log.read_text(), re.M)
+    later = shutil.copytree(log.parent, work / '29990101_000000')
+    for path, (first, last) in {log: ('01:00:00', '03:10:00'), later / log.name: ('23:00:00', '23:05:00')}.items():
+        path.write_text(f'{times[0]} {first} - a\n{times[0]} {last} - b\n')
+    config = later / 'vis_data/config.py'
+    config.write_text(config.read_text().replace('resume = False', 'resume = True'))
+    (run,) = read_runs([work])
+    assert run.facts['Trained'] == f'{times[0].replace("/", "-")} 01:00, for 2 h 15 min, in 2 parts'
 
 
 def test_the_metrics_at_the_end_of_a_training(tmp_path):

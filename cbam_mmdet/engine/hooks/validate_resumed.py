@@ -11,7 +11,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from cbam_mmdet.engine.checkpoint.content import meta_of
 from cbam_mmdet.engine.distributed import in_first_process
 from cbam_mmdet.engine.hooks.resume_exactly import EPOCH_PROGRESS
-from cbam_mmdet.engine.scalars import is_validation, metrics_of, scalar_logs
+from cbam_mmdet.engine.scalars import is_validation, metrics_of, training_logs
 
 
 class ValidateResumedHook(Hook):
@@ -59,8 +59,8 @@ class ValidateResumedHook(Hook):
 
 
 def lacks_validation(runner: Runner, step: int) -> bool:
-    """Whether no log has the scores of a step, or they are better than the best ones that the checkpoint knows of."""
-    rows = [row for _, rows in scalar_logs(runner.work_dir) for row in rows if is_validation(row)]
+    """Whether the run's logs lack the scores of a step, or these are better than the best that the checkpoint knows."""
+    rows = [row for _, rows in training_logs(runner.work_dir) for row in rows if is_validation(row)]
     scores: list[dict[str, Any]] = [metrics_of(row) for row in rows if row.get('step') == step]
     hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.save_best]
     return not scores or any(_missed(hook, scores[-1], runner.message_hub) for hook in hooks)

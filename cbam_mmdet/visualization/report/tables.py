@@ -198,10 +198,17 @@ def _costs(runs: Sequence[EvaluatedRun]) -> list[Table]:
 
 def _stages(runs: Sequence[EvaluatedRun]) -> list[Table]:
     rows = [
-        [run.name, stage.name, stage.cbams, stage.parameters / 1e6, stage.flops / 1e9]
+        [
+            run.name,
+            stage.name,
+            f'{stage.size[1]}x{stage.size[0]}',
+            stage.cbams,
+            stage.parameters / 1e6,
+            stage.flops / 1e9,
+        ]
         for run in runs
         if run.cost
         for stage in run.cost.stages
     ]
-    header = ['run', 'stage', 'CBAMs', 'parameters (M)', 'GFLOPs']
+    header = ['run', 'stage', 'map', 'CBAMs', 'parameters (M)', 'GFLOPs']
     return [Table(header, rows, 'stages', "CBAM's cost in each stage")] if rows else []
