@@ -93,7 +93,24 @@ def check_data(cfg: Config, splits: Sequence[str]) -> list[Report]:
     _name_common_images([*reports.values()])
     for report in reports.values():
         _log(report)
+    if 'train' in splits:
+        _name_untrained_classes(split_datasets(cfg, 'train'), [*reports.values()])
     return list(reports.values())
+
+
+def _name_untrained_classes(datasets: Sequence[ConfigDict], reports: Sequence[Report]) -> None:
+    if not datasets or not all(map(annotation_format, datasets)):
+        return  # one was not read
+    seen = {name for report in reports if report.split == 'train' for name in report.classes}
+    classes = dataset_classes(datasets[0])
+    lacking = [name for name in classes if name not in seen]
+    if lacking:
+        print_log(
+            f'classes without a box in the training images ({len(lacking)} of {len(classes)}), which the detector does '
+            f'not learn: {abridge(lacking, 8)}',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def _name_common_images(reports: Sequence[Report]) -> None:

@@ -31,6 +31,9 @@ from cbam_mmdet.version import __version__
 OPSET = 17
 INPUT = 'images'
 TRACED = (2, 192, 256)  # images, height and width that are traced where they may differ in use
+# Operators that square or add up, and those that may follow before a norm divides by the root.
+SUMS = ('Pow', 'ReduceL2', 'ReduceLogSumExp', 'ReduceSum', 'ReduceSumSquare')
+AFTER_SUMS = (*SUMS, 'Add', 'Cast', 'Clip', 'Div', 'Expand', 'Max', 'Reciprocal', 'ReduceMean', 'Sqrt')
 
 
 def write_onnx(
@@ -124,10 +127,10 @@ def _in_half_precision(model: Any) -> Any:
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    # Coordinates and scores stay in float32, and sums of squares, which exceed the largest number of float16, 65504.
+    # Coordinates and scores stay in float32, and norms: sums of squares exceed the largest number of float16, 65504.
     blocked = [*DEFAULT_OP_BLOCK_LIST, 'RoiAlign', 'NonMaxSuppression', 'TopK', 'Range', 'Cast', 'Where', 'ScatterND']
-    blocked += ['Pow', 'ReduceL2', 'ReduceLogSumExp', 'ReduceSum', 'ReduceSumSquare']
-    inside = _nodes_of_the_network(model.graph)
+    blocked += [*SUMS, 'InstanceNormalization', 'LayerNormalization', 'GroupNormalization']
+    inside = _nodes_of_the_network(model.graph) - _nodes_of_norms(model.graph)
     outside = [node.name for node in model.graph.node if node.name not in inside]
     half = convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked, node_block_list=outside)
     _remove_detours(half.graph)
@@ -155,6 +158,27 @@ def _nodes_of_the_network(graph: Any) -> set[str]:
             found.add(node.name)
             left += [makers[name] for name in node.input[features.get(node.op_type, slice(None))] if name in makers]
     return found
+
+
+def _nodes_of_norms(graph: Any) -> set[str]:
+    """The names of the nodes between a sum of squares and the division by its root, this one included."""
+    users: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    found: set[str] = set()
+    left = [node for node in graph.node if node.op_type in SUMS or _squares(node)]
+    while left:
+        node = left.pop()
+        if node.name not in found:
+            found.add(node.name)
+            if node.op_type not in ('Div', 'Reciprocal'):
+                left += [user for name in node.output for user in users.get(name, ()) if user.op_type in AFTER_SUMS]
+    return found
+
+
+def _squares(node: Any) -> bool:
+    return node.op_type == 'Mul' and node.input[0] == node.input[1]
 
 
 def _remove_detours(graph: Any) -> None:

@@ -110,6 +110,21 @@ def test_corners_in_place_of_width_and_height_are_refused(checked, capsys):
         checked(to_corners, capsys)
 
 
+def test_classes_without_a_box_to_train_on_are_named(shapes, tmp_path, logged):
+    root = shutil.copytree(shapes, tmp_path / 'data')
+    cfg = load_config(DEMO)
+    prepare(cfg, str(root), None, str(tmp_path / 'work'), 'none')
+    check_data(cfg, ['train', 'val'])
+    assert not any('without a box in' in message for message in logged.messages)
+    path = root / 'annotations/instances_train2017.json'
+    content = json.loads(path.read_text())
+    lost = next(category for category in content['categories'] if category['name'] == 'square')
+    content['annotations'] = [a for a in content['annotations'] if a['category_id'] != lost['id']]
+    path.write_text(json.dumps(content))
+    check_data(cfg, ['train', 'val'])
+    assert any('without a box in the training images (1 of 6)' in message for message in logged.messages)
+
+
 def test_objects_and_files_that_are_listed_twice_are_named(checked, capsys):
     def twice(content):
         a, image = content['annotations'][0], content['images'][0]

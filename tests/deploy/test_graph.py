@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mmdet.models.necks.ssd_neck import L2Norm
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from torch import nn
 
 from cbam_mmdet.datasets.classes import _set_num_classes
 from cbam_mmdet.deploy import onnx_file
@@ -18,6 +20,7 @@ from cbam_mmdet.deploy.graph import DetectorGraph
 from cbam_mmdet.errors import UserError
 
 onnx = pytest.importorskip('onnx', reason="needs pip install '.[deploy]'")
+pytest.importorskip('onnx.reference', reason='needs a newer onnx')
 pytest.importorskip('onnxruntime', reason="needs pip install '.[deploy]'")
 
 DETECTORS = {
@@ -162,6 +165,41 @@ def test_half_precision_ends_with_the_network(name, tmp_path):
         else:
             left += node.input
     assert last and last <= {'Conv', 'Gemm', 'MatMul'}, last
+
+
+class LayerNormOfMaps(nn.LayerNorm):
+    """As in ConvNeXt."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SquaredByHand(nn.Module):
+    def forward(self, x):
+        return x / (x * x).mean(1, keepdim=True).add(1e-6).sqrt()
+
+
+@pytest.mark.parametrize(
+    'norm',
+    [L2Norm(8, scale=1), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True), LayerNormOfMaps(8), SquaredByHand()],
+)
+def test_norms_in_half_precision(norm, tmp_path):
+    """By onnx's own evaluator, which follows the types; onnxruntime computes in float32 on a CPU."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 8, 1)).eval()
+    model[0].weight.data *= 200  # sums of squares of some 10^6
+    if isinstance(norm, L2Norm):
+        norm.weight.data.fill_(1)  # its memory is not initialized
+    x = torch.randn(1, 3, 16, 16)
+    assert model[0](x).square().sum(1).max() > 2**16
+    older = onnx_file._older_exporter()
+    torch.onnx.export(model, (x,), str(tmp_path / 'norm.onnx'), opset_version=onnx_file.OPSET, **older)
+    half = onnx_file._in_half_precision(onnx.load(tmp_path / 'norm.onnx'))
+    assert onnx.TensorProto.FLOAT16 in {weights.data_type for weights in half.graph.initializer}
+    made = onnx.reference.ReferenceEvaluator(half).run(None, {half.graph.input[0].name: x.numpy()})[0]
+    with torch.no_grad():
+        truth = model.double()(x.double()).numpy()
+    np.testing.assert_allclose(made, truth, atol=0.02)
 
 
 def test_half_precision(tmp_path):
