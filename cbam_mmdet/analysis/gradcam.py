@@ -24,7 +24,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox2roi, bbox_overlaps
 from torch import Tensor, nn
 
-from cbam_mmdet.datasets.transforms.arrays import array_pipeline
+from cbam_mmdet.datasets.transforms.arrays import array_pipeline, size_without_border
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.models.plugins.places import OUTPUTS, matches, names_of, usual_place
 
@@ -62,7 +62,7 @@ class Prepared:
 
     Attributes:
         inputs: (1, 3, H, W), resized, normalized and padded.
-        sample: its metainfo: `img_shape` (before padding), `scale_factor` (width, height), ...
+        sample: its metainfo: `img_shape` (before the padding of the batch), `scale_factor` (width, height), ...
     """
 
     inputs: Tensor
@@ -185,7 +185,7 @@ def cam_maps(scores: BoxScores, image: Prepared, layers: dict[str, nn.Module], m
     """
     make = method_class(method)
     inputs = image.inputs.detach().clone().requires_grad_()
-    height, width = image.sample.img_shape[:2]
+    height, width = size_without_border(image.sample)
     maps = []
     with _no_parameter_gradients(scores):
         _check_layers(scores, inputs, layers, method)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cbam_mmdet.datasets.inputs import keep_inputs, unique_names
-from cbam_mmdet.datasets.transforms.arrays import array_pipeline
+from cbam_mmdet.datasets.transforms.arrays import array_pipeline, size_without_border
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.gates import SATURATED, RecordedGates, gate_figures, record_gates
@@ -144,7 +144,7 @@ def stage_and_block(name: str) -> tuple[str, str]:
 
 
 def gates_over(model: nn.Module, image: np.ndarray, pipeline: Callable) -> dict[str, RecordedGates]:
-    """The gates of a detector over one image, without the padding of the batch.
+    """The gates of a detector over one image, without what the pipeline and the batch pad.
 
     Args:
         model: a detector from apis.infer.load_detector.
@@ -156,8 +156,8 @@ def gates_over(model: nn.Module, image: np.ndarray, pipeline: Callable) -> dict[
     """
     with record_gates(model) as recorded:
         sample = inference_detector(model, image, pipeline)
-    height, width = sample.img_shape[:2]
-    padded = sample.metainfo.get('batch_input_shape', (height, width))
+    height, width = size_without_border(sample)
+    padded = sample.metainfo.get('batch_input_shape', sample.img_shape[:2])
     for gates in recorded.values():
         gates.spatial = [
             map_[: math.ceil(map_.shape[0] * height / padded[0]), : math.ceil(map_.shape[1] * width / padded[1])]

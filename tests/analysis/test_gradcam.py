@@ -3,6 +3,7 @@
 Also where the maps of a trained detector lie.
 """
 
+import copy
 import json
 
 import cv2
@@ -123,6 +124,19 @@ def test_map_is_the_gradient_weighted_sum(model, image):
             assert np.abs(map_ - expected).max() < 1e-5
             compared += expected.std() > 0.01
     assert compared >= 2, 'maps that differ from pixel to pixel'
+
+
+def test_the_map_ends_where_the_pipeline_pads(model, image, monkeypatch):
+    prepared = prepare(model, image)
+    (target,) = best_detections(model, prepared, score_thr=0)
+    padding = copy.deepcopy(model.cfg)
+    width, height = padding.test_dataloader.dataset.pipeline[1].scale
+    padding.test_dataloader.dataset.pipeline.insert(2, dict(type='Pad', size=(2 * width, 3 * height)))
+    monkeypatch.setattr(model, 'cfg', padding)
+    padded = prepare(model, image)
+    assert padded.sample.img_shape == (3 * height, 2 * width)
+    maps = cam_maps(BoxScores(model, padded, [target]), padded, find_layers(model))
+    assert maps.shape[1:] == prepared.sample.img_shape
 
 
 def test_two_boxes_are_explained_by_the_sum_of_their_scores(model, image):

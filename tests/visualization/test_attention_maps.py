@@ -1,5 +1,6 @@
 """Attention maps: the table's figures by hand, over images of several sizes, and what the tool writes."""
 
+import copy
 import csv
 import shutil
 
@@ -82,6 +83,11 @@ def test_padding_is_cut_off(detector):
     )
     assert square.spatial[0].shape == (32, 32), 'of 128x128'
     assert wide.spatial[0].shape == (18, 32), 'of 72x128, which is padded to 96x128'
+    padding = copy.deepcopy(detector.cfg)
+    padding.test_dataloader.dataset.pipeline.insert(2, dict(type='Pad', size=(160, 128)))
+    image = np.full((36, 64, 3), 90, np.uint8)
+    padded = gates_over(detector, image, array_pipeline(padding))['backbone.layer1.0.cbam']
+    assert padded.spatial[0].shape == (18, 32), 'of 72x128, which the pipeline pads to 128x160'
 
 
 def test_tool_on_a_folder_and_on_the_validation_set(run_tool, trained, shapes, tmp_path):

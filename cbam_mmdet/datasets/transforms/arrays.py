@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmcv.transforms import Compose
+from mmdet.structures import DetDataSample
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
 
@@ -25,3 +26,16 @@ def array_pipeline(cfg: Config) -> Compose:
             "user's own images and for export read them in colour (3 channels) only"
         )
     return Compose([dict(type='mmdet.LoadImageFromNDArray'), *pipeline[1:]])
+
+
+def size_without_border(sample: DetDataSample) -> tuple[int, int]:
+    """The (height, width) of an image as it was resized, without what a Pad of the pipeline added.
+
+    `img_shape` is that after the whole pipeline. A sample that does not say how it was resized was padded by nothing.
+    """
+    height, width = sample.img_shape[:2]
+    if 'scale_factor' not in sample.metainfo:
+        return height, width
+    x, y = sample.scale_factor[:2]
+    resized = round(sample.ori_shape[0] * y), round(sample.ori_shape[1] * x)
+    return min(height, resized[0]), min(width, resized[1])
