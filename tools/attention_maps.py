@@ -38,10 +38,13 @@ def main(args: argparse.Namespace) -> None:
     from cbam_mmdet.datasets.pointing import validation_images
     from cbam_mmdet.visualization.attention import attend, markdown
 
+    model = load_detector(cfg, checkpoint, args.device, args.trust_checkpoint)
+    sizes = {} if files else validation_images(cfg, args.data_root)
     rows = attend(
-        load_detector(cfg, checkpoint, args.device, args.trust_checkpoint),
-        (files or validation_images(cfg, args.data_root))[: args.num_images],
+        model,
+        (files or [*sizes])[: args.num_images],
         args.out_dir,
+        sizes=sizes,
         pictures=args.pictures,
         warn=lambda message: print(f'warning: {message}', file=sys.stderr),
     )

@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     from cbam_mmdet.deploy.features import export_features
 
     model = load_detector(cfg, checkpoint, 'cpu', args.trust_checkpoint)
-    files = (files or validation_images(cfg, args.data_root))[: args.num_images]
+    files = (files or [*validation_images(cfg, args.data_root)])[: args.num_images]
     if args.out.endswith('.pt2'):
         gap = export_features(model, args.out, tuple(args.fixed_size), files, args.fixed_batch)
         print(args.out)

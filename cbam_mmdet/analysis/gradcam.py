@@ -177,11 +177,13 @@ def cam_maps(scores: BoxScores, image: Prepared, layers: dict[str, nn.Module], m
         method: one of METHODS.
 
     Returns:
-        (len(layers), H, W) float32. Each map is scaled to 0..1. Its size is that of the resized image without padding.
+        (len(layers), H, W) float32. Each map is scaled from its least and greatest values over the image to 0..1; one
+        that is the same everywhere, as of another level than the box's, is 0. Its size is that of the resized image
+        without padding.
 
     Raises:
-        UserError: if a layer gives no feature map, one too large for the method, or one that the scores do not depend
-            on, or if the library is not installed.
+        UserError: if a layer gives no feature map, several ones, one too large for the method, or one that the scores
+            do not depend on, or if the library is not installed.
     """
     make = method_class(method)
     inputs = image.inputs.detach().clone().requires_grad_()
@@ -193,10 +195,16 @@ def cam_maps(scores: BoxScores, image: Prepared, layers: dict[str, nn.Module], m
             # The copy keeps the activation intact, because the next layer may work in place.
             cam = make(scores, [layer], reshape_transform=torch.clone)
             try:
-                maps.append(cam(inputs, targets=[torch.sum])[0, :height, :width])
+                maps.append(_scaled(cam(inputs, targets=[torch.sum])[0, :height, :width]))
             finally:
                 cam.activations_and_grads.release()
     return np.stack(maps)
+
+
+def _scaled(cam: np.ndarray) -> np.ndarray:
+    """From 0 to 1 over the image. The library scales over the padding, too."""
+    least, greatest = cam.min(), cam.max()
+    return (cam - least) / (greatest - least) if greatest > least else np.zeros_like(cam)
 
 
 def method_class(name: str) -> type:
@@ -366,14 +374,23 @@ def _no_parameter_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def _check_layers(scores: BoxScores, inputs: Tensor, layers: dict[str, nn.Module], method: str) -> None:
-    outputs = {}
+    calls: dict[str, list] = {name: [] for name in layers}
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
-            hook = layer.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
+            hook = layer.register_forward_hook(lambda _, __, output, name=name: calls[name].append(output))
             stack.callback(hook.remove)
         score = scores(inputs).sum()
-    for name in layers:
-        output = outputs.get(name)
+    for name, outputs in calls.items():
+        if len(outputs) > 1:
+            raise UserError(
+                f'--layers {name}: it runs {len(outputs)} times for an image, as all levels share it; Grad-CAM needs a '
+                'layer that gives one feature map'
+            )
+        if name.startswith('roi_head.'):
+            raise UserError(
+                f'--layers {name}: its maps are of regions, not of the image; take a layer that comes before'
+            )
+        output = outputs[0] if outputs else None
         if not isinstance(output, Tensor) or output.dim() != 4 or len(output) != 1:
             shape = (
                 'is not run'

@@ -23,7 +23,7 @@ from cbam_mmdet.engine.hooks.checkpoint_fit import CheckpointFitHook
 from cbam_mmdet.engine.hooks.dump_detections import DumpDetectionsHook
 from cbam_mmdet.engine.record import write_record
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.utils.config import split_datasets
+from cbam_mmdet.utils.config import split_datasets, type_name
 from cbam_mmdet.utils.files import AtomicLocalBackend
 from cbam_mmdet.utils.logging import is_first_process, log
 
@@ -91,6 +91,8 @@ def test(
         require_same_resize(cfg, facts_of(open_session(checkpoint), checkpoint), checkpoint)
         log(f'{checkpoint} is tested as it was exported: the settings of the model in the config have no effect')
         cfg.model = ConfigDict(type='OnnxDetector', file=checkpoint)
+        # EMAHook copies the model, to take its averaged weights: those are in the file.
+        cfg.custom_hooks = [it for it in cfg.get('custom_hooks') or () if type_name(it.get('type')) != 'EMAHook']
     # The checkpoint holds every weight: a pretrained backbone would be fetched for nothing.
     model = cfg.model.module if tta else cfg.model
     if model.get('backbone'):

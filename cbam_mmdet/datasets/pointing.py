@@ -65,8 +65,8 @@ def point_at_data(
         set_classes(cfg, classes)
 
 
-def validation_images(cfg: Config, data_root: str | None = None) -> list[Path]:
-    """The images of a config's validation set, in its order.
+def validation_images(cfg: Config, data_root: str | None = None) -> dict[Path, tuple[int, int] | None]:
+    """The images of a config's validation set, in its order, each with its (height, width) if the data set says it.
 
     Args:
         cfg: the config. A data root changes it in place (see point_at_data).
@@ -81,4 +81,8 @@ def validation_images(cfg: Config, data_root: str | None = None) -> list[Path]:
     point_at_data(cfg, data_root, None)
     check_data(cfg, ['val'])
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
-    return [Path(dataset.get_data_info(i)['img_path']) for i in range(len(dataset))]
+    infos = map(dataset.get_data_info, range(len(dataset)))
+    return {
+        Path(info['img_path']): (info['height'], info['width']) if {'height', 'width'} <= info.keys() else None
+        for info in infos
+    }

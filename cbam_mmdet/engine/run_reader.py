@@ -267,7 +267,7 @@ def _facts(cfg: Config, record: dict, logs: list[str], config: Path, train: list
             else ''
         ),
         'Batch': f'{processes} x {batch}' if processes > 1 else str(batch),
-        'Optimizer': f'{optimizer.get("type", "")}, lr {optimizer.get("lr", "")}',
+        'Optimizer': f'{optimizer.get("type", "")}, lr {optimizer.get("lr", "")}{_scaling(cfg, processes)}',
         'Seed': seed[1] if seed else str((cfg.get('randomness') or {}).get('seed') or ''),
         'Training data': '; '.join(data_of(cfg, 'train')),
         'Test data': '; '.join(data_of(cfg, 'test')),
@@ -275,6 +275,14 @@ def _facts(cfg: Config, record: dict, logs: list[str], config: Path, train: list
         'Machine': machine,
     }
     return {key: value for key, value in facts.items() if value}
+
+
+def _scaling(cfg: Config, processes: int) -> str:
+    """By what MMEngine multiplies the learning rate where `auto_scale_lr` is enabled."""
+    scaling, batch = cfg.get('auto_scale_lr') or {}, cfg.train_dataloader.get('batch_size')
+    if not (scaling.get('enable') and scaling.get('base_batch_size') and batch):
+        return ''
+    return f' x {processes * batch / scaling["base_batch_size"]:g} (auto_scale_lr)'
 
 
 def data_of(cfg: Config, split: str) -> list[str]:

@@ -6,7 +6,7 @@ They are for one image, or averages over several.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -171,6 +171,7 @@ def attend(
     files: Sequence[Path],
     out_dir: str | Path,
     *,
+    sizes: Mapping[Path, tuple[int, int] | None] | None = None,
     pictures: int = 8,
     warn: Callable[[str], None] = print,
 ) -> list[GateRow]:
@@ -183,6 +184,7 @@ def attend(
         model: a detector from apis.infer.load_detector.
         files: images.
         out_dir: the folder to write to.
+        sizes: the (height, width) of images that are annotated, see datasets.transforms.loading.read_image.
         pictures: the number of images that get a picture.
         warn: called with a message for each image that cannot be read, which is skipped.
 
@@ -201,7 +203,7 @@ def attend(
     by_image, drawn = [], 0
     for file, name in zip(tqdm(files, desc='looking', unit='image', disable=len(files) < 2), names, strict=True):
         try:
-            image = read_image(str(file))
+            image = read_image(str(file), size=(sizes or {}).get(file))
         except UserError as error:
             warn(str(error))
             continue

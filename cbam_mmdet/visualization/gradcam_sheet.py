@@ -97,7 +97,8 @@ def explain_images(
         choice: the choice of the boxes.
         layers: names of layers, by default the last block of each stage of each detector's backbone.
         method: one of analysis.gradcam.METHODS.
-        warn: called with a message for each image that is skipped because it has no detection or cannot be read.
+        warn: called with a message for each image that is skipped because it has no detection or cannot be read, and
+            for each map that is empty.
 
     Returns:
         The sheets that were written.
@@ -130,6 +131,12 @@ def explain_images(
                     f'{file}: {it.name} has no candidate that overlaps a box by half (IoU {min(it.overlaps):.2f}); the '
                     'nearest is taken'
                 )
+            for layer, map_ in zip(it.layers, it.maps, strict=True):
+                if not map_.any():
+                    warn(
+                        f'{file}: {it.name}: the map of {layer} is empty: nothing there raises the score (a box uses '
+                        'one level of the features only)'
+                    )
             record = dict(image=str(file), method=method, targets=[_as_dict(target, classes) for target in targets])
             _write_raw(it, record, out_dir / 'raw', f'{sheet.stem}_{it.name}')
         title = f'{file.name}, {method}'
@@ -237,12 +244,12 @@ def draw_cams(
         for axes, layer, map_ in zip(line[1:], it.layers, it.maps, strict=False):
             mask = np.clip(cv2.resize(map_, (width, height)), 0, 1)
             axes.imshow(show_cam_on_image(rgb, mask, use_rgb=True))
-            axes.set_title(layer.removeprefix('backbone.'), fontsize=8)
+            axes.set_title(layer.removeprefix('backbone.') + ('' if map_.any() else ': empty'), fontsize=8)
         for axes in line[: 1 + len(it.layers)]:
             for target in targets:
                 draw_box(axes, target.box, color='white', linewidth=1.2)
-    # The library's colours. Each map is scaled to its own greatest value.
-    draw_colour_bar(figure, grid, ScalarMappable(Normalize(0, 1), 'jet'), "share of the map's greatest value")
+    # The library's colours.
+    draw_colour_bar(figure, grid, ScalarMappable(Normalize(0, 1), 'jet'), "from the map's least value to its greatest")
     figure.suptitle(title, fontsize=9)
     return save_sheet(figure, out)
 

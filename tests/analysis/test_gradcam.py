@@ -99,7 +99,8 @@ def by_hand(model, prepared, target, score, layer):
         cam = cam if size is None else cv2.resize(cam, size)
     cam = (cam - cam.min()) / (cam.max() - cam.min())
     height, width = prepared.sample.img_shape
-    return cam[:height, :width]
+    cam = cam[:height, :width]
+    return (cam - cam.min()) / (cam.max() - cam.min())
 
 
 def test_map_is_the_gradient_weighted_sum(model, image):
@@ -203,6 +204,31 @@ def test_layers_that_cannot_be_explained(model, image):
     behind = 'rpn_head.rpn_reg' if hasattr(model, 'roi_head') else 'bbox_head.reg_convs.0.0'
     with pytest.raises(UserError, match=r'is not run|does not depend on it'):
         cam_maps(scores, prepared, find_layers(model, [behind]))
+    if hasattr(model, 'roi_head'):
+        with pytest.raises(UserError, match='maps are of regions'):
+            cam_maps(scores, prepared, find_layers(model, ['roi_head.bbox_roi_extractor']))
+        shared = nn.ReLU()
+        for stage in (model.backbone.layer1, model.backbone.layer2):
+            stage.append(shared)
+        with pytest.raises(UserError, match='runs 2 times for an image'):
+            cam_maps(scores, prepared, find_layers(model, ['backbone.layer1.3']))
+
+
+def test_a_map_of_another_level_is_said_to_be_empty(model, image, tmp_path):
+    if hasattr(model, 'roi_head'):
+        pytest.skip('its boxes use every level')
+    file, said = tmp_path / 'a.png', []
+    cv2.imwrite(str(file), image)
+    layers = ['backbone.layer1.2', 'neck.extra_layers.0']
+    for box, empty in (((2, 2, 7, 7), True), ((0.5, 0.5, 44, 44), False)):
+        said.clear()
+        choice = Choice(box=box, class_name=model.dataset_meta['classes'][0])
+        explain_images(
+            dict(a=model), [file], tmp_path / 'out', choice, layers=layers, method='layercam', warn=said.append
+        )
+        first, second = np.load(tmp_path / 'out/raw/a_a.npy')
+        assert first.max() == 1 and second.any() != empty
+        assert any('the map of neck.extra_layers.0 is empty' in message for message in said) == empty
 
 
 def test_last_block_of_each_stage_by_backbone():

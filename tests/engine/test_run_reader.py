@@ -114,6 +114,13 @@ def test_the_time_of_a_resumed_training_is_that_of_all_its_parts(trained, tmp_pa
     config = later / 'vis_data/config.py'
     config.write_text(config.read_text().replace('resume = False', 'resume = True'))
     (run,) = read_runs([work])
+    assert 'auto_scale_lr' not in run.facts['Optimizer']
+    config_of_run = find_config(work)
+    with config_of_run.open('a') as file:
+        file.write(
+            f'\nauto_scale_lr = dict(enable=True, base_batch_size={4 * run.trained.train_dataloader.batch_size})\n'
+        )
+    assert read_runs([work])[0].facts['Optimizer'].endswith(' x 0.25 (auto_scale_lr)')
     assert run.facts['Trained'] == f'{times[0].replace("/", "-")} 01:00, for 2 h 15 min, in 2 parts'
 
 

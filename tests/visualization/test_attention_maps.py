@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from PIL import Image
 
 from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.gates import RecordedGates
-from cbam_mmdet.visualization.attention import GateAverage, draw_gates, gates_over, stage_and_block
+from cbam_mmdet.visualization.attention import GateAverage, attend, draw_gates, gates_over, stage_and_block
 
 
 @pytest.fixture(scope='module')
@@ -88,6 +89,23 @@ def test_padding_is_cut_off(detector):
     image = np.full((36, 64, 3), 90, np.uint8)
     padded = gates_over(detector, image, array_pipeline(padding))['backbone.layer1.0.cbam']
     assert padded.spatial[0].shape == (18, 32), 'of 72x128, which the pipeline pads to 128x160'
+
+
+def test_images_of_a_validation_set_are_in_the_frame_of_their_annotation(detector, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (36, 64, 3), dtype=np.uint8)
+    turned, plain = tmp_path / 'turned.png', tmp_path / 'plain.png'
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(turned, exif=exif)
+    Image.fromarray(pixels).save(plain)
+    found = {
+        name: attend(detector, [file], tmp_path / name, sizes=sizes, pictures=0)
+        for name, file, sizes in (
+            ('plain', plain, None), ('stored', turned, {turned: (36, 64)}),
+            ('shown', turned, {turned: (64, 36)}), ('unknown', turned, {turned: None}),
+        )
+    }  # fmt: skip
+    assert found['stored'] == found['plain'] != found['shown'] == found['unknown']
 
 
 def test_tool_on_a_folder_and_on_the_validation_set(run_tool, trained, shapes, tmp_path):
