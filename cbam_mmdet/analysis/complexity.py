@@ -167,11 +167,17 @@ def input_size(cfg: Config, name: str = 'the config') -> tuple[int, int]:
         UserError: if the pipeline has no Resize.
     """
     datasets = split_datasets(cfg, 'test') or split_datasets(cfg, 'val')
-    for transform in datasets[0].get('pipeline', []) if datasets else []:
+    pipeline = datasets[0].get('pipeline', []) if datasets else []
+    for i, transform in enumerate(pipeline):
         if type_name(transform.type) == 'Resize' and 'scale' in transform:
             width, height = transform.scale
             if transform.get('keep_ratio'):
                 width, height = max(width, height), min(width, height)
+            for pad in [later for later in pipeline[i + 1 :] if type_name(later.type) == 'Pad']:
+                width, height = map(max, (width, height), pad.get('size') or (0, 0))
+                if pad.get('pad_to_square'):
+                    width = height = max(width, height)
+                width, height = (_round_up(side, pad.get('size_divisor') or 1) for side in (width, height))
             pixels = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}  # as the Runner takes it
             divisor = pixels.get('pad_size_divisor', 1)
             return _round_up(height, divisor), _round_up(width, divisor)

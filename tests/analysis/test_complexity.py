@@ -2,11 +2,13 @@
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEMO, ROOT
+from mmcv.transforms import Compose
 from mmdet.registry import TRANSFORMS
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from cbam_mmdet.analysis.complexity import count, input_size, measure, peak_memory
@@ -101,6 +103,24 @@ def test_image_size_is_the_test_pipelines():
     assert input_size(cfg) == (128, 128)
     with pytest.raises(UserError, match='--shape'):
         input_size(Config(dict(model=dict(type='X'))))
+
+
+@pytest.mark.parametrize(
+    ('pad', 'expected'),
+    [
+        (dict(size=(192, 160)), (160, 192)),  # width, height
+        (dict(size_divisor=48), (144, 144)),
+        (dict(size_divisor=48, pad_to_square=True), (144, 144)),
+    ],
+)
+def test_the_size_of_an_image_that_the_pipeline_pads(pad, expected):
+    cfg = load_config(DEMO)
+    cfg.model.data_preprocessor.pad_size_divisor = 1
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    pipeline.insert(2, ConfigDict(type='Pad', **pad))
+    assert input_size(cfg) == expected
+    padded = Compose(pipeline[1:3])(dict(img=np.zeros((128, 128, 3)), img_shape=(128, 128)))
+    assert padded['img'].shape[:2] == expected
 
 
 def test_tool(run_tool, tmp_path):
