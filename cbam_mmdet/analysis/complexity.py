@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -18,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mmdet.models  # noqa: F401  (registers the detectors)
 import torch
@@ -380,11 +382,25 @@ class _RawOutputs(nn.Module):
 def _counter(network: nn.Module, image: Tensor, samples: list) -> FlopAnalyzer:
     counter = FlopAnalyzer(_RawOutputs(network, samples), (image,))
     counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    # MMEngine counts neither.
+    counter.set_op_handle('aten::scaled_dot_product_attention', _attention_flops)
+    counter.set_op_handle('aten::baddbmm', lambda inputs, outputs: _product_flops(inputs[1], outputs[0]))
     # With gradients the trace would not show the operators inside CBAM's autograd function.
     with torch.no_grad(), _all_proposals(network), warnings.catch_warnings():
         warnings.simplefilter('ignore', torch.jit.TracerWarning)
         counter.total()  # this traces the network, and the counter keeps the result
     return counter
+
+
+def _attention_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Those of softmax(Q K^T) V: one product with each row of K, and one with each of V."""
+    query, key = (value.type().sizes() for value in inputs[:2])
+    (output,) = (value.type().sizes() for value in outputs)
+    return Counter(matmul=math.prod(query) * key[-2] + math.prod(output) * key[-2])
+
+
+def _product_flops(first: Any, output: Any) -> Counter[str]:
+    return Counter(bmm=math.prod(output.type().sizes()) * first.type().sizes()[-1])
 
 
 @contextlib.contextmanager

@@ -355,4 +355,6 @@ def run_session(session: Any, images: np.ndarray) -> list[np.ndarray]:
     if fixed.get(0, count) > count:  # a file of a fixed batch detects in copies, too
         images = np.concatenate([images, np.repeat(images[-1:], fixed[0] - count, 0)])
     wanted = np.float32 if 'float' in given.type else np.uint8
+    if wanted is np.uint8 and images.dtype != np.uint8:  # of a pipeline with to_float32
+        images = images.round().clip(0, 255)
     return [output[:count] for output in session.run(None, {INPUT: images.astype(wanted)})]

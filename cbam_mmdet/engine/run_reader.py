@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -267,7 +268,7 @@ def _facts(cfg: Config, record: dict, logs: list[str], config: Path, train: list
             else ''
         ),
         'Batch': f'{processes} x {batch}' if processes > 1 else str(batch),
-        'Optimizer': f'{optimizer.get("type", "")}, lr {optimizer.get("lr", "")}{_scaling(cfg, processes)}',
+        'Optimizer': f'{optimizer.get("type", "")}, lr {optimizer.get("lr", "")}{_greatest_rate(optimizer, train)}',
         'Seed': seed[1] if seed else str((cfg.get('randomness') or {}).get('seed') or ''),
         'Training data': '; '.join(data_of(cfg, 'train')),
         'Test data': '; '.join(data_of(cfg, 'test')),
@@ -277,12 +278,16 @@ def _facts(cfg: Config, record: dict, logs: list[str], config: Path, train: list
     return {key: value for key, value in facts.items() if value}
 
 
-def _scaling(cfg: Config, processes: int) -> str:
-    """By what MMEngine multiplies the learning rate where `auto_scale_lr` is enabled."""
-    scaling, batch = cfg.get('auto_scale_lr') or {}, cfg.train_dataloader.get('batch_size')
-    if not (scaling.get('enable') and scaling.get('base_batch_size') and batch):
+def _greatest_rate(optimizer: dict, train: list[dict]) -> str:
+    """The greatest learning rate that was logged, where it is not the config's.
+
+    `auto_scale_lr` multiplies that, and a resumed training keeps the one with which it began.
+    """
+    rates = [row.get('base_lr', row.get('lr')) for row in train]
+    greatest = max([rate for rate in rates if rate is not None], default=None)
+    if greatest is None or math.isclose(greatest, optimizer.get('lr') or 0, rel_tol=1e-3):
         return ''
-    return f' x {processes * batch / scaling["base_batch_size"]:g} (auto_scale_lr)'
+    return f' (in the log at most {greatest:.4g})'
 
 
 def data_of(cfg: Config, split: str) -> list[str]:

@@ -92,6 +92,20 @@ def test_peak_memory_of_a_net_counted_by_hand():
         assert peak_memory(lambda: net(image)) == 2 * 8 * 64 * 64 * 4  # both outputs are alive at once
 
 
+@pytest.mark.parametrize('operator', ['attention', 'baddbmm'])
+def test_products_that_mmengine_does_not_count(operator):
+    class Products(nn.Module):
+        def forward(self, x, samples, mode):
+            q, k = x[:, :, :6], x
+            if operator == 'attention':
+                return nn.functional.scaled_dot_product_attention(q, k, k)
+            return torch.baddbmm(x.new_zeros(1), q[0], k[0].transpose(1, 2))
+
+    counted = count(Products().eval(), torch.rand(1, 3, 8, 16), [])
+    once = 3 * 6 * 8 * 16  # of each of 6 queries with 8 keys of 16 numbers, in 3 heads
+    assert counted.flops_of_layers == (2 * once if operator == 'attention' else once)
+
+
 def test_image_size_is_the_test_pipelines():
     assert input_size(load_config(DEMO)) == (128, 128)
     assert input_size(load_config(str(ROOT / 'configs/faster_rcnn_r50_cbam.py'))) == (800, 1344)

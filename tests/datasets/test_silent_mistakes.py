@@ -21,6 +21,7 @@ from cbam_mmdet.apis.runner import prepare
 from cbam_mmdet.apis.test import _use_tta
 from cbam_mmdet.datasets.checks import check_data, complete
 from cbam_mmdet.datasets.class_order import follow_class_order
+from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.evaluation.metrics import HotCocoMetric
 from cbam_mmdet.utils.config import (
@@ -237,6 +238,19 @@ def test_each_data_set_keeps_its_pipeline_in_tta():
     augs = [dataset.pipeline[-1] for dataset in split_datasets(cfg, 'test')]
     assert all(aug.type == 'TestTimeAug' for aug in augs)
     assert [aug.transforms[1][0].scale for aug in augs] == scales
+
+
+def test_images_in_memory_are_read_as_files_are(shapes, tmp_path):
+    """With `to_float32` a resized image keeps its fractions."""
+    cfg = load_config(DEMO)
+    prepare(cfg, str(shapes), None, str(tmp_path / 'work'), 'none')
+    cfg.test_dataloader.dataset.pipeline[0].to_float32 = True
+    set_default_scope(cfg)
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    tested = dataset[0]['inputs']
+    inferred = array_pipeline(cfg)(dict(img=cv2.imread(dataset.get_data_info(0)['img_path']), img_id=0))['inputs']
+    assert tested.dtype == inferred.dtype == torch.float32 and torch.equal(tested, inferred)
+    assert (tested != tested.round()).any()
 
 
 def test_a_border_is_no_part_of_what_tta_flips(shapes, tmp_path):

@@ -63,6 +63,14 @@ def test_it_is_tested_and_detects_as_the_checkpoint(run_tool, trained, exported,
         assert np.allclose([a[key] for a in theirs], [b[key] for b in ours], atol=tolerance)
 
 
+def test_pixels_with_fractions_are_rounded(exported):
+    session = onnx_file.open_session(exported)
+    pixels = np.random.default_rng(0).integers(0, 255, (1, 96, 128, 3), dtype=np.uint8)
+    for shift in (0.4, -0.4):
+        pairs = zip(*(onnx_file.run_session(session, images) for images in (pixels, pixels + shift)), strict=True)
+        assert all(np.array_equal(whole, fractions) for whole, fractions in pairs)
+
+
 def test_a_program_without_pytorch(run_tool, exported, shapes, tmp_path):
     """A folder of packages that holds what the program names, and neither torch nor mmdet."""
     folder = tmp_path / 'packages'

@@ -25,7 +25,8 @@ def array_pipeline(cfg: Config) -> Compose:
             f'the test pipeline reads images as color_type={color_type!r}, which tools/test.py does: the tools for a '
             "user's own images and for export read them in colour (3 channels) only"
         )
-    return Compose([dict(type='mmdet.LoadImageFromNDArray'), *pipeline[1:]])
+    load = dict(type='mmdet.LoadImageFromNDArray', to_float32=pipeline[0].get('to_float32', False))
+    return Compose([load, *pipeline[1:]])
 
 
 def size_without_border(sample: DetDataSample) -> tuple[int, int]:

@@ -13,6 +13,9 @@ from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.plugins.dry_run import module_at
 from cbam_mmdet.models.plugins.places import OUTPUTS
 
+# Where the norms are from that a conversion builds.
+CONVERTED = ('torch.nn.', 'mmengine.', 'mmcv.')
+
 
 class ApplyChild:
     """A forward hook that applies the child of that name to the module's output."""
@@ -47,14 +50,19 @@ class ApplyChildToEach:
 
 
 def apply_after_conversion(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Register the hook on a norm that gets a plugin as its child.
+    """Register the hook on a norm that gets a plugin as its child, or the children of timm's BatchNormAct2d.
 
-    The conversion between BatchNorm and SyncBN builds new norms. It keeps the children, but not the hooks.
+    The conversion between BatchNorm and SyncBN builds new norms. It keeps the children, but not the hooks, nor what
+    BatchNormAct2d does with its children `drop` and `act`: the network would lose its activations.
     `import cbam_mmdet` lets torch call this function for every child that is registered.
     """
-    is_norm = 'BatchNorm' in type(module).__name__
-    if is_norm and name == getattr(child, '_follows_its_parent_as', None) and name not in _applied(module):
-        module.register_forward_hook(ApplyChild(name))
+    if 'BatchNorm' not in type(module).__name__:
+        return
+    of_timm = name == 'act' and 'drop' in module._modules and type(module).__module__.startswith(CONVERTED)
+    for follower in ('drop', 'act') if of_timm else (name,):
+        follows = of_timm or name == getattr(child, '_follows_its_parent_as', None)
+        if follows and follower not in _applied(module):
+            module.register_forward_hook(ApplyChild(follower))
 
 
 def _applied(module: nn.Module) -> list[str]:

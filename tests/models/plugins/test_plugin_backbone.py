@@ -212,6 +212,29 @@ def test_survives_sync_batchnorm():
     assert not any(outputs_equal(without, converted))
 
 
+@pytest.mark.parametrize('cbam', [False, True])
+def test_activations_inside_timms_norms_survive_sync_batchnorm(cbam):
+    pytest.importorskip('timm', reason="an optional extra: pip install '.[backbones]'")
+    timm = dict(type='TimmFeatures', model_name='tf_efficientnet_lite0', out_indices=(1, 2))
+    plugins = [dict(cfg=CBAM_CFG)] if cbam else None
+    model = PluginBackbone(timm, plugins).eval()
+    model = shake(model) if cbam else model
+    called = []
+    for module in model.modules():
+        if isinstance(module, nn.ReLU6):
+            module.register_forward_hook(lambda *_: called.append(1))
+    image = torch.randn(2, 3, 64, 96)
+    expected = model(image)
+    count = len(called)
+    synced = convert_sync_batchnorm(copy.deepcopy(model))
+    assert any(type(module) is nn.SyncBatchNorm for module in synced.modules())
+    for converted in (synced, revert_sync_batchnorm(synced), nn.SyncBatchNorm.convert_sync_batchnorm(model)):
+        called.clear()
+        for ours, theirs in zip(converted.eval()(image), expected, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+        assert len(called) == count > 0
+
+
 def test_torchs_sync_batchnorm():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(build())
     assert isinstance(model.layer1[0].bn2, nn.SyncBatchNorm)
