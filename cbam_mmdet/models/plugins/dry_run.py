@@ -84,10 +84,14 @@ def _forward(
             raise
         except Exception as error:  # any backbone may fail in its own way with an image of this size
             shapes = _shapes(inputs())
+            advice = (
+                ' If it is the size that does not fit, give one that does: input_shape=(channels, height, width)'
+                if where.startswith('model.backbone')
+                else ''
+            )
             raise UserError(
                 f'{where}: {doing} failed in {type(module).__name__} with an input of {shapes} '
-                f'({type(error).__name__}: {error}). If it is the size that does not fit, give one that does: '
-                'input_shape=(channels, height, width)'
+                f'({type(error).__name__}: {error}).{advice}'
             ) from error
 
 

@@ -36,6 +36,8 @@ def PluginNeck(
     if not channels:
         raise UserError(f'PluginNeck: a neck with in_channels is expected, got {dict(neck)}')
     channels = [channels] if isinstance(channels, int) else list(channels)
+    if any(cls.__name__ == 'YOLOV3Neck' for cls in type(module).__mro__):  # it names them from deep to shallow
+        channels.reverse()
 
     def inputs() -> tuple[tuple[Tensor, ...]]:
         sizes = [32 * 2**i for i in reversed(range(len(channels)))]

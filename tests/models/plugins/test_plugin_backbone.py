@@ -449,6 +449,16 @@ def test_neck():
         assert torch.equal(actual, wanted)
 
 
+def test_a_neck_that_names_its_inputs_from_deep_to_shallow():
+    neck = dict(type='mmdet.YOLOV3Neck', num_scales=3, in_channels=[32, 16, 8], out_channels=[16, 8, 8])
+    model = shake(PluginNeck(neck, [dict(cfg=CBAM_CFG)]))
+    plain = MODELS.build(neck).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    maps = [torch.randn(1, channels, size, size) for channels, size in ((8, 32), (16, 16), (32, 8))]
+    for i, (ours, theirs) in enumerate(zip(model(maps), plain(maps), strict=True)):
+        assert torch.equal(ours, getattr(model, f'cbam{i}')(theirs))
+
+
 @MODELS.register_module()
 class Odd(nn.Module):
     """A backbone with everything that a plugin cannot follow."""
