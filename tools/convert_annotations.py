@@ -8,7 +8,7 @@ python tools/convert_annotations.py DIR/ImageSets/Main/trainval.txt FILE.json
 """
 
 import argparse
-from pathlib import Path
+import os
 
 from arguments import Parser, run
 
@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_shared('--train-ann', '--val-ann')
     parser.add_argument('--copy', action='store_true', help='copy the images into the new folder, in place of links')
     args = parser.parse_args()
-    if Path(args.source).is_dir() != bool(args.to):
+    if os.path.isdir(args.source) != bool(args.to):
         parser.error('--to FORMAT goes with the folder of a data set, and is needed there')
     if (args.train_ann or args.val_ann) and not args.to:
         parser.error('--train-ann and --val-ann go with the folder of a data set')
@@ -34,11 +34,11 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from cbam_mmdet.errors import UserError
 
-    if not Path(args.source).exists():
+    if not os.path.exists(args.source):
         raise UserError(f'{args.source} does not exist')
     if args.to:
         return convert_folder(args)
-    if not Path(args.source).is_file():
+    if not os.path.isfile(args.source):
         raise UserError(f'{args.source} is not a file')
     from cbam_mmdet.datasets.convert import convert  # MMDetection takes seconds to import
 
