@@ -384,7 +384,7 @@ def _counter(network: nn.Module, image: Tensor, samples: list) -> FlopAnalyzer:
     counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     # MMEngine counts neither.
     counter.set_op_handle('aten::scaled_dot_product_attention', _attention_flops)
-    counter.set_op_handle('aten::baddbmm', lambda inputs, outputs: _product_flops(inputs[1], outputs[0]))
+    counter.set_op_handle('aten::baddbmm', _baddbmm_flops)
     # With gradients the trace would not show the operators inside CBAM's autograd function.
     with torch.no_grad(), _all_proposals(network), warnings.catch_warnings():
         warnings.simplefilter('ignore', torch.jit.TracerWarning)
@@ -399,8 +399,9 @@ def _attention_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter(matmul=math.prod(query) * key[-2] + math.prod(output) * key[-2])
 
 
-def _product_flops(first: Any, output: Any) -> Counter[str]:
-    return Counter(bmm=math.prod(output.type().sizes()) * first.type().sizes()[-1])
+def _baddbmm_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    first, output = (value.type().sizes() for value in (inputs[1], outputs[0]))
+    return Counter(bmm=math.prod(output) * first[-1])
 
 
 @contextlib.contextmanager

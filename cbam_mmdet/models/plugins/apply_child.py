@@ -58,10 +58,13 @@ def apply_after_conversion(module: nn.Module, name: str, child: nn.Module | None
     """
     if 'BatchNorm' not in type(module).__name__:
         return
-    of_timm = name == 'act' and 'drop' in module._modules and type(module).__module__.startswith(CONVERTED)
-    for follower in ('drop', 'act') if of_timm else (name,):
-        follows = of_timm or name == getattr(child, '_follows_its_parent_as', None)
-        if follows and follower not in _applied(module):
+    followers: tuple[str, ...] = ()
+    if name == getattr(child, '_follows_its_parent_as', None):
+        followers = (name,)
+    elif name == 'act' and 'drop' in module._modules and type(module).__module__.startswith(CONVERTED):
+        followers = ('drop', 'act')
+    for follower in followers:
+        if follower not in _applied(module):
             module.register_forward_hook(ApplyChild(follower))
 
 
