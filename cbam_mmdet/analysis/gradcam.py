@@ -24,7 +24,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox2roi, bbox_overlaps
 from torch import Tensor, nn
 
-from cbam_mmdet.datasets.transforms.arrays import array_pipeline, size_without_border
+from cbam_mmdet.datasets.transforms.arrays import array_pipeline, place_of_image
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.models.plugins.places import OUTPUTS, matches, names_of, usual_place
 
@@ -187,7 +187,7 @@ def cam_maps(scores: BoxScores, image: Prepared, layers: dict[str, nn.Module], m
     """
     make = method_class(method)
     inputs = image.inputs.detach().clone().requires_grad_()
-    height, width = size_without_border(image.sample)
+    top, left, bottom, right = place_of_image(image.sample)
     maps = []
     with _no_parameter_gradients(scores):
         _check_layers(scores, inputs, layers, method)
@@ -195,7 +195,7 @@ def cam_maps(scores: BoxScores, image: Prepared, layers: dict[str, nn.Module], m
             # The copy keeps the activation intact, because the next layer may work in place.
             cam = make(scores, [layer], reshape_transform=torch.clone)
             try:
-                maps.append(_scaled(cam(inputs, targets=[torch.sum])[0, :height, :width]))
+                maps.append(_scaled(cam(inputs, targets=[torch.sum])[0, top:bottom, left:right]))
             finally:
                 cam.activations_and_grads.release()
     return np.stack(maps)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cbam_mmdet.datasets.inputs import keep_inputs, unique_names
-from cbam_mmdet.datasets.transforms.arrays import array_pipeline, size_without_border
+from cbam_mmdet.datasets.transforms.arrays import array_pipeline, place_of_image
 from cbam_mmdet.datasets.transforms.loading import read_image
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.gates import SATURATED, RecordedGates, gate_figures, record_gates
@@ -156,14 +156,18 @@ def gates_over(model: nn.Module, image: np.ndarray, pipeline: Callable) -> dict[
     """
     with record_gates(model) as recorded:
         sample = inference_detector(model, image, pipeline)
-    height, width = size_without_border(sample)
+    place = place_of_image(sample)
     padded = sample.metainfo.get('batch_input_shape', sample.img_shape[:2])
     for gates in recorded.values():
-        gates.spatial = [
-            map_[: math.ceil(map_.shape[0] * height / padded[0]), : math.ceil(map_.shape[1] * width / padded[1])]
-            for map_ in gates.spatial
-        ]
+        gates.spatial = [_inside(map_, place, padded) for map_ in gates.spatial]
     return recorded
+
+
+def _inside(map_: np.ndarray, place: Sequence[int], padded: Sequence[int]) -> np.ndarray:
+    """What of a map is of a part, (top, left, bottom, right), of the (height, width) that it is of."""
+    y, x = (side / pixels for side, pixels in zip(map_.shape, padded, strict=True))
+    top, left, bottom, right = place
+    return map_[math.floor(top * y) : math.ceil(bottom * y), math.floor(left * x) : math.ceil(right * x)]
 
 
 def attend(

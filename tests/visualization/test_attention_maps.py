@@ -9,13 +9,14 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from mmdet.apis import inference_detector
 from mmengine.config import Config
 from PIL import Image
 
 from cbam_mmdet.apis.infer import load_detector
 from cbam_mmdet.datasets.transforms.arrays import array_pipeline
 from cbam_mmdet.errors import UserError
-from cbam_mmdet.models.gates import RecordedGates
+from cbam_mmdet.models.gates import RecordedGates, record_gates
 from cbam_mmdet.visualization.attention import GateAverage, attend, draw_gates, gates_over, stage_and_block
 
 
@@ -89,6 +90,25 @@ def test_padding_is_cut_off(detector):
     image = np.full((36, 64, 3), 90, np.uint8)
     padded = gates_over(detector, image, array_pipeline(padding))['backbone.layer1.0.cbam']
     assert padded.spatial[0].shape == (18, 32), 'of 72x128, which the pipeline pads to 128x160'
+
+
+def test_a_border_on_all_sides_is_cut_off(detector):
+    centred = copy.deepcopy(detector.cfg)
+    load, resize, *_, pack = centred.test_dataloader.dataset.pipeline
+    load.to_float32 = True
+    pack.meta_keys = ('ori_shape', 'img_shape', 'scale_factor', 'border')
+    pad = dict(ratios=None, border=None, mean=[0] * 3, std=[1] * 3, to_rgb=False, test_mode=True, test_pad_add_pix=0)
+    pad.update(type='RandomCenterCropPad', test_pad_mode=['size_divisor', 64])
+    centred.test_dataloader.dataset.pipeline = [load, resize, pad, pack]
+    pipeline = array_pipeline(centred)
+    image = np.random.default_rng(0).integers(0, 255, (36, 64, 3), dtype=np.uint8)
+    with record_gates(detector) as recorded:
+        inference_detector(detector, image, pipeline)
+    whole = recorded['backbone.layer1.0.cbam'].spatial[0]
+    assert whole.shape == (32, 32), 'of 72x128, with 28 above and below'
+    np.testing.assert_array_equal(
+        gates_over(detector, image, pipeline)['backbone.layer1.0.cbam'].spatial[0], whole[7:25]
+    )
 
 
 def test_images_of_a_validation_set_are_in_the_frame_of_their_annotation(detector, tmp_path):

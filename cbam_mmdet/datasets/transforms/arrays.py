@@ -29,14 +29,18 @@ def array_pipeline(cfg: Config) -> Compose:
     return Compose([load, *pipeline[1:]])
 
 
-def size_without_border(sample: DetDataSample) -> tuple[int, int]:
-    """The (height, width) of an image as it was resized, without what a Pad of the pipeline added.
+def place_of_image(sample: DetDataSample) -> tuple[int, int, int, int]:
+    """The (top, left, bottom, right) of an image in a network's input, without what a Pad of the pipeline added.
 
-    `img_shape` is that after the whole pipeline. A sample that does not say how it was resized was padded by nothing.
+    `img_shape` is that after the whole pipeline. CenterNet's RandomCenterCropPad adds on all sides, and says where the
+    image is. A sample that says neither this nor how it was resized was padded by nothing.
     """
     height, width = sample.img_shape[:2]
+    if 'border' in sample.metainfo:
+        top, bottom, left, right = (int(side) for side in sample.border)
+        return top, left, bottom, right
     if 'scale_factor' not in sample.metainfo:
-        return height, width
+        return 0, 0, height, width
     x, y = sample.scale_factor[:2]
     resized = round(sample.ori_shape[0] * y), round(sample.ori_shape[1] * x)
-    return min(height, resized[0]), min(width, resized[1])
+    return 0, 0, min(height, resized[0]), min(width, resized[1])
