@@ -30,7 +30,15 @@ HAS_SAFE_GLOBALS = torch.__version__ >= (2, 6)
 if hasattr(torch.compiler, 'is_compiling'):
     is_compiling = torch.compiler.is_compiling
 else:  # before torch 2.3
-    from torch._dynamo.external_utils import is_compiling  # noqa: F401
+    from torch._dynamo.external_utils import is_compiling
+
+
+def leaves_this_process() -> bool:
+    """Whether what is traced now will run elsewhere, and so is to hold PyTorch's own operators."""
+    # Not torch.compiler.is_exporting(), which torch.compile takes for True. Where torch cannot tell the two apart, a
+    # compilation counts.
+    exporting = getattr(torch.compiler, '_is_exporting_flag', None)
+    return torch.jit.is_tracing() or (is_compiling() if exporting is None else exporting)
 
 
 def is_autocast_enabled(device_type: str) -> bool:

@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cbam_mmdet.compat.torch import is_autocast_enabled
 from cbam_mmdet.errors import UserError, did_you_mean
 from cbam_mmdet.models.variant import compare_variant, write_variant
+from cbam_mmdet.ops.compiled import as_planes
 from cbam_mmdet.ops.functional import IMPLS, ORDERS, choose, implementation, not_covered
 from cbam_mmdet.ops.pools import CHANNEL_POOLS, channel_descriptor, spatial_descriptor
 
@@ -157,7 +158,7 @@ class SpatialAttention(nn.Module):
         convolve(planes, conv) computes the convolution; None: conv itself.
         """
         with _without_autocast(descriptor.device.type):
-            planes = descriptor.to(self.conv.weight.dtype)
+            planes = as_planes(descriptor.to(self.conv.weight.dtype))
             z = self.conv(planes) if convolve is None else convolve(planes, self.conv)
             return self.activation(z if self.bn is None else self._norm(self.bn, z))
 

@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from cbam_mmdet.compat.torch import HAS_CUSTOM_OPERATORS, assume_constant_result, is_compiling
+from cbam_mmdet.compat.torch import HAS_CUSTOM_OPERATORS, assume_constant_result, is_compiling, leaves_this_process
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.ops import c_branches, c_cbam, c_passes, torch_passes
 from cbam_mmdet.ops.branches import ChannelBranch, SpatialBranch
@@ -60,7 +60,7 @@ def choose(
         UserError: for impl='fused' where the kernels do not support it.
     """
     chosen = implementation(x, channel, spatial, order, impl)
-    leaves = _leaves_this_process()
+    leaves = leaves_this_process()
     if not leaves and x.numel() and not_covered(channel, spatial, order) is None:
         passes = _passes_for(x, chosen)
         if passes is not None:
@@ -125,14 +125,6 @@ def has_tail(x: Tensor) -> bool:
 def _in_c(x: Tensor) -> bool:
     """Whether x's kernels are those of the C library, rather than Triton's."""
     return x.device.type == 'cpu' and not INTERPRETED
-
-
-def _leaves_this_process() -> bool:
-    """Whether what is traced now will run elsewhere, and so is to hold PyTorch's own operators."""
-    # Not torch.compiler.is_exporting(), which torch.compile takes for True. Where torch cannot tell the two apart, a
-    # compilation counts.
-    exporting = getattr(torch.compiler, '_is_exporting_flag', None)
-    return torch.jit.is_tracing() or (is_compiling() if exporting is None else exporting)
 
 
 @assume_constant_result

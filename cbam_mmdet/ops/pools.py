@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cbam_mmdet.compat.torch import is_compiling
+from cbam_mmdet.ops.compiled import first_maximum
 from cbam_mmdet.ops.passes import accumulate_dtype, index_dtype
 
 CHANNEL_POOLS = ('avg', 'max', 'lp', 'lse')
@@ -64,7 +65,7 @@ def pool_channels(u: Tensor, reduce_weight: Tensor | None, with_argmax: bool = T
     if reduce_weight is not None:
         return (u * reduce_weight.flatten(2).to(dtype)).sum(1, keepdim=True), None
     if _needs_first(with_argmax):
-        value, argmax = u.max(1, keepdim=True)
+        value, argmax = first_maximum(u, 1)
     else:
         value, argmax = u.amax(1, keepdim=True), None
     if with_argmax:
@@ -88,7 +89,7 @@ def _max_with_argmax(x: Tensor) -> tuple[Tensor, Tensor]:
         # kernel for half precision rounds the argmax themselves in torch 2.4.)
         value, argmax = F.adaptive_max_pool2d(x, 1, return_indices=True)
     else:
-        value, argmax = x.flatten(2).max(2, keepdim=True)
+        value, argmax = first_maximum(x.flatten(2), 2)
     return value.flatten(1).to(accumulate_dtype(x)), argmax.flatten(2).to(torch.int32)
 
 
