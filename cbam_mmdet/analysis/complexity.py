@@ -172,7 +172,8 @@ def input_size(cfg: Config, name: str = 'the config') -> tuple[int, int]:
     pipeline = datasets[0].get('pipeline', []) if datasets else []
     for i, transform in enumerate(pipeline):
         if type_name(transform.type) == 'Resize' and 'scale' in transform:
-            width, height = transform.scale
+            scale = transform.scale
+            width, height = (scale, scale) if isinstance(scale, int) else scale
             if transform.get('keep_ratio'):
                 width, height = max(width, height), min(width, height)
             for pad in [later for later in pipeline[i + 1 :] if type_name(later.type) == 'Pad']:

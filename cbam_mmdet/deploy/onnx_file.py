@@ -107,8 +107,14 @@ def write_onnx(
 def _require_any_size(graph: DetectorGraph) -> None:
     """Refuse timm's convolutions with TensorFlow's padding on inputs whose size is no multiple of their strides.
 
-    How much they pad depends on the input's size, and the graph keeps what it was for the size that was traced.
+    How much they pad depends on the input's size, and the graph keeps what it was for the size that was traced. MMCV's
+    are refused altogether: they write the size itself into the graph.
     """
+    if any(type(module).__name__ == 'Conv2dAdaptivePadding' for module in graph.model.modules()):
+        raise UserError(
+            "the backbone's Conv2dAdaptivePadding pads by the size of the image, which a graph for any size cannot do: "
+            'give --fixed-size'
+        )
     strides = [max(m.stride) for m in graph.model.modules() if type(m).__name__ in ('Conv2dSame', 'Conv2dSameExport')]
     stride = math.prod(strides)
     if graph.pixels.divisor % stride:

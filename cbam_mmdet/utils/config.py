@@ -20,6 +20,7 @@ from mmengine.utils import import_modules_from_strings
 
 from cbam_mmdet.compat.mmengine import yaml_without_code
 from cbam_mmdet.errors import UserError, did_you_mean
+from cbam_mmdet.utils.config_types import refuse_unregistered_paths
 from cbam_mmdet.utils.config_variables import settings_made_of
 
 SPLITS = ('train', 'val', 'test')
@@ -63,7 +64,8 @@ def load_config(path: str, cfg_options: dict | None = None, check: Callable[[Con
         check: is called with the config before its `custom_imports` are imported, which may take seconds.
 
     Raises:
-        UserError: if the file is missing or is not a config, or if an option does not fit.
+        UserError: if the file is missing or is not a config, if an option does not fit, or if a JSON or YAML file names
+            code that is not registered.
     """
     path = find_config_file(path)
     with _readable(path), yaml_without_code():
@@ -75,6 +77,8 @@ def load_config(path: str, cfg_options: dict | None = None, check: Callable[[Con
     if cfg.get('custom_imports'):
         with _readable(path):
             import_modules_from_strings(**cfg.custom_imports)
+    if not path.endswith('.py'):
+        refuse_unregistered_paths(cfg.to_dict(), path)
     return cfg
 
 

@@ -51,6 +51,8 @@ def draw_curve(work_dir: str | Path, out: str | Path) -> Path:
 def draw_sheet(cfg: Config, results: str | Path, out: str | Path, num_images: int = 12, score_thr: float = 0.5) -> Path:
     """Draw the first images of the test set with true boxes (dashed) and predicted ones (by class, with score).
 
+    Objects that the scores ignore (crowds, difficult ones) are left out.
+
     Args:
         cfg: the config. Its test dataloader names the images and the annotations.
         results: the file that `tools/test.py --out FILE.pkl` wrote.
@@ -68,7 +70,7 @@ def draw_sheet(cfg: Config, results: str | Path, out: str | Path, num_images: in
     set_default_scope(cfg)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     infos = [dataset.get_data_info(i) for i in range(min(num_images, len(dataset)))]
-    if any(info['img_id'] not in predictions for info in infos):
+    if any(not _is_of(predictions.get(info['img_id']), info) for info in infos):
         raise UserError(f"{results} lacks images of the config's test set: it was written for another one")
 
     columns = math.ceil(math.sqrt(len(infos) * 4 / 3))
@@ -83,10 +85,19 @@ def draw_sheet(cfg: Config, results: str | Path, out: str | Path, num_images: in
     return save_sheet(figure, out)
 
 
+def _is_of(prediction: dict | None, info: dict) -> bool:
+    """Whether a test wrote it of an image, wherever the data set lay then. The ids alone are 1, 2, ... anywhere."""
+    if prediction is None:
+        return False
+    named = prediction.get('img_path')  # the config's meta_keys may leave it out
+    return named is None or Path(str(named)).name == Path(info['img_path']).name
+
+
 def _draw_image(axes: Axes, info: dict, prediction: dict, score_thr: float) -> None:
     show_image(axes, read_image(info['img_path'], size=(info['height'], info['width'])))
     for instance in info['instances']:
-        draw_box(axes, tuple(instance['bbox']), **TRUTH)
+        if not instance['ignore_flag']:  # crowds and difficult ones, which no score counts
+            draw_box(axes, tuple(instance['bbox']), **TRUTH)
     for box, label, score in zip(prediction['bboxes'], prediction['labels'], prediction['scores'], strict=True):
         if score >= score_thr:
             colour = COLOURS[int(label) % 10]

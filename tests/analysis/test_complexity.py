@@ -137,6 +137,14 @@ def test_the_size_of_an_image_that_the_pipeline_pads(pad, expected):
     assert padded['img'].shape[:2] == expected
 
 
+def test_the_size_of_an_image_that_is_resized_to_a_number():
+    cfg = load_config(DEMO)
+    resize = cfg.test_dataloader.dataset.pipeline[1]
+    resize.update(scale=96, keep_ratio=False)
+    padded = Compose([resize])(dict(img=np.zeros((50, 70, 3), np.uint8)))
+    assert input_size(cfg) == padded['img'].shape[:2] == (96, 96)
+
+
 def test_tool(run_tool, tmp_path):
     tables = [tmp_path / 'new/table.md', tmp_path / 'table.csv']
     result = run_tool(

@@ -310,3 +310,25 @@ def test_a_yaml_file_calls_nothing(tmp_path, run_tool):
     result = run_tool('train.py', path)
     assert result.code == 2 and 'could not determine a constructor for the tag' in result.err
     assert not written.exists()
+
+
+@pytest.mark.parametrize('suffix', ['json', 'yaml'])
+def test_a_type_in_a_data_file_calls_nothing_that_is_not_registered(suffix, tmp_path, run_tool):
+    written, path = tmp_path / 'written', tmp_path / f'a.{suffix}'
+    call = dict(type='os.system', command=f'touch {written}')
+    path.write_text(json.dumps(dict(model=dict(type='mmdet.RetinaNet', backbone=call), default_scope='mmdet')))
+    result = run_tool('complexity.py', path, '--shape', 64, 64)
+    assert result.code == 2 and "model.backbone.type='os.system'" in result.err
+    assert not written.exists()
+
+
+def test_a_data_file_names_registered_classes(tmp_path):
+    path = tmp_path / 'a.json'
+    model = dict(type='mmdet.RetinaNet', backbone=dict(type='cbam_mmdet.PluginBackbone'))
+    parts = dict(optim_wrapper=dict(type='mmengine.OptimWrapper', optimizer=dict(type='SGD')))
+    path.write_text(json.dumps(dict(model=model, **parts)))
+    assert load_config(str(path)).model.type == 'mmdet.RetinaNet'
+    for name in ('mmdet.os.system', 'mmengine.load', 'cbam_mmdet.errors.os.system'):
+        path.write_text(json.dumps(dict(model=dict(type=name), **parts)))
+        with pytest.raises(UserError, match=re.escape(f"model.type='{name}'")):
+            load_config(str(path))

@@ -122,7 +122,7 @@ def with_steps(*steps):
 )
 def test_what_a_file_says_makes_the_input_of_the_test_pipeline(steps, tmp_path, monkeypatch):
     """By docs/run_onnx.py, up to what it gives onnxruntime."""
-    cfg, given = with_steps(*steps), []
+    cfg, given, shape = with_steps(*steps), [], ['batch', 'height', 'width', 3]
 
     class Session:
         def __init__(self, *args, **kwargs):
@@ -131,6 +131,9 @@ def test_what_a_file_says_makes_the_input_of_the_test_pipeline(steps, tmp_path, 
 
         def get_modelmeta(self):
             return self.meta
+
+        def get_inputs(self):
+            return [type('Input', (), dict(shape=shape))]
 
         def run(self, names, inputs):
             given.append(inputs['images'][0])
@@ -143,6 +146,9 @@ def test_what_a_file_says_makes_the_input_of_the_test_pipeline(steps, tmp_path, 
     runpy.run_path(str(ROOT / 'docs/run_onnx.py'))
     ours = array_pipeline(cfg)(dict(img=image, img_id=0))['inputs'].permute(1, 2, 0).numpy()
     assert np.array_equal(given[0], ours)
+    shape[1] = 97
+    with pytest.raises(SystemExit, match=r'takes inputs of widthx97 only, and .*a\.png becomes one of'):
+        runpy.run_path(str(ROOT / 'docs/run_onnx.py'))
 
 
 RESIZE = dict(type='Resize', scale=(96, 96))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from mmdet.models.necks.ssd_neck import L2Norm
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -142,6 +143,28 @@ def test_padding_that_depends_on_the_size(tmp_path):
     with pytest.raises(UserError, match='pad_size_divisor=32'):
         onnx_file.write_onnx(model, tmp_path / 'unpadded.onnx')
     onnx_file.write_onnx(model, tmp_path / 'fixed.onnx', fixed_size=(75, 133))
+
+
+def test_padding_that_writes_the_size_into_the_graph(tmp_path):
+    """MMCV's Conv2dAdaptivePadding, in MMDetection's EfficientNet: right for one size, and refused for any."""
+    model = tiny(write('RetinaNet', tmp_path))
+    (name, conv), *_ = [
+        (name, module)
+        for name, module in model.backbone.named_modules()
+        if isinstance(module, nn.Conv2d) and module.stride == (2, 2)
+    ]
+    padded = Conv2dAdaptivePadding(conv.in_channels, conv.out_channels, conv.kernel_size, 2, bias=conv.bias is not None)
+    padded.load_state_dict(conv.state_dict())
+    parent, _, child = name.rpartition('.')
+    setattr(model.backbone.get_submodule(parent), child, padded)
+    with pytest.raises(UserError, match=r'Conv2dAdaptivePadding .* give --fixed-size'):
+        onnx_file.write_onnx(model, tmp_path / 'any.onnx')
+    onnx_file.write_onnx(model, tmp_path / 'fixed.onnx', fixed_size=(64, 96))
+    image = draw(64, 96, 0)[None]
+    with torch.no_grad():
+        scores = DetectorGraph(model).eval()(torch.from_numpy(image))[1]
+    session = onnx_file.open_session(tmp_path / 'fixed.onnx')
+    np.testing.assert_allclose(session.run(['scores'], {onnx_file.INPUT: image})[0], scores, atol=1e-3)
 
 
 @pytest.mark.parametrize('name', ['Faster R-CNN', 'SSD', 'RetinaNet'])
