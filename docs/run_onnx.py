@@ -32,7 +32,6 @@ if facts['pad_to']:
 fixed = session.get_inputs()[0].shape[1:3]
 if any(isinstance(most, int) and most != given for most, given in zip(fixed, resized.shape[:2], strict=True)):
     sys.exit(f'error: {file} takes inputs of {fixed[1]}x{fixed[0]} only, and {path} becomes one of {size[0]}x{size[1]}')
-
 boxes, scores, labels, *_ = (output[0] for output in session.run(None, {'images': resized[None]}))
 boxes = boxes / np.tile([size[0] / width, size[1] / height], 2)
 for box, score, label in zip(boxes, scores, labels, strict=True):
