@@ -7,6 +7,7 @@ import collections
 import inspect
 import io
 import pickle
+import threading
 import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ HAS_CUSTOM_OPERATORS = hasattr(torch.library, 'custom_op')
 # What torch.load(weights_only=True) may build beside tensors, by full name. Before torch 2.6 there is no such list, or
 # one without names, and before 2.4 it builds nothing else.
 HAS_SAFE_GLOBALS = torch.__version__ >= (2, 6)
+_LOADING = threading.RLock()  # torch has one such list for all threads
 
 if hasattr(torch.compiler, 'is_compiling'):
     is_compiling = torch.compiler.is_compiling
@@ -114,7 +116,8 @@ def load_without_code(
         pickle.UnpicklingError: if the file names anything else, with the words 'GLOBAL {name}'. Nothing of it was run.
     """
     if HAS_SAFE_GLOBALS:
-        with torch.serialization.safe_globals([(value, name) for name, value in allowed.items()]):
+        names = torch.serialization.safe_globals([(value, name) for name, value in allowed.items()])
+        with _LOADING, names:
             return torch.load(path, map_location=map_location, weights_only=True)
     # In torch 2.1 torch.load hands TorchScript's archives to torch.jit.
     if zipfile.is_zipfile(path):

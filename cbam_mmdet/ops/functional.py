@@ -169,7 +169,8 @@ def _in_passes(x: Tensor, channel: ChannelBranch, spatial: SpatialBranch, order:
     if not pixels.is_contiguous() and not pixels.transpose(1, 2).is_contiguous():
         pixels = pixels.contiguous()
     small = (c_branches.sum_of_mlp, c_branches.convolve) if passes is c_passes.EAGER_FUNCTIONS else (None, None)
-    return as_map(apply(pixels, *map_functions(channel, spatial, x, *small), passes), x.shape)
+    y = apply(pixels, *map_functions(channel, spatial, x, *small), passes, width=x.shape[3])
+    return as_map(y, x.shape)
 
 
 def map_functions(

@@ -27,8 +27,10 @@ checkpointing, hooks, a second backward) handles them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +56,7 @@ class Passes:
     backward_pool_channels: Callable  # x, dz, j -> dc;     tail: -> dalpha, dbeta.  dz is [dtop, dmean]
     backward_input: Callable  # g, c, s, dz, j, [davg, dmax], i -> dx
     has_tail: bool = False
+    refine_to_map: Callable | None = None  # x, s, c, W -> y as (N, C, H, W), where torch.compile needs it: as_operators
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -67,7 +70,12 @@ def index_dtype(channels: int) -> torch.dtype:
 
 
 def apply(
-    x: Tensor, channel_gate: Callable, spatial_gate: Callable, passes: Passes, identity: Tensor | None = None
+    x: Tensor,
+    channel_gate: Callable,
+    spatial_gate: Callable,
+    passes: Passes,
+    identity: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """y = x * c * s by the given passes; with a tail, relu((alpha * x + beta) * s + identity).
 
@@ -77,10 +85,14 @@ def apply(
         spatial_gate: [max, mean] (N, 2, P) -> s (N, P), of any dtype.
         passes: which implementation computes it.
         identity: with a tail, what is added, of x's shape, dtype and strides.
+        width: W, for passes with `refine_to_map`.
 
     Returns:
-        y, of x's shape, dtype and layout.
+        y, of x's dtype and layout, and of its shape; (N, C, H, W) by `refine_to_map`.
     """
+    refine = passes.refine
+    if passes.refine_to_map is not None:
+        refine = functools.partial(passes.refine_to_map, width=width)
     dtype = accumulate_dtype(x)
 
     def scales_for(descriptor: Tensor) -> tuple[Tensor, ...]:
@@ -91,13 +103,13 @@ def apply(
     if not torch.is_grad_enabled():
         scales = scales_for(passes.pool_pixels(x, False)[0])
         s = spatial_gate(passes.pool_channels(x, False, *scales)[0]).to(dtype)
-        return passes.refine(x, s, *scales, *added)
+        return refine(x, s, *scales, *added)
     # The later functions take x as a constant: its gradient goes by the carriers.
     descriptor, *carriers = _PoolPixels.apply(x, passes)
     scales = scales_for(descriptor)
     descriptor, *carriers = _PoolChannels.apply(x.detach(), passes, *carriers, *scales)
     s = spatial_gate(descriptor).to(dtype)
-    return _Refine.apply(x.detach(), passes, *carriers, s, *scales, *added)
+    return _Refine.apply(x.detach(), passes, refine, *carriers, s, *scales, *added)
 
 
 def as_map(pixels: Tensor, shape: torch.Size) -> Tensor:
@@ -106,7 +118,7 @@ def as_map(pixels: Tensor, shape: torch.Size) -> Tensor:
     What follows a CBAM in a backbone (addition of the identity, ReLU) works in place, which on a view copies whole
     gradients, and is refused on one that leaves an activation checkpoint.
     """
-    return torch.ops.aten._unsafe_view(pixels, shape)
+    return pixels if pixels.dim() == 4 else torch.ops.aten._unsafe_view(pixels, shape)
 
 
 class _PoolPixels(Function):
@@ -148,8 +160,8 @@ class _PoolChannels(Function):
 
 class _Refine(Function):
     @staticmethod
-    def forward(ctx, x, passes, for_g, for_s, s, *inputs):
-        y = passes.refine(x, s, *inputs)
+    def forward(ctx, x, passes, refine, for_g, for_s, s, *inputs):
+        y = refine(x, s, *inputs)
         # With a tail y shows where ReLU lets the gradient through; the identity is not needed any more.
         ctx.save_for_backward(x, s, *((*inputs[:-1], y) if passes.has_tail else inputs))
         ctx.passes = passes
@@ -159,11 +171,11 @@ class _Refine(Function):
     def backward(ctx, g):
         refuse_second_derivatives()
         x, s, *kept = ctx.saved_tensors
-        g = like_strides(g, x)
+        g = like_strides(g.flatten(2), x)
         ds, *gradients = ctx.passes.backward_maps(g, x, s, *kept)
         if ctx.passes.has_tail:
             g = gradients[-1]  # behind ReLU: the identity's gradient, too
-        return None, None, g, s, ds, *gradients
+        return None, None, None, g, s, ds, *gradients
 
 
 def _carrier(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -198,18 +210,25 @@ def as_operators(passes: Passes, prefix: str) -> Passes | None:
     """The same passes as custom operators `cbam_mmdet::{prefix}_{pass}`.
 
     torch.compile takes these as they are, without a graph break. None where torch has no custom operators.
+
+    refine gives a map, for the reason that compiled.as_planes tells: a convolution is likely to follow.
     """
     if not HAS_CUSTOM_OPERATORS:
         return None
 
-    def register(name):
-        operator = torch.library.custom_op(
-            f'cbam_mmdet::{prefix}_{name}', getattr(passes, name), mutates_args=(), schema=SCHEMAS[name]
-        )
-        operator.register_fake(FAKES[name])
+    def register(name: str, function: Callable, schema: str, fake: Callable) -> Callable:
+        operator = torch.library.custom_op(f'cbam_mmdet::{prefix}_{name}', function, mutates_args=(), schema=schema)
+        operator.register_fake(fake)
         return operator
 
-    return Passes(**{name: register(name) for name in SCHEMAS})
+    def refine_to_map(x, s, c, width):
+        return passes.refine(x, s, c).unflatten(2, (-1, width))
+
+    operators: dict[str, Any] = {
+        name: register(name, getattr(passes, name), SCHEMAS[name], FAKES[name]) for name in SCHEMAS
+    }
+    schema = '(Tensor x, Tensor s, Tensor c, SymInt width) -> Tensor'
+    return Passes(**operators, refine_to_map=register('refine_to_map', refine_to_map, schema, _fake_refine_to_map))
 
 
 def _fake_pool_pixels(x, with_argmax):
@@ -224,7 +243,13 @@ def _fake_pool_channels(x, with_argmax, c):
     return c.new_empty((images, 2, pixels)), c.new_empty((images, pixels), dtype=index_dtype(channels))
 
 
-FAKES = dict(
+def _fake_refine_to_map(x, s, c, width):
+    images, channels, pixels = x.shape
+    strides = *x.stride()[:2], width * x.stride(2), x.stride(2)
+    return x.new_empty_strided((images, channels, pixels // width, width), strides)  # no view, as it was in unflatten
+
+
+FAKES: dict[str, Callable] = dict(
     pool_pixels=_fake_pool_pixels,
     pool_channels=_fake_pool_channels,
     refine=lambda x, s, c: torch.empty_like(x),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 
 import mmengine.registry
@@ -49,15 +49,21 @@ def _is_registered(name: str) -> bool:
         import_module(f'{scope}.registry')
     with contextlib.suppress(Exception):
         found = get_object_from_string(name)
-    for registry in _registries(it for it in vars(mmengine.registry).values() if isinstance(it, Registry)):
+    for registry in _registries():
         registry.import_from_location()
-        held = registry.module_dict
-        if (scope == registry.scope and inner in held) or any(found is it for it in held.values()):
-            return True
-    return False
+    return any(
+        (scope == registry.scope and inner in registry.module_dict)
+        or any(found is held for held in registry.module_dict.values())
+        for registry in _registries()  # some of which have come with the imports
+    )
 
 
-def _registries(roots: Iterable[Registry]) -> Iterator[Registry]:
-    for registry in roots:
-        yield registry
-        yield from _registries(registry.children.values())
+def _registries() -> list[Registry]:
+    """Those of MMEngine and of all packages that are imported."""
+    left = [it for it in vars(mmengine.registry).values() if isinstance(it, Registry)]
+    all_: list[Registry] = []
+    while left:
+        registry = left.pop()
+        all_.append(registry)
+        left += registry.children.values()
+    return all_

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import runpy
+import subprocess
 import sys
 import zipfile
 
@@ -320,6 +321,13 @@ def test_a_type_in_a_data_file_calls_nothing_that_is_not_registered(suffix, tmp_
     result = run_tool('complexity.py', path, '--shape', 64, 64)
     assert result.code == 2 and "model.backbone.type='os.system'" in result.err
     assert not written.exists()
+
+
+def test_a_dump_of_a_shipped_config_loads_in_a_new_process(tmp_path):
+    load_config(str(DEMO)).dump(tmp_path / 'a.json')
+    program = f'from cbam_mmdet.utils.config import load_config; load_config({str(tmp_path / "a.json")!r})'
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_data_file_names_registered_classes(tmp_path):

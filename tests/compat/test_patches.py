@@ -3,6 +3,9 @@
 import importlib
 import logging
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from unittest import mock
 
 import pytest
@@ -196,3 +199,28 @@ def test_children_are_reported_while_it_lasts():
         norm.add_module('child', nn.Identity())
     norm.add_module('other', nn.Identity())
     assert calls == ['child']
+
+
+def test_files_that_two_threads_load_at_once(tmp_path):
+    """torch's list of what a file may name is one for all threads: the first thread's end would empty it."""
+    torch.save([torch.zeros(1), Fraction(1, 2)], tmp_path / 'a.pth')  # the number comes after the tensor
+    first_is_inside, second_is_inside, first_is_done = (threading.Event() for _ in range(3))
+
+    def load(mine, other, seconds):
+        def to_cpu(storage, location):
+            mine.set()
+            other.wait(seconds)
+            return storage
+
+        return torch_patches.load_without_code(tmp_path / 'a.pth', to_cpu, {'fractions.Fraction': Fraction})[1]
+
+    def load_second():
+        first_is_inside.wait(10)
+        return load(second_is_inside, first_is_done, 10)
+
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(load_second)
+        # Not longer: the second one waits for the first, and the other way round.
+        assert load(first_is_inside, second_is_inside, 0.5) == Fraction(1, 2)
+        first_is_done.set()
+        assert second.result() == Fraction(1, 2)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
 from cbam_mmdet import CBAM
 from cbam_mmdet.compat.torch import HAS_CUSTOM_OPERATORS
@@ -26,7 +27,8 @@ def step(module, x, grad):
 def test_training_on_several_sizes(variant):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    module = CBAM(16, reduction=4, **variant)
+    # Between convolutions, as in a backbone: Inductor treats what they keep in a way of its own.
+    module = nn.Sequential(nn.Conv2d(16, 16, 1), CBAM(16, reduction=4, **variant), nn.Conv2d(16, 16, 3, padding=1))
     compiled = torch.compile(module)
     for size in SIZES:
         x, grad = torch.randn(2, *size, dtype=torch.float64)
