@@ -42,6 +42,12 @@ class PlainLoader(_Loader):
         return made
 
 
+# As MMEngine writes a config's tuples.
+PlainLoader.add_constructor(
+    'tag:yaml.org,2002:python/tuple', lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
+)
+
+
 def load_yaml(text: str) -> Any:
     """The content of a YAML file.
 

@@ -20,7 +20,7 @@ from mmengine.utils import import_modules_from_strings
 
 from cbam_mmdet.compat.mmengine import yaml_without_code
 from cbam_mmdet.errors import UserError, did_you_mean
-from cbam_mmdet.utils.config_types import refuse_unregistered_paths
+from cbam_mmdet.utils.config_types import refuse_code, with_tuples
 from cbam_mmdet.utils.config_variables import settings_made_of
 
 SPLITS = ('train', 'val', 'test')
@@ -70,6 +70,8 @@ def load_config(path: str, cfg_options: dict | None = None, check: Callable[[Con
     path = find_config_file(path)
     with _readable(path), yaml_without_code():
         cfg = Config.fromfile(path, import_custom_modules=False)
+    if path.endswith('.json'):
+        cfg = Config(with_tuples(cfg.to_dict()), filename=cfg.filename)
     _check_kind(cfg, path)
     _merge(cfg, cfg_options or {}, path)
     if check:
@@ -78,7 +80,7 @@ def load_config(path: str, cfg_options: dict | None = None, check: Callable[[Con
         with _readable(path):
             import_modules_from_strings(**cfg.custom_imports)
     if not path.endswith('.py'):
-        refuse_unregistered_paths(cfg.to_dict(), path)
+        refuse_code(cfg.to_dict(), path)
     return cfg
 
 

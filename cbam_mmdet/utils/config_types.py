@@ -1,10 +1,12 @@
-"""What the `type=` of a JSON or YAML config may name: such a file is data."""
+"""JSON and YAML configs, which are data: what their `type=` may name, and the tuples that JSON does not have."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from typing import Any
 
 import mmengine.registry
 from mmengine.registry import Registry
@@ -13,32 +15,49 @@ from mmengine.utils import get_object_from_string
 from cbam_mmdet.errors import UserError
 
 NAMED = ('type', 'constructor', 'runner_type')  # the keys whose values MMEngine looks up, and calls what they name
+SIZES = ('crop_size', 'img_scale', 'scale', 'size')
 
 
-def refuse_unregistered_paths(cfg: Mapping, path: str) -> None:
-    """Refuse dotted names of what no registry holds: MMEngine imports it, whatever it is, and calls it.
+def refuse_code(cfg: Mapping, path: str) -> None:
+    """Refuse what MMEngine would import and call, whatever it is: a path of what no registry holds; or no name at all.
+
+    MMCV evaluates the `type` of an NMS.
 
     Raises:
         UserError: for the first such name.
     """
-    for where, name in _dotted_names(cfg):
-        if not _is_registered(name):
+    for where, name in _names(cfg):
+        if not re.fullmatch(r'\w+(\.\w+)*', name):
+            raise UserError(f'config {path!r}: {where}={name!r} is not the name of a class')
+        if '.' in name and not _is_registered(name):
             raise UserError(
                 f'config {path!r}: {where}={name!r} is code that no registry of MMEngine holds, and this file is data: '
                 'name a registered class, or write the config in Python'
             )
 
 
-def _dotted_names(node: object, where: str = '') -> Iterator[tuple[str, str]]:
+def with_tuples(node: Any, key: str = '') -> Any:
+    """The same settings, with tuples in place of lists of numbers for sizes: MMCV's transforms ask for them."""
+    if isinstance(node, dict):
+        return {key: with_tuples(value, key) for key, value in node.items()}
+    if not isinstance(node, list):
+        return node
+    if key == 'scales':  # a list of sizes
+        return [with_tuples(item, 'scale') for item in node]
+    is_size = key in SIZES and all(isinstance(item, (int, float)) for item in node)
+    return tuple(node) if is_size else [with_tuples(item) for item in node]
+
+
+def _names(node: object, where: str = '') -> Iterator[tuple[str, str]]:
     if isinstance(node, Mapping):
         for key, value in node.items():
             place = f'{where}.{key}' if where else str(key)
-            if key in NAMED and isinstance(value, str) and '.' in value:
+            if key in NAMED and isinstance(value, str):
                 yield place, value
-            yield from _dotted_names(value, place)
+            yield from _names(value, place)
     elif isinstance(node, (list, tuple)):
         for i, value in enumerate(node):
-            yield from _dotted_names(value, f'{where}[{i}]')
+            yield from _names(value, f'{where}[{i}]')
 
 
 def _is_registered(name: str) -> bool:
