@@ -83,9 +83,16 @@ class AblationRun:
         return ('epoch', train_cfg.max_epochs) if train_cfg.get('max_epochs') else ('iter', train_cfg.max_iters)
 
     def checkpoint(self) -> Path | None:
-        """The newest intact checkpoint; one that another program wrote may be cut off."""
-        numbered = [(int(re.search(r'\d+', p.stem)[0]), p) for p in self.work_dir.glob(f'{self.last_step[0]}_*.pth')]
-        return next((path for _, path in sorted(numbered, reverse=True) if zipfile.is_zipfile(path)), None)
+        """The newest intact checkpoint; one that another program wrote may be cut off.
+
+        One of the unit that the training counts in comes first. A CheckpointHook may count in the other one.
+        """
+        for unit in sorted(('epoch', 'iter'), key=lambda unit: unit != self.last_step[0]):
+            numbered = [(int(re.search(r'\d+', p.stem)[0]), p) for p in self.work_dir.glob(f'{unit}_*.pth')]
+            for _, path in sorted(numbered, reverse=True):
+                if zipfile.is_zipfile(path):
+                    return path
+        return None
 
     def metrics(self) -> dict[str, float] | None:
         """The metrics of the validation that ended the training (none of them where nothing was detected).

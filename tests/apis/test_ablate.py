@@ -116,6 +116,15 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     assert run.checkpoint().name == 'epoch_10.pth'
 
 
+def test_checkpoints_may_count_iterations_in_a_training_of_epochs(run):
+    write_checkpoint(run, 1)
+    for name in ('iter_90', 'iter_100'):
+        shutil.copy(run.work_dir / 'epoch_1.pth', run.work_dir / f'{name}.pth')
+    assert run.checkpoint().name == 'epoch_1.pth'
+    (run.work_dir / 'epoch_1.pth').unlink()
+    assert run.checkpoint().name == 'iter_100.pth'
+
+
 def test_killed_in_the_last_validation_only_validates(run):
     final = write_checkpoint(run, 2)
     command = next_command(run, TOOLS)
