@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from cbam_mmdet.engine.checkpoint.content import meta_of, weights_of
+from cbam_mmdet.engine.checkpoint.missing_cbam import names_at_block_end
 from cbam_mmdet.engine.checkpoint.sound import require_sound
 from cbam_mmdet.engine.checkpoint.variants import positions_in
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.cbam import CBAM
+from cbam_mmdet.models.gates import find_cbams
 from cbam_mmdet.models.variant import is_any_variant_loaded
 from cbam_mmdet.utils.text import abridge
 
@@ -70,6 +72,10 @@ def _require_same_positions(checkpoint: Mapping, model: nn.Module, name: str) ->
         for plugin in getattr(block, f'{position}_plugin_names', ())
         if isinstance(getattr(block, plugin), CBAM) and _fits(getattr(block, plugin), given, f'{block_name}.{plugin}.')
     }
+    for cbam, module in find_cbams(model).items():
+        others = [name for name in names_at_block_end(model, cbam) if name != cbam]
+        if f'{cbam}.channel.fc1.weight' not in given and any(_fits(module, given, f'{other}.') for other in others):
+            here.add('after_conv3')  # it will be renamed
     if there and here - there and not is_any_variant_loaded():
         raise UserError(
             f'checkpoint {name} was trained with CBAM at position={abridge(sorted(there), quoted=True)} of the blocks, '

@@ -32,18 +32,27 @@ def summarize_missing_cbam() -> Iterator[None]:
         yield
 
 
-def _cbam_at_block_ends(state_dict: Mapping, names: list[str]) -> Mapping:
-    """Rename CBAMs at the ends of residual blocks to this model's names.
+def names_at_block_end(model: nn.Module, name: str) -> list[str]:
+    """The names that a CBAM may have that ends its residual block, if the model's CBAM of this name does.
 
-    They are children of the block (`plugins=`: layer1.0.cbam) or of its last norm (PluginBackbone: layer1.0.bn3.cbam),
-    and compute the same in both places.
+    It is a child of the block (`plugins=`: layer1.0.cbam) or of its last norm (PluginBackbone: layer1.0.bn3.cbam), and
+    computes the same in both places. A plugin after conv2 of a Bottleneck, say, comes behind a ReLU, unlike one of bn2.
     """
+    block_name = re.sub(r'(\.bn[123])?\.cbam$', '', name)
+    block = model.get_submodule(block_name)
+    end = next((norm for norm in ('bn3', 'bn2') if hasattr(block, norm)), None)
+    names = [f'{block_name}.cbam', f'{block_name}.{end}.cbam']
+    inside = [*getattr(block, 'after_conv1_plugin_names', ()), *getattr(block, 'after_conv2_plugin_names', ())]
+    return names if end and name in names and name.rpartition('.')[2] not in inside else []
+
+
+def _cbam_at_block_ends(state_dict: Mapping, model: nn.Module, names: list[str]) -> Mapping:
+    """Rename CBAMs at the ends of residual blocks to this model's names."""
     modules = {key: f'{key.rpartition(".cbam.")[0]}.cbam' for key in state_dict if '.cbam.' in key}
     held = set(modules.values())
     renamed = {}
     for name in names:
-        other_names = {re.sub(r'(\.bn[23])?\.cbam$', f'{place}.cbam', name) for place in ('', '.bn2', '.bn3')}
-        others = held & other_names - set(names)
+        others = held & {*names_at_block_end(model, name)} - set(names)
         if name not in held and len(others) == 1:
             renamed[others.pop()] = name
     if not renamed:
@@ -70,7 +79,7 @@ def _load_plain(
         module = module.module
     names = list(find_cbams(module))
     if not strict:
-        state_dict = _cbam_at_block_ends(state_dict, names)
+        state_dict = _cbam_at_block_ends(state_dict, module, names)
     if strict:
         return load_state_dict(module, state_dict, strict, logger)
     lacking = tuple(f'{name}.' for name in names if not any(key.startswith(f'{name}.') for key in state_dict))

@@ -6,6 +6,7 @@ import pickle
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +15,12 @@ import torch
 from conftest import ROOT
 from mmengine.model import BaseModule, ExponentialMovingAverage, convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import checkpoint as checkpoint_module
 from torch import nn
 
 from cbam_mmdet import CBAM, PluginBackbone, PluginNeck
+from cbam_mmdet.engine.checkpoint.compare import compare_state_dicts
+from cbam_mmdet.engine.checkpoint.missing_cbam import summarize_missing_cbam
 from cbam_mmdet.errors import UserError
 from cbam_mmdet.models.plugins.add import add_plugins
 from cbam_mmdet.models.plugins.places import matches
@@ -156,6 +160,40 @@ def test_does_the_same_as_mmdetections_own_plugins():
         assert all(outputs_equal(own, ours, x))
         grads = {key.replace('.cbam.', '.bn3.cbam.'): p.grad for key, p in own.named_parameters()}
         assert all(torch.equal(grads[key], p.grad) for key, p in ours.named_parameters())
+
+
+@pytest.mark.parametrize(('position', 'after'), [('after_conv3', 'layer*.*.bn3'), ('after_conv2', 'layer*.*.bn2')])
+def test_weights_of_mmdetections_own_plugins_are_taken_where_they_compute_the_same(position, after):
+    """After conv2 of a Bottleneck its plugin comes behind the ReLU, and ours before it."""
+    own = shake(MODELS.build(dict(R50, plugins=[dict(cfg=CBAM_CFG, position=position)])))
+    ours = build(R50, after)
+    own.eval()
+    ours.eval()
+    before = {key: value.clone() for key, value in ours.state_dict().items() if '.cbam.' in key}
+    with summarize_missing_cbam():
+        checkpoint_module.load_state_dict(ours, own.state_dict())
+    x = torch.randn(1, 3, 64, 96)
+    if position == 'after_conv3':
+        assert all(outputs_equal(own, ours, x))
+    else:
+        assert all(torch.equal(ours.state_dict()[key], value) for key, value in before.items())
+
+
+def test_a_renamed_cbam_is_refused_where_its_checkpoint_says_another_position():
+    own, ours = (
+        MODELS.build(dict(R50, plugins=[dict(cfg=CBAM_CFG, position='after_conv2')])),
+        build(R50, 'layer*.*.bn3'),
+    )
+    # Of one width, so that the weights fit.
+    weights = {key.replace('.bn3.cbam.', '.cbam.'): value for key, value in ours.state_dict().items()}
+    assert weights.keys() == own.state_dict().keys()
+    for position in ('after_conv3', 'after_conv2'):
+        config = f"model = dict(backbone=dict(plugins=[dict(cfg=dict(type='CBAM'), position={position!r})]))"
+        refused = (
+            pytest.raises(UserError, match="position='after_conv2'") if position == 'after_conv2' else nullcontext()
+        )
+        with refused:
+            compare_state_dicts(dict(state_dict=weights, meta=dict(cfg=config)), ours, False, 'a.pth')
 
 
 def test_plain_checkpoint_loads_and_unit_gate_changes_nothing():
