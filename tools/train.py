@@ -22,7 +22,9 @@ def parse_args() -> argparse.Namespace:
         help='mixed precision: fp16 (the default; needs a GPU) or bf16',
     )
     parser.add_argument(
-        '--smoke', action='store_true', help='a first look: one epoch on a few small images, from random weights'
+        '--smoke',
+        action='store_true',
+        help='a first look: one epoch on a few small images, no pretrained backbone',
     )
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size')
     parser.add_argument(

@@ -14,7 +14,7 @@ SIDE = 320  # pixels
 
 
 def make_small(cfg: Config) -> None:
-    """Let a config train one epoch on a few small images and test on a few more, from random weights, in place.
+    """Let a config train one epoch on a few small images and test on a few more, without pretrained weights, in place.
 
     No score reaches a usual threshold after so few iterations: it is set to 0, so that there are figures to see.
     """
@@ -40,8 +40,8 @@ def make_small(cfg: Config) -> None:
         if node.get('pretrained'):
             node.pretrained = False if node.pretrained is True else None
     log(
-        f'--smoke: a first look only: {IMAGES["train"]} images of at most {SIDE} pixels, one epoch, random weights, '
-        'every score. The figures mean nothing.'
+        f'--smoke: a first look only: {IMAGES["train"]} images of at most {SIDE} pixels, one epoch, no pretrained '
+        'backbone, every score. The figures mean nothing.'
     )
 
 

@@ -15,7 +15,7 @@ from mmengine.utils import get_object_from_string
 from cbam_mmdet.errors import UserError
 
 NAMED = ('type', 'constructor', 'runner_type')  # the keys whose values MMEngine looks up, and calls what they name
-SIZES = ('crop_size', 'img_scale', 'scale', 'size')
+SIZES = ('basesize_ratio_range', 'crop_size', 'img', 'img_scale', 'scale', 'scales', 'size')  # img: of pad_val
 
 
 def refuse_code(cfg: Mapping, path: str) -> None:
@@ -37,15 +37,16 @@ def refuse_code(cfg: Mapping, path: str) -> None:
 
 
 def with_tuples(node: Any, key: str = '') -> Any:
-    """The same settings, with tuples in place of lists of numbers for sizes: MMCV's transforms ask for them."""
+    """The same settings, with tuples for lists of numbers that are sizes or colours: MMCV's transforms ask for them."""
     if isinstance(node, dict):
         return {key: with_tuples(value, key) for key, value in node.items()}
     if not isinstance(node, list):
         return node
-    if key == 'scales':  # a list of sizes
-        return [with_tuples(item, 'scale') for item in node]
-    is_size = key in SIZES and all(isinstance(item, (int, float)) for item in node)
-    return tuple(node) if is_size else [with_tuples(item) for item in node]
+    if key in SIZES:
+        if all(isinstance(item, (int, float)) for item in node):
+            return tuple(node)
+        return [with_tuples(item, key) for item in node]  # a list of sizes
+    return [with_tuples(item) for item in node]
 
 
 def _names(node: object, where: str = '') -> Iterator[tuple[str, str]]:

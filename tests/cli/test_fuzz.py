@@ -323,6 +323,17 @@ def test_a_type_in_a_data_file_calls_nothing_that_is_not_registered(suffix, tmp_
     assert not written.exists()
 
 
+@pytest.mark.parametrize(
+    'data',
+    [b'\x76\x2f\x31\x01', b'#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 99999999 +X 99999999\n'],
+    ids=['EXR', 'HDR'],
+)
+def test_an_image_of_which_opencv_alone_knows_the_format(data, tmp_path):
+    (tmp_path / 'a.jpg').write_bytes(data + bytes(200))
+    with pytest.raises(UserError, match='a.jpg cannot be decoded by OpenCV'):
+        read_image(str(tmp_path / 'a.jpg'))
+
+
 @pytest.mark.parametrize('suffix', ['json', 'yaml'])
 def test_a_dump_of_a_shipped_config_loads_in_a_new_process(suffix, tmp_path):
     path, seen = tmp_path / f'a.{suffix}', tmp_path / 'seen.py'

@@ -170,12 +170,12 @@ def _is_complete(path: str, data: bytes) -> bool:
             warnings.simplefilter('ignore')
             Image.open(io.BytesIO(data)).load()
     except Image.UnidentifiedImageError:
-        return _opencv_alone_reads(data)
+        return _opencv_alone_reads(path, data)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for broken files
         raise UserError(f'image {path} is truncated or damaged ({error}).') from error
     return True
 
 
-def _opencv_alone_reads(data: bytes) -> bool:
+def _opencv_alone_reads(path: str, data: bytes) -> bool:
     """Whether OpenCV reads an image whose format Pillow does not know (HDR, EXR, PFM)."""
-    return mmcv.imfrombytes(data) is not None
+    return _decode(path, data, 'color', 'cv2') is not None
