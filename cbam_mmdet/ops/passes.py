@@ -30,7 +30,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +55,7 @@ class Passes:
     backward_pool_channels: Callable  # x, dz, j -> dc;     tail: -> dalpha, dbeta.  dz is [dtop, dmean]
     backward_input: Callable  # g, c, s, dz, j, [davg, dmax], i -> dx
     has_tail: bool = False
-    refine_to_map: Callable | None = None  # x, s, c, W -> y as (N, C, H, W), where torch.compile needs it: as_operators
+    gives_map: bool = False  # refine: x, s, c, width -> y as (N, C, H, W), which torch.compile needs: as_operators
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -85,14 +84,12 @@ def apply(
         spatial_gate: [max, mean] (N, 2, P) -> s (N, P), of any dtype.
         passes: which implementation computes it.
         identity: with a tail, what is added, of x's shape, dtype and strides.
-        width: W, for passes with `refine_to_map`.
+        width: W, for passes with `gives_map`.
 
     Returns:
-        y, of x's dtype and layout, and of its shape; (N, C, H, W) by `refine_to_map`.
+        y, of x's dtype and layout, and of its shape; (N, C, H, W) by passes with `gives_map`.
     """
-    refine = passes.refine
-    if passes.refine_to_map is not None:
-        refine = functools.partial(passes.refine_to_map, width=width)
+    refine = functools.partial(passes.refine, width=width) if passes.gives_map else passes.refine
     dtype = accumulate_dtype(x)
 
     def scales_for(descriptor: Tensor) -> tuple[Tensor, ...]:
@@ -199,7 +196,7 @@ def refuse_second_derivatives() -> None:
 SCHEMAS = dict(
     pool_pixels='(Tensor x, bool with_argmax) -> (Tensor, Tensor)',
     pool_channels='(Tensor x, bool with_argmax, Tensor c) -> (Tensor, Tensor)',
-    refine='(Tensor x, Tensor s, Tensor c) -> Tensor',
+    refine='(Tensor x, Tensor s, Tensor c, SymInt width) -> Tensor',
     backward_maps='(Tensor g, Tensor x, Tensor s, Tensor c) -> (Tensor, Tensor)',
     backward_pool_channels='(Tensor x, Tensor dz, Tensor j) -> Tensor',
     backward_input='(Tensor g, Tensor c, Tensor s, Tensor dz, Tensor j, Tensor dpool, Tensor i) -> Tensor',
@@ -216,19 +213,18 @@ def as_operators(passes: Passes, prefix: str) -> Passes | None:
     if not HAS_CUSTOM_OPERATORS:
         return None
 
-    def register(name: str, function: Callable, schema: str, fake: Callable) -> Callable:
-        operator = torch.library.custom_op(f'cbam_mmdet::{prefix}_{name}', function, mutates_args=(), schema=schema)
-        operator.register_fake(fake)
-        return operator
-
-    def refine_to_map(x, s, c, width):
+    def refine(x, s, c, width):
         return passes.refine(x, s, c).unflatten(2, (-1, width))
 
-    operators: dict[str, Any] = {
-        name: register(name, getattr(passes, name), SCHEMAS[name], FAKES[name]) for name in SCHEMAS
-    }
-    schema = '(Tensor x, Tensor s, Tensor c, SymInt width) -> Tensor'
-    return Passes(**operators, refine_to_map=register('refine_to_map', refine_to_map, schema, _fake_refine_to_map))
+    def register(name):
+        function = refine if name == 'refine' else getattr(passes, name)
+        operator = torch.library.custom_op(
+            f'cbam_mmdet::{prefix}_{name}', function, mutates_args=(), schema=SCHEMAS[name]
+        )
+        operator.register_fake(FAKES[name])
+        return operator
+
+    return Passes(**{name: register(name) for name in SCHEMAS}, gives_map=True)
 
 
 def _fake_pool_pixels(x, with_argmax):
@@ -243,7 +239,7 @@ def _fake_pool_channels(x, with_argmax, c):
     return c.new_empty((images, 2, pixels)), c.new_empty((images, pixels), dtype=index_dtype(channels))
 
 
-def _fake_refine_to_map(x, s, c, width):
+def _fake_refine(x, s, c, width):
     images, channels, pixels = x.shape
     strides = *x.stride()[:2], width * x.stride(2), x.stride(2)
     return x.new_empty_strided((images, channels, pixels // width, width), strides)  # no view, as it was in unflatten
@@ -252,7 +248,7 @@ def _fake_refine_to_map(x, s, c, width):
 FAKES: dict[str, Callable] = dict(
     pool_pixels=_fake_pool_pixels,
     pool_channels=_fake_pool_channels,
-    refine=lambda x, s, c: torch.empty_like(x),
+    refine=_fake_refine,
     backward_maps=lambda g, x, s, c: (torch.empty_like(s), torch.empty_like(c)),
     backward_pool_channels=lambda x, dz, j: dz.new_empty(x.shape[:2]),
     backward_input=lambda g, c, s, dz, j, dpool, i: torch.empty_like(g),

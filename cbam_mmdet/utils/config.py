@@ -71,7 +71,7 @@ def load_config(path: str, cfg_options: dict | None = None, check: Callable[[Con
     with _readable(path), yaml_without_code():
         cfg = Config.fromfile(path, import_custom_modules=False)
     if path.endswith('.json'):
-        cfg = Config(with_tuples(cfg.to_dict()), filename=cfg.filename)
+        cfg = Config(with_tuples(cfg.to_dict()), cfg.text, cfg.filename, cfg.env_variables)
     _check_kind(cfg, path)
     _merge(cfg, cfg_options or {}, path)
     if check:

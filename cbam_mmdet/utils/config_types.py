@@ -39,7 +39,7 @@ def refuse_code(cfg: Mapping, path: str) -> None:
 def with_tuples(node: Any, key: str = '') -> Any:
     """The same settings, with tuples for lists of numbers that are sizes or colours: MMCV's transforms ask for them."""
     if isinstance(node, dict):
-        return {key: with_tuples(value, key) for key, value in node.items()}
+        return {name: with_tuples(value, name) for name, value in node.items()}
     if not isinstance(node, list):
         return node
     if key in SIZES:

@@ -165,9 +165,11 @@ def gates_over(model: nn.Module, image: np.ndarray, pipeline: Callable) -> dict[
 
 def _inside(map_: np.ndarray, place: Sequence[int], padded: Sequence[int]) -> np.ndarray:
     """What of a map is of a part, (top, left, bottom, right), of the (height, width) that it is of."""
-    y, x = (side / pixels for side, pixels in zip(map_.shape, padded, strict=True))
-    top, left, bottom, right = place
-    return map_[math.floor(top * y) : math.ceil(bottom * y), math.floor(left * x) : math.ceil(right * x)]
+    rows, columns = (
+        slice(math.floor(first * side / pixels), math.ceil(last * side / pixels))
+        for first, last, side, pixels in zip(place[:2], place[2:], map_.shape, padded, strict=True)
+    )
+    return map_[rows, columns]
 
 
 def attend(
